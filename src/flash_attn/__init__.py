@@ -1,0 +1,45 @@
+"""FlashAttention-Plus: the ``flash_attn`` API on kernels that are compiled on first use."""
+
+from pkgutil import extend_path
+
+# Other distributions may add subpackages (flash_attn.cute).
+__path__ = extend_path(__path__, __name__)
+
+__version__ = "2.8.3"
+
+from .core.registry import set_backend, use_backend
+from .flash_attn_interface import (
+    attention_probs,
+    flash_attn_func,
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+    flash_attn_with_kvcache,
+)
+
+__all__ = [
+    "FlashAttention",
+    "FlashMHA",
+    "__version__",
+    "attention_probs",
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
+    "set_backend",
+    "use_backend",
+]
+
+
+def __getattr__(name: str) -> object:
+    # The module classes load on first use: most programs need only the functions.
+    if name in ("FlashAttention", "FlashMHA"):
+        from .modules import mha
+
+        return getattr(mha, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,1 @@
+"""The implementations of attention; :mod:`flash_attn.core.registry` loads them by name."""

@@ -1,0 +1,48 @@
+"""The reference as a backend: dense, in float32 or better, on any device. Only on request."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..core import reference
+from ..core.outputs import softmax_d_shape
+from ..core.problem import AttentionProblem, AttentionResult, BackwardInputs
+
+
+def _dtype(problem: AttentionProblem) -> torch.dtype:
+    return torch.float64 if problem.q.dtype == torch.float64 else torch.float32
+
+
+class ReferenceBackend:
+    """Computes :func:`flash_attn.core.reference.attention`; memory grows with seqlen squared."""
+
+    name = "reference"
+
+    def unsupported(self, problem: AttentionProblem, backward: bool) -> list[str]:
+        return []
+
+    @torch.no_grad()
+    def forward(self, problem: AttentionProblem, out: Tensor | None = None) -> AttentionResult:
+        result = reference.attention(problem, _dtype(problem))
+        out = torch.empty_like(problem.q) if out is None else out
+        out.copy_(result.out)
+        s_dmask = result.s_dmask.to(problem.q.dtype)
+        return result._replace(out=out, softmax_lse=result.softmax_lse.float(), s_dmask=s_dmask)
+
+    def backward(self, problem: AttentionProblem, inputs: BackwardInputs) -> Tensor:
+        grads = reference.gradients(problem, inputs.dout, _dtype(problem), inputs.rng_state)
+        for target, grad in zip((inputs.dq, inputs.dk, inputs.dv), grads, strict=True):
+            target.copy_(grad)
+        return _softmax_d(problem, inputs)
+
+
+def _softmax_d(problem: AttentionProblem, inputs: BackwardInputs) -> Tensor:
+    """rowsum(out * dout) in the padded layout of :func:`softmax_d_shape`."""
+    rows = (inputs.out.float() * inputs.dout.float()).sum(-1)
+    softmax_d = torch.zeros(softmax_d_shape(problem), device=rows.device)
+    softmax_d[..., : rows.shape[-2]] = rows.transpose(-1, -2)
+    return softmax_d
+
+
+BACKEND = ReferenceBackend()

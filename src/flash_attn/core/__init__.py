@@ -1,0 +1,1 @@
+"""What attention means here, and how a call finds the backend that computes it."""

@@ -1,0 +1,44 @@
+"""The one place that allocates results, shared by backends, operators and their fakes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .problem import AttentionProblem
+
+
+def round_multiple(x: int, multiple: int) -> int:
+    """Round ``x`` up to a multiple of ``multiple``."""
+    return (x + multiple - 1) // multiple * multiple
+
+
+def empty_out(problem: AttentionProblem) -> Tensor:
+    """An output like q, which keeps q's strides where they are dense."""
+    return torch.empty_like(problem.q)
+
+
+def empty_lse(problem: AttentionProblem) -> Tensor:
+    """The float32 log-sum-exp buffer."""
+    return torch.empty(problem.lse_shape, dtype=torch.float32, device=problem.q.device)
+
+
+def s_dmask_shape(problem: AttentionProblem) -> tuple[int, ...]:
+    """S_dmask's shape: lengths rounded up to 128, or (0,) where it is not asked for."""
+    if not problem.return_softmax or problem.dropout_p == 0.0:
+        return (0,)
+    seqlen_q = round_multiple(problem.max_seqlen_q, 128)
+    seqlen_k = round_multiple(problem.max_seqlen_k, 128)
+    return (problem.batch_size, problem.nheads, seqlen_q, seqlen_k)
+
+
+def new_s_dmask(problem: AttentionProblem) -> Tensor:
+    """S_dmask filled with zeros: cells that no query sees stay 0."""
+    return problem.q.new_zeros(s_dmask_shape(problem))
+
+
+def softmax_d_shape(problem: AttentionProblem) -> tuple[int, ...]:
+    """Shape of rowsum(out * dout): (batch, nheads, seqlen_q up to 128) or (nheads, total_q + 128 B)."""
+    if problem.is_varlen_q:
+        return (problem.nheads, problem.q.shape[0] + 128 * problem.batch_size)
+    return (problem.q.shape[0], problem.nheads, round_multiple(problem.q.shape[1], 128))

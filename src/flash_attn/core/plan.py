@@ -1,0 +1,79 @@
+"""Launch plans: frozen values that pure functions derive from a key of plain facts.
+
+A plan depends on the GPU, the Triton version, the dtype and coarse facts of the shape alone: never
+on timing, so every process and every rank runs the same kernels.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from .. import settings
+
+logger = logging.getLogger("flash_attn")
+
+
+class PlanKey(NamedTuple):
+    """What a tile plan may depend on.
+
+    Attributes:
+        kernel: "forward", "dkdv" or "dq".
+        arch: "sm90", "gfx942", ...
+        triton: (major, minor) of the Triton in use.
+        itemsize: bytes of an element of q.
+        block_d: head dim, rounded up to a power of two, at least 16.
+        masked: whether a causal mask or a window is on.
+        heavy: whether dropout, ALiBi, softcap or pages need further registers.
+        few_rows: whether there are at most 16 queries a sequence (decoding).
+    """
+
+    kernel: str
+    arch: str
+    triton: tuple[int, int]
+    itemsize: int
+    block_d: int
+    masked: bool
+    heavy: bool
+    few_rows: bool = False
+
+
+@dataclass(frozen=True)
+class TilePlan:
+    """Tile of queries by keys that one program works on, and how it is compiled."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+_overrides: dict[str, TilePlan] = {}
+_reported: set[PlanKey] = set()
+
+
+@contextmanager
+def override(**plans: TilePlan) -> Iterator[None]:
+    """Use other plans inside a ``with`` block, by kernel name; for tuning and tests."""
+    before = dict(_overrides)
+    _overrides.update(plans)
+    try:
+        yield
+    finally:
+        _overrides.clear()
+        _overrides.update(before)
+
+
+def overridden(key: PlanKey) -> TilePlan | None:
+    """The plan that an :func:`override` in force names for ``key``'s kernel."""
+    return _overrides.get(key.kernel) if _overrides else None
+
+
+def report(key: PlanKey, plan: TilePlan) -> None:
+    """With FLASH_ATTN_PRINT_PLAN=1, log each new plan once."""
+    if settings.PRINT_PLAN and key not in _reported:
+        _reported.add(key)
+        logger.warning("plan %s -> %s", key, plan)

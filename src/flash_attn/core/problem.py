@@ -1,0 +1,196 @@
+"""The one noun of this package: a validated attention problem, and what solves it.
+
+Every public surface translates its arguments into an :class:`AttentionProblem`; everything below
+(validation, backends, reference) speaks of problems only. The groups are ``NamedTuple`` because
+they are immutable and cheap to build on every call.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class SequenceLayout(NamedTuple):
+    """Where the sequences lie: dense, packed (varlen), in a cache or in pages.
+
+    Attributes:
+        cu_seqlens_q: (batch + 1,) int32 row bounds of packed queries, or None for dense ones.
+        cu_seqlens_k: (batch + 1,) int32 row bounds of packed keys. With ``page_table`` only the
+            differences (the lengths) are used.
+        seqused_k: (batch,) int32 absolute end of the keys in use, left padding included.
+        leftpad_k: (batch,) int32 first key in use.
+        page_table: (batch, max_pages) int32 pages of each sequence; k and v are then
+            (num_pages, page_size, nheads_k, headdim).
+        cache_batch_idx: (batch,) int32 row of k and v that each sequence uses.
+        max_seqlen_q: bound on the packed queries' lengths (a hint, it never changes results).
+        max_seqlen_k: bound on the packed keys' lengths (likewise).
+    """
+
+    cu_seqlens_q: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
+    seqused_k: Tensor | None = None
+    leftpad_k: Tensor | None = None
+    page_table: Tensor | None = None
+    cache_batch_idx: Tensor | None = None
+    max_seqlen_q: int = 0
+    max_seqlen_k: int = 0
+
+
+class Visibility(NamedTuple):
+    """How far a query sees, in keys; None is without limit. See :mod:`.masking`."""
+
+    window_left: int | None = None
+    window_right: int | None = None
+
+    @classmethod
+    def from_window(cls, left: int, right: int, causal: bool) -> Visibility:
+        """Translate ``causal`` and ``window_size``: negative is unlimited, causal sets right to 0."""
+        right = 0 if causal else right
+        return cls(None if left < 0 else left, None if right < 0 else right)
+
+
+class ScoreTransform(NamedTuple):
+    """From q.k to the exponent: ``softcap * tanh(scale * qk / softcap) + alibi``."""
+
+    softmax_scale: float
+    softcap: float = 0.0
+    alibi_slopes: Tensor | None = None
+
+
+DENSE = SequenceLayout()
+FULL = Visibility()
+
+
+class AttentionProblem(NamedTuple):
+    """One attention call in canonical form.
+
+    Attributes:
+        q: (batch, seqlen_q, nheads, headdim), or (total_q, nheads, headdim) with cu_seqlens_q.
+        k: (batch, seqlen_k, nheads_k, headdim), (total_k, nheads_k, headdim) with cu_seqlens_k,
+            or (num_pages, page_size, nheads_k, headdim) with page_table.
+        v: like k.
+        num_splits: into how many parts the keys are divided; 0 leaves it to the plan. A hint.
+        empty_lse: the log-sum-exp of a row that sees no key (FlashAttention-2: +inf).
+        return_softmax: also write S_dmask (needs dropout).
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    transform: ScoreTransform
+    visibility: Visibility = FULL
+    layout: SequenceLayout = DENSE
+    dropout_p: float = 0.0
+    num_splits: int = 0
+    empty_lse: float = float("inf")
+    return_softmax: bool = False
+
+    @property
+    def is_varlen_q(self) -> bool:
+        return self.layout.cu_seqlens_q is not None
+
+    @property
+    def is_paged(self) -> bool:
+        return self.layout.page_table is not None
+
+    @property
+    def batch_size(self) -> int:
+        cu_seqlens_q = self.layout.cu_seqlens_q
+        return self.q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
+
+    @property
+    def max_seqlen_q(self) -> int:
+        return self.layout.max_seqlen_q if self.is_varlen_q else self.q.shape[1]
+
+    @property
+    def max_seqlen_k(self) -> int:
+        """The most keys that a sequence can have, by the tensors' shapes."""
+        layout = self.layout
+        if layout.page_table is not None:
+            return layout.page_table.shape[1] * self.k.shape[1]
+        return layout.max_seqlen_k if layout.cu_seqlens_k is not None else self.k.shape[1]
+
+    @property
+    def nheads(self) -> int:
+        return self.q.shape[-2]
+
+    @property
+    def nheads_k(self) -> int:
+        return self.k.shape[-2]
+
+    @property
+    def headdim(self) -> int:
+        return self.q.shape[-1]
+
+    @property
+    def lse_shape(self) -> tuple[int, ...]:
+        """(batch, nheads, seqlen_q), packed: (nheads, total_q)."""
+        if self.is_varlen_q:
+            return (self.nheads, self.q.shape[0])
+        return (self.q.shape[0], self.nheads, self.q.shape[1])
+
+    def describe(self) -> str:
+        """A line for error messages: shapes, dtype, device and the features in use."""
+        layout, transform = self.layout, self.transform
+        parts = [
+            f"q {tuple(self.q.shape)}",
+            f"k {tuple(self.k.shape)}",
+            f"{str(self.q.dtype).removeprefix('torch.')} on {self.q.device}",
+        ]
+        if self.visibility != FULL:
+            parts.append(f"window {tuple(self.visibility)}")
+        named = {
+            "varlen": layout.cu_seqlens_q is not None,
+            "paged": layout.page_table is not None,
+            "softcap": transform.softcap > 0.0,
+            "alibi": transform.alibi_slopes is not None,
+            "dropout": self.dropout_p > 0.0,
+        }
+        return ", ".join(parts + [name for name, used in named.items() if used])
+
+
+class AttentionResult(NamedTuple):
+    """What a forward pass yields.
+
+    Attributes:
+        out: like q.
+        softmax_lse: float32 natural log-sum-exp, see :attr:`AttentionProblem.lse_shape`.
+        s_dmask: (batch, nheads, seqlen_q, seqlen_k) each rounded up to 128, or shape (0,).
+        rng_state: (2,) int64 seed and offset of the dropout mask.
+    """
+
+    out: Tensor
+    softmax_lse: Tensor
+    s_dmask: Tensor
+    rng_state: Tensor
+
+
+class BackwardInputs(NamedTuple):
+    """What a backward pass needs beside the problem; dq, dk, dv are written in place."""
+
+    dout: Tensor
+    out: Tensor
+    softmax_lse: Tensor
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+    rng_state: Tensor
+
+
+def make_transform(
+    headdim: int,
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+) -> ScoreTransform:
+    """Fill in the default scale ``headdim ** -0.5``."""
+    scale = headdim**-0.5 if softmax_scale is None else float(softmax_scale)
+    return ScoreTransform(scale, max(float(softcap), 0.0), alibi_slopes)
+
+
+def is_half(dtype: torch.dtype) -> bool:
+    """Whether ``dtype`` is one of the two 16-bit types."""
+    return dtype in (torch.float16, torch.bfloat16)

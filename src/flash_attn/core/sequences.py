@@ -1,0 +1,92 @@
+"""Cutting a problem into its sequences, for code that may look at lengths on the host.
+
+The reference and the CPU backend share this; GPU kernels do the same arithmetic on the device.
+Lengths and indices from tensors are clamped to what the tensors hold, exactly as the kernels do, so
+that hostile values never reach outside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .problem import AttentionProblem
+
+
+class Sequence(NamedTuple):
+    """One sequence of a problem.
+
+    Attributes:
+        index: its number in the batch.
+        q_rows: what selects its queries: an index into q's first dimensions.
+        seqlen_q: number of queries.
+        k_rows: the same for its keys; a slice where they lie together, index tensors if paged.
+        seqlen_k: number of keys.
+    """
+
+    index: int
+    q_rows: tuple[int | slice, ...]
+    seqlen_q: int
+    k_rows: tuple[int | slice | Tensor, ...]
+    seqlen_k: int
+
+    def lse_index(self, varlen: bool) -> tuple[int | slice, ...]:
+        """Where this sequence's (nheads, seqlen_q) block of softmax_lse lies."""
+        return (slice(None), self.q_rows[0]) if varlen else (self.index,)
+
+
+def _clamp(value: int, low: int, high: int) -> int:
+    return max(low, min(int(value), high))
+
+
+def _bounds(cu_seqlens: list[int], index: int, total: int) -> tuple[int, int]:
+    start = _clamp(cu_seqlens[index], 0, total)
+    return start, _clamp(cu_seqlens[index + 1], start, total)
+
+
+def _as_list(values: Tensor | None) -> list[int] | None:
+    return None if values is None else values.tolist()
+
+
+def sequences(problem: AttentionProblem) -> Iterator[Sequence]:
+    """Yield the sequences of ``problem`` in batch order; synchronises with the device."""
+    layout, q, k = problem.layout, problem.q, problem.k
+    cu_q, cu_k = _as_list(layout.cu_seqlens_q), _as_list(layout.cu_seqlens_k)
+    used, pad = _as_list(layout.seqused_k), _as_list(layout.leftpad_k)
+    cache_row = _as_list(layout.cache_batch_idx)
+    for index in range(problem.batch_size):
+        if cu_q is None:
+            q_rows, seqlen_q = (index, slice(None)), q.shape[1]
+        else:
+            start, end = _bounds(cu_q, index, q.shape[0])
+            q_rows, seqlen_q = (slice(start, end),), end - start
+        first, end = 0, problem.max_seqlen_k
+        if cu_k is not None:
+            first, end = _bounds(cu_k, index, 2**31 if problem.is_paged else k.shape[0])
+        if problem.is_paged:
+            first, end = 0, min(end - first, problem.max_seqlen_k)
+        if used is not None:
+            end = first + _clamp(used[index], 0, end - first)
+        if pad is not None:
+            first += _clamp(pad[index], 0, end - first)
+        k_rows: tuple[int | slice | Tensor, ...] = (slice(first, end),)
+        if problem.is_paged:
+            k_rows = _paged_rows(problem, index, first, end)
+        elif cu_k is None:
+            row = index if cache_row is None else _clamp(cache_row[index], 0, k.shape[0] - 1)
+            k_rows = (row, slice(first, end))
+        yield Sequence(index, q_rows, seqlen_q, k_rows, end - first)
+
+
+def _paged_rows(problem: AttentionProblem, index: int, first: int, end: int) -> tuple[Tensor, ...]:
+    """Page and row within the page of keys ``first`` to ``end``."""
+    table = problem.layout.page_table
+    if table is None:
+        raise TypeError("the problem has no page table")
+    num_pages, page_size = problem.k.shape[:2]
+    keys = torch.arange(first, end, device=problem.k.device)
+    pages = table[index, keys // page_size].long().clamp(0, max(num_pages - 1, 0))
+    return pages, keys % page_size

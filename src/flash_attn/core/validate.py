@@ -1,0 +1,293 @@
+"""Checks that turn bad arguments into errors before anything is launched.
+
+Every message names the argument, what it must be and what was found.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import settings
+from ..errors import ConstraintError
+from .problem import AttentionProblem, SequenceLayout
+
+MAX_HEADDIM = 256
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise :class:`ConstraintError` with ``message`` unless ``condition`` holds."""
+    if not condition:
+        raise ConstraintError(message)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def check_tensor(x: object, name: str, ndim: int, shape: str) -> None:
+    """``x`` is a tensor of ``ndim`` dimensions, described by ``shape``."""
+    if not isinstance(x, Tensor):
+        raise ConstraintError(f"`{name}` must be a torch.Tensor, found {type(x).__name__}")
+    if x.dim() != ndim:
+        raise ConstraintError(f"`{name}` must have shape {shape}, found {tuple(x.shape)}")
+
+
+def check_like(x: Tensor, name: str, q: Tensor) -> None:
+    """``x`` has q's dtype and device."""
+    if x.dtype != q.dtype:
+        raise ConstraintError(
+            f"`q` and `{name}` must have the same dtype, found {_name(q.dtype)} and "
+            f"{_name(x.dtype)}; cast them, or run under torch.autocast"
+        )
+    check_device(x, name, q)
+
+
+def check_device(x: Tensor, name: str, q: Tensor) -> None:
+    """``x`` is where q is."""
+    if x.device != q.device:
+        raise ConstraintError(f"`{name}` must be on {q.device} like `q`, found {x.device}")
+
+
+def check_index(x: Tensor | None, name: str, q: Tensor, shape: tuple[int | None, ...]) -> None:
+    """``x`` is None or an int32 tensor of ``shape`` (None: any size) on q's device."""
+    if x is None:
+        return
+    if not isinstance(x, Tensor):
+        raise ConstraintError(f"`{name}` must be a torch.Tensor, found {type(x).__name__}")
+    if x.dtype != torch.int32:
+        raise ConstraintError(f"`{name}` must have dtype int32, found {_name(x.dtype)}")
+    check_device(x, name, q)
+    fits = x.dim() == len(shape) and all(
+        want in (None, have) for want, have in zip(shape, x.shape, strict=True)
+    )
+    if not fits:
+        wanted = tuple("any" if size is None else size for size in shape)
+        raise ConstraintError(f"`{name}` must have shape {wanted}, found {tuple(x.shape)}")
+    if x.numel() > 1 and x.stride(-1) != 1:
+        raise ConstraintError(
+            f"`{name}` must be contiguous in its last dimension, found stride {x.stride(-1)}"
+        )
+
+
+def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Dtypes, devices, head counts and head dims of the three tensors fit together."""
+    if q.dtype not in _DTYPES:
+        raise ConstraintError(
+            "FlashAttention only support fp16 and bf16 data type (and fp32): `q` has dtype "
+            f"{_name(q.dtype)}; cast it with .to(torch.bfloat16)"
+        )
+    for x, name in ((k, "k"), (v, "v")):
+        check_like(x, name, q)
+        if x.shape[-1] != q.shape[-1]:
+            raise ConstraintError(
+                f"`{name}` must have head dim {q.shape[-1]} like `q`, found {x.shape[-1]}"
+            )
+    if k.shape != v.shape:
+        raise ConstraintError(
+            f"`v` must have shape {tuple(k.shape)} like `k`, found {tuple(v.shape)}"
+        )
+    headdim, nheads, nheads_k = q.shape[-1], q.shape[-2], k.shape[-2]
+    if not 1 <= headdim <= MAX_HEADDIM:
+        raise ConstraintError(
+            f"FlashAttention only supports head dimension at most {MAX_HEADDIM}: `q` has head dim "
+            f"{headdim}"
+        )
+    if nheads_k == 0 or nheads % nheads_k:
+        raise ConstraintError(
+            "Number of heads in key/value must divide number of heads in query: `q` has "
+            f"{nheads}, `k` has {nheads_k}"
+        )
+    for x, name in ((q, "q"), (k, "k"), (v, "v")):
+        check_last_stride(x, name)
+
+
+def check_last_stride(x: Tensor, name: str) -> None:
+    """The last dimension lies together in memory."""
+    if x.stride(-1) != 1 and x.shape[-1] > 1:
+        raise ConstraintError(
+            f"`{name}` must have a contiguous last dimension, found stride {x.stride(-1)}; "
+            "call .contiguous()"
+        )
+
+
+def check_problem(problem: AttentionProblem) -> None:
+    """Everything about a problem that can be checked without looking into device memory."""
+    q, k, v, layout = problem.q, problem.k, problem.v, problem.layout
+    varlen, paged = problem.is_varlen_q, problem.is_paged
+    packed_k = layout.cu_seqlens_k is not None and not paged
+    check_tensor(q, "q", 3 if varlen else 4, _shape(varlen, "q"))
+    shape_k = "(num_pages, page_size, nheads_k, headdim)" if paged else _shape(packed_k, "k")
+    check_tensor(k, "k", 3 if packed_k else 4, shape_k)
+    check_tensor(v, "v", 3 if packed_k else 4, shape_k)
+    check_qkv(q, k, v)
+    _check_layout(problem)
+    _check_scores(problem)
+    if settings.CHECK_INDICES:
+        check_contents(problem)
+
+
+def _shape(packed: bool, name: str) -> str:
+    suffix, heads = ("q", "nheads") if name == "q" else ("k", "nheads_k")
+    if packed:
+        return f"(total_{suffix}, {heads}, headdim)"
+    return f"(batch_size, seqlen_{suffix}, {heads}, headdim)"
+
+
+def _check_layout(problem: AttentionProblem) -> None:
+    q, k, layout, batch_size = problem.q, problem.k, problem.layout, problem.batch_size
+    check_index(layout.cu_seqlens_q, "cu_seqlens_q", q, (None,))
+    require(batch_size >= 0, "`cu_seqlens_q` must have batch_size + 1 elements, found none")
+    check_index(layout.cu_seqlens_k, "cu_seqlens_k", q, (batch_size + 1,))
+    check_index(layout.seqused_k, "seqused_k", q, (batch_size,))
+    check_index(layout.leftpad_k, "leftpad_k", q, (batch_size,))
+    check_index(layout.page_table, "block_table", q, (batch_size, None))
+    check_index(layout.cache_batch_idx, "cache_batch_idx", q, (batch_size,))
+    if layout.page_table is not None:
+        if layout.leftpad_k is not None:
+            raise ConstraintError(
+                "We don't support Paged KV and leftpad_k running at the same time yet: pass either "
+                "`block_table` or `cache_leftpad`"
+            )
+        if layout.cache_batch_idx is not None:
+            raise ConstraintError(
+                "Paged KVcache does not support cache_batch_idx: pass either `block_table` or "
+                "`cache_batch_idx`"
+            )
+        if k.shape[1] == 0 and k.shape[0] > 0:
+            raise ConstraintError("`k` must have pages of at least one row, found page size 0")
+    elif layout.cu_seqlens_k is None and layout.cache_batch_idx is None:
+        require(
+            k.shape[0] == batch_size,
+            f"`k` must have batch size {batch_size} like `q`, found {k.shape[0]}",
+        )
+    for name, value in (("max_seqlen_q", layout.max_seqlen_q), ("max_seqlen_k", layout.max_seqlen_k)):
+        require(value >= 0, f"`{name}` must not be negative, found {value}")
+
+
+def _check_scores(problem: AttentionProblem) -> None:
+    transform, dropout_p, q = problem.transform, problem.dropout_p, problem.q
+    require(0.0 <= dropout_p < 1.0, f"`dropout_p` must be in [0, 1), found {dropout_p}")
+    if transform.softcap > 0.0 and dropout_p > 0.0:
+        raise ConstraintError(
+            "Softcapping does not support dropout for now: `softcap` is "
+            f"{transform.softcap} and `dropout_p` is {dropout_p}; set one of them to 0"
+        )
+    slopes = transform.alibi_slopes
+    if slopes is not None:
+        if not isinstance(slopes, Tensor) or slopes.dtype != torch.float32:
+            found = _name(slopes.dtype) if isinstance(slopes, Tensor) else type(slopes).__name__
+            raise ConstraintError(f"ALiBi slopes must have dtype fp32: `alibi_slopes` is {found}")
+        check_device(slopes, "alibi_slopes", q)
+        shapes = ((problem.nheads,), (problem.batch_size, problem.nheads))
+        if tuple(slopes.shape) not in shapes:
+            raise ConstraintError(
+                f"`alibi_slopes` must have shape {shapes[0]} or {shapes[1]}, found "
+                f"{tuple(slopes.shape)}"
+            )
+        check_last_stride(slopes, "alibi_slopes")
+    splits = problem.num_splits
+    if splits > 128:
+        raise ConstraintError(f"num_splits > 128 not supported: `num_splits` is {splits}")
+    require(splits >= 0, f"`num_splits` must be 0 (chosen for you) or positive, found {splits}")
+
+
+def check_backward(problem: AttentionProblem, dout: Tensor, out: Tensor, lse: Tensor) -> None:
+    """What a backward call adds to a valid problem."""
+    layout = problem.layout
+    if layout.page_table is not None or layout.seqused_k is not None:
+        raise ConstraintError(
+            "the backward pass needs plain `k` and `v`: it does not support `block_table` or "
+            "`seqused_k`"
+        )
+    for x, name in ((dout, "dout"), (out, "out")):
+        if x.shape != problem.q.shape:
+            raise ConstraintError(
+                f"`{name}` must have shape {tuple(problem.q.shape)} like `q`, found "
+                f"{tuple(x.shape)}"
+            )
+        check_like(x, name, problem.q)
+        check_last_stride(x, name)
+    if tuple(lse.shape) != problem.lse_shape or lse.dtype != torch.float32:
+        raise ConstraintError(
+            f"`softmax_lse` must be float32 of shape {problem.lse_shape}, found "
+            f"{_name(lse.dtype)} of shape {tuple(lse.shape)}"
+        )
+    check_device(lse, "softmax_lse", problem.q)
+
+
+def check_gradient(x: Tensor, name: str, like: Tensor) -> None:
+    """A caller's gradient buffer fits the tensor whose gradient it takes."""
+    if x.shape != like.shape:
+        raise ConstraintError(
+            f"`{name}` must have shape {tuple(like.shape)}, found {tuple(x.shape)}"
+        )
+    check_like(x, name, like)
+    check_last_stride(x, name)
+
+
+def check_contents(problem: AttentionProblem) -> None:
+    """Look into the length and index tensors (FLASH_ATTN_CHECK=1); synchronises."""
+    layout = problem.layout
+    for cu, name, total in (
+        (layout.cu_seqlens_q, "cu_seqlens_q", problem.q.shape[0]),
+        (layout.cu_seqlens_k, "cu_seqlens_k", None if problem.is_paged else problem.k.shape[0]),
+    ):
+        if cu is not None:
+            _check_cu_seqlens(cu.tolist(), name, total)
+    capacity = problem.max_seqlen_k
+    if layout.cu_seqlens_k is None or problem.is_paged:
+        _check_range(layout.seqused_k, "cache_seqlens", 0, capacity)
+    _check_range(layout.leftpad_k, "cache_leftpad", 0, capacity)
+    _check_range(layout.cache_batch_idx, "cache_batch_idx", 0, problem.k.shape[0] - 1)
+    _check_pages(problem)
+
+
+def _check_cu_seqlens(bounds: list[int], name: str, total: int | None) -> None:
+    require(bounds[0] == 0, f"`{name}` must start with 0, found {bounds[0]}")
+    for before, after in zip(bounds, bounds[1:], strict=False):
+        require(after >= before, f"`{name}` must not decrease, found {before} before {after}")
+    if total is not None:
+        require(
+            bounds[-1] <= total, f"`{name}` must end at most at {total} rows, found {bounds[-1]}"
+        )
+
+
+def _check_range(x: Tensor | None, name: str, low: int, high: int) -> None:
+    if x is None or x.numel() == 0:
+        return
+    smallest, largest = int(x.min()), int(x.max())
+    require(
+        low <= smallest and largest <= high,
+        f"`{name}` must be between {low} and {high}, found {smallest} to {largest}",
+    )
+
+
+def _check_pages(problem: AttentionProblem) -> None:
+    """Only the pages that lie within a sequence's length must be valid."""
+    table, layout = problem.layout.page_table, problem.layout
+    if table is None:
+        return
+    lengths = layout.seqused_k
+    if lengths is None and layout.cu_seqlens_k is not None:
+        lengths = layout.cu_seqlens_k.diff()
+    pages, page_size = problem.k.shape[:2]
+    used = torch.ones_like(table, dtype=torch.bool)
+    if lengths is not None:
+        first_key = torch.arange(table.shape[1], device=table.device) * page_size
+        used = first_key[None, :] < lengths[:, None]
+    bad = table[used & ((table < 0) | (table >= pages))]
+    require(
+        bad.numel() == 0,
+        f"`block_table` must hold page numbers from 0 to {pages - 1}, found "
+        f"{bad[:3].tolist() if bad.numel() else ''}",
+    )
+
+
+def check_layout_supported(layout: SequenceLayout, num_splits: int) -> None:
+    """FlashAttention-2's rule for packed queries on paged keys."""
+    if layout.page_table is not None and num_splits > 1:
+        raise ConstraintError(
+            f"num_splits > 1 is not supported for varlen paged KV: `num_splits` is {num_splits}"
+        )

@@ -1,0 +1,19 @@
+"""The exceptions of this package; every one of them is a ``RuntimeError`` too."""
+
+from __future__ import annotations
+
+
+class FlashAttentionError(RuntimeError):
+    """Base class of all errors raised on purpose by this package."""
+
+
+class ConstraintError(FlashAttentionError, AssertionError, ValueError):
+    """An argument has a wrong shape, dtype, device, layout or value."""
+
+
+class UnsupportedProblemError(FlashAttentionError, NotImplementedError):
+    """The arguments are meaningful, but no permitted backend computes them."""
+
+
+class BackendUnavailableError(FlashAttentionError, ImportError):
+    """A backend was asked for by name and the library behind it cannot be loaded."""

@@ -1,0 +1,571 @@
+"""FlashAttention-2's functions: names, order of arguments, defaults and returns are upstream's.
+
+Common to all of them:
+
+* Dtypes: float16, bfloat16 or float32 (float64 on CPUs), the same for q, k and v. Scores and sums
+  are float32; float32 inputs are multiplied in full float32, without TF32.
+* Heads: ``nheads`` must be a multiple of ``nheads_k``; query head h uses key head
+  ``h // (nheads / nheads_k)``. Head dims 1 to 256.
+* Masks are aligned at the ends of the sequences: query i stands at key ``i + seqlen_k - seqlen_q``.
+  ``causal`` hides later keys; ``window_size = (left, right)`` hides keys more than ``left`` before
+  or ``right`` after; a negative number is no limit. Rows that see no key give 0 and an LSE of +inf.
+* ``softcap > 0``: scores are ``softcap * tanh(scale * qk / softcap)``. ``alibi_slopes``: float32,
+  (nheads,) or (batch_size, nheads), adds ``-slope * |i + seqlen_k - seqlen_q - j|``.
+* ``dropout_p`` in [0, 1) acts on the attention weights, kept ones are scaled by 1 / (1 - p).
+* ``deterministic`` is accepted; the backward pass is always bitwise repeatable.
+* ``return_attn_probs=True`` returns ``(out, softmax_lse, S_dmask)``. softmax_lse is float32
+  (batch_size, nheads, seqlen_q), packed (nheads, total_q). S_dmask is empty without dropout; with
+  it, ``exp(score - row maximum)``, negative where dropped, in q's dtype, lengths rounded up to 128.
+  For plain probabilities see :func:`attention_probs`.
+
+Errors: :class:`~flash_attn.errors.ConstraintError` (a RuntimeError and AssertionError) names the
+argument at fault; :class:`~flash_attn.errors.UnsupportedProblemError` lists every backend's reasons.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import raw_ops as flash_attn_gpu
+from .core import autograd, ops, reference
+from .core.autograd import Options, last_dim_contiguous
+from .core.kvcache import attend_with_kvcache, kvcache_problem, lengths_tensor
+from .core.outputs import round_multiple
+from .core.problem import Visibility, make_transform
+from .core.validate import check_problem, check_tensor
+from .errors import ConstraintError
+
+# Whether upstream's AMD Triton path serves; our S_dmask is laid out as its CUDA path's everywhere.
+USE_TRITON_ROCM = False
+
+maybe_contiguous = last_dim_contiguous
+
+_wrapped_flash_attn_forward = ops.forward
+_wrapped_flash_attn_varlen_forward = ops.varlen_forward
+_wrapped_flash_attn_backward = ops.backward
+_wrapped_flash_attn_varlen_backward = ops.varlen_backward
+
+__all__ = [
+    "USE_TRITON_ROCM",
+    "attention_probs",
+    "flash_attn_func",
+    "flash_attn_gpu",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
+    "maybe_contiguous",
+    "round_multiple",
+]
+
+
+def _get_block_size_n(
+    device: torch.device, head_dim: int, is_dropout: bool, is_causal: bool
+) -> int:
+    """Key block by which S_dmask is scaled: all keys at once, since it holds final row maxima."""
+    return 2**30
+
+
+def _window(window_size: Sequence[int] | Tensor) -> tuple[int, int]:
+    if len(window_size) != 2:
+        raise ConstraintError(f"`window_size` must be (left, right), found {tuple(window_size)}")
+    left, right = window_size
+    return (
+        int(left) if isinstance(left, Tensor) else left,
+        int(right) if isinstance(right, Tensor) else right,
+    )
+
+
+def _length_bound(max_seqlen: int | Tensor, rows: int) -> int:
+    """``max_seqlen`` as a host number. One on a GPU is not read, which would synchronise: all
+    rows are a bound as well, and no result depends on it."""
+    if isinstance(max_seqlen, Tensor):
+        return rows if max_seqlen.is_cuda else int(max_seqlen)
+    return max_seqlen
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Under torch.autocast, float32 tensors become the autocast dtype, like a matrix product's."""
+    device_type = tensors[0].device.type
+    if not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(x.to(dtype) if x.dtype == torch.float32 else x for x in tensors)
+
+
+def _options(
+    headdim: int,
+    dropout_p: float,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size: Sequence[int] | Tensor,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    deterministic: bool,
+    **lengths: Any,
+) -> Options:
+    scale = headdim**-0.5 if softmax_scale is None else softmax_scale
+    left, right = _window(window_size)
+    return Options(
+        dropout_p, scale, causal, left, right, softcap, alibi_slopes, deterministic, **lengths
+    )
+
+
+def _format(result: tuple[Tensor, Tensor, Tensor], return_attn_probs: bool) -> Any:
+    return result if return_attn_probs else result[0]
+
+
+def _check_tensors(**tensors: Tensor) -> None:
+    """Only what must hold to reach the operators, which check everything else."""
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor):
+            raise ConstraintError(f"`{name}` must be a torch.Tensor, found {type(x).__name__}")
+        if x.dim() < 1 or x.shape[-1] == 0:
+            raise ConstraintError(f"`{name}` must have a head dim, found shape {tuple(x.shape)}")
+
+
+def flash_attn_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Sequence[int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Any:
+    """Softmax attention ``softmax(scale * q k^T) v``, differentiable in q, k and v.
+
+    Args:
+        q: (batch_size, seqlen_q, nheads, headdim).
+        k: (batch_size, seqlen_k, nheads_k, headdim).
+        v: (batch_size, seqlen_k, nheads_k, headdim).
+        dropout_p: probability of dropping an attention weight.
+        softmax_scale: default ``headdim ** -0.5``.
+        causal: hide the keys after each query.
+        window_size: (left, right) keys that are seen besides; (-1, -1) is no window.
+        softcap: bound of the scores; 0 is none.
+        alibi_slopes: (nheads,) or (batch_size, nheads) float32.
+        deterministic: accepted; always so.
+        return_attn_probs: return ``(out, softmax_lse, S_dmask)``.
+
+    Returns:
+        ``out`` like q, or the tuple. Details and errors: the module's docstring.
+    """
+    _check_tensors(q=q, k=k, v=v)
+    q, k, v = _autocast(q, k, v)
+    options = _options(
+        q.shape[-1], dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
+        deterministic,
+    )  # fmt: skip
+    return _format(autograd.attention(q, k, v, options, return_attn_probs), return_attn_probs)
+
+
+def flash_attn_qkvpacked_func(
+    qkv: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Sequence[int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Any:
+    """:func:`flash_attn_func` on qkv (batch_size, seqlen, 3, nheads, headdim).
+
+    The gradient is one tensor like qkv: nothing is concatenated in backward.
+    """
+    check_tensor(qkv, "qkv", 5, "(batch_size, seqlen, 3, nheads, headdim)")
+    _check_packed(qkv, "qkv", 3)
+    (qkv,) = _autocast(qkv)
+    options = _options(
+        qkv.shape[-1], dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
+        deterministic,
+    )  # fmt: skip
+    result = autograd.packed_attention(None, qkv, options, return_attn_probs)
+    return _format(result, return_attn_probs)
+
+
+def flash_attn_kvpacked_func(
+    q: Tensor,
+    kv: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Sequence[int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Any:
+    """:func:`flash_attn_func` on q and kv (batch_size, seqlen_k, 2, nheads_k, headdim)."""
+    _check_tensors(q=q)
+    check_tensor(kv, "kv", 5, "(batch_size, seqlen_k, 2, nheads_k, headdim)")
+    _check_packed(kv, "kv", 2)
+    q, kv = _autocast(q, kv)
+    options = _options(
+        q.shape[-1], dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
+        deterministic,
+    )  # fmt: skip
+    result = autograd.packed_attention(q, kv, options, return_attn_probs)
+    return _format(result, return_attn_probs)
+
+
+def _check_packed(x: Tensor, name: str, count: int) -> None:
+    if x.shape[-3] != count:
+        raise ConstraintError(
+            f"`{name}` must have {count} in its third dimension from the end, found shape "
+            f"{tuple(x.shape)}"
+        )
+    _check_tensors(**{name: x})
+
+
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Sequence[int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    block_table: Tensor | None = None,
+) -> Any:
+    """Attention over sequences of different lengths packed one after another.
+
+    Args:
+        q: (total_q, nheads, headdim).
+        k: (total_k, nheads_k, headdim), or with ``block_table``
+            (num_blocks, page_block_size, nheads_k, headdim), any page size.
+        v: like k.
+        cu_seqlens_q: (batch_size + 1,) int32: sequence b has rows cu[b] to cu[b + 1].
+        cu_seqlens_k: the same for keys; with ``block_table`` only the lengths count.
+        max_seqlen_q: a bound on the lengths; results do not depend on it.
+        max_seqlen_k: likewise.
+        block_table: (batch_size, max_blocks) int32 page numbers; forward only.
+
+    The other arguments are those of :func:`flash_attn_func`.
+
+    Returns:
+        ``out`` like q (rows that belong to no sequence are 0), or
+        ``(out, softmax_lse (nheads, total_q), S_dmask)``.
+    """
+    _check_tensors(q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    q, k, v = _autocast(q, k, v)
+    rows_k = k.shape[0] if block_table is None else k.shape[0] * k.shape[1]
+    options = _options(
+        q.shape[-1], dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
+        deterministic,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        max_seqlen_q=_length_bound(max_seqlen_q, q.shape[0]),
+        max_seqlen_k=_length_bound(max_seqlen_k, rows_k),
+        block_table=block_table,
+    )  # fmt: skip
+    return _format(autograd.attention(q, k, v, options, return_attn_probs), return_attn_probs)
+
+
+def flash_attn_varlen_qkvpacked_func(
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Sequence[int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Any:
+    """:func:`flash_attn_varlen_func` on qkv (total, 3, nheads, headdim)."""
+    check_tensor(qkv, "qkv", 4, "(total, 3, nheads, headdim)")
+    _check_packed(qkv, "qkv", 3)
+    _check_tensors(cu_seqlens=cu_seqlens)
+    (qkv,) = _autocast(qkv)
+    bound = _length_bound(max_seqlen, qkv.shape[0])
+    options = _options(
+        qkv.shape[-1], dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
+        deterministic,
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_k=cu_seqlens,
+        max_seqlen_q=bound,
+        max_seqlen_k=bound,
+    )  # fmt: skip
+    result = autograd.packed_attention(None, qkv, options, return_attn_probs)
+    return _format(result, return_attn_probs)
+
+
+def flash_attn_varlen_kvpacked_func(
+    q: Tensor,
+    kv: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Sequence[int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Any:
+    """:func:`flash_attn_varlen_func` on q and kv (total_k, 2, nheads_k, headdim)."""
+    _check_tensors(q=q, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    check_tensor(kv, "kv", 4, "(total_k, 2, nheads_k, headdim)")
+    _check_packed(kv, "kv", 2)
+    q, kv = _autocast(q, kv)
+    options = _options(
+        q.shape[-1], dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
+        deterministic,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        max_seqlen_q=_length_bound(max_seqlen_q, q.shape[0]),
+        max_seqlen_k=_length_bound(max_seqlen_k, kv.shape[0]),
+    )  # fmt: skip
+    result = autograd.packed_attention(q, kv, options, return_attn_probs)
+    return _format(result, return_attn_probs)
+
+
+@torch.no_grad()
+def flash_attn_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    cache_seqlens: int | Tensor | None = None,
+    cache_batch_idx: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    block_table: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Sequence[int] = (-1, -1),
+    softcap: float = 0.0,
+    rotary_interleaved: bool = True,
+    alibi_slopes: Tensor | None = None,
+    num_splits: int = 0,
+    return_softmax_lse: bool = False,
+) -> Any:
+    """Attention over a KV cache, into which new keys and values are first written in place.
+
+    Args:
+        q: (batch_size, seqlen_q, nheads, headdim).
+        k_cache: (batch_size_cache, seqlen_cache, nheads_k, headdim), or with ``block_table``
+            (num_blocks, page_block_size, nheads_k, headdim), any page size. Last stride 1.
+        v_cache: like k_cache.
+        k: (batch_size, seqlen_new, nheads_k, headdim), written to the cache from row
+            ``cache_seqlens[b]`` on and attended to. Rows that do not fit are dropped, or raise
+            with FLASH_ATTN_CHECK=1.
+        v: like k.
+        rotary_cos: (seqlen_rotary, rotary_dim / 2) in q's dtype, seqlen_rotary at least the
+            cache's length: rotates k at ``cache_seqlens + t``; rotates q at ``cache_seqlens + i``
+            if causal or windowed, else all queries at ``cache_seqlens``. Needs k.
+        rotary_sin: like rotary_cos.
+        cache_seqlens: int or (batch_size,) int32: the end of the keys in the cache before
+            appending, left padding included. None: the whole cache. It is not updated.
+        cache_batch_idx: (batch_size,) int32 rows of the cache; not with ``block_table``.
+        cache_leftpad: (batch_size,) int32 first key in use; not with ``block_table``.
+        block_table: (batch_size, max_blocks) int32 page numbers.
+        rotary_interleaved: pairs of neighbours (True) or of the two halves (False).
+        num_splits: parts into which the keys are divided to fill the GPU; 0 chooses, at most 128.
+        return_softmax_lse: return ``(out, softmax_lse)``.
+
+    The other arguments are those of :func:`flash_attn_func`. Forward only.
+
+    Returns:
+        ``out`` like q, or ``(out, softmax_lse (batch_size, nheads, seqlen_q))``.
+    """
+    _check_tensors(q=q, k_cache=k_cache, v_cache=v_cache)
+    left, right = _window(window_size)
+    q = last_dim_contiguous(q)
+    problem = kvcache_problem(
+        q,
+        k_cache,
+        v_cache,
+        lengths_tensor(cache_seqlens, q),
+        cache_batch_idx,
+        cache_leftpad,
+        block_table,
+        make_transform(q.shape[-1], softmax_scale, softcap, alibi_slopes),
+        Visibility.from_window(left, right, causal),
+        num_splits,
+    )
+    k = None if k is None else last_dim_contiguous(k)
+    v = None if v is None else last_dim_contiguous(v)
+    result = attend_with_kvcache(problem, k, v, rotary_cos, rotary_sin, rotary_interleaved)
+    return (result.out, result.softmax_lse) if return_softmax_lse else result.out
+
+
+@torch.no_grad()
+def attention_probs(
+    q: Tensor,
+    k: Tensor,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Sequence[int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+) -> Tensor:
+    """The normalised attention matrix, for looking at small problems.
+
+    ``return_attn_probs`` gives what FlashAttention-2 gives, which are no probabilities; this
+    gives them, computed densely in float32 without dropout: memory grows with seqlen_q * seqlen_k.
+
+    Args:
+        q: (batch_size, seqlen_q, nheads, headdim).
+        k: (batch_size, seqlen_k, nheads_k, headdim).
+
+    The other arguments are those of :func:`flash_attn_func`.
+
+    Returns:
+        (batch_size, nheads, seqlen_q, seqlen_k) float32; rows sum to 1, or are 0 where no key is
+        seen.
+    """
+    _check_tensors(q=q, k=k)
+    left, right = _window(window_size)
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    problem = ops.dense_problem(
+        q, k, k, 0.0, scale, causal, left, right, softcap, alibi_slopes
+    )  # fmt: skip
+    check_problem(problem)
+    return reference.attention_probabilities(problem)
+
+
+# The private layer, public in practice: context-parallel libraries and others call these by keyword
+# and read their signatures. They pass through the dispatcher and are not differentiable.
+
+
+def _flash_attn_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float,
+    softmax_scale: float,
+    causal: bool,
+    window_size_left: int,
+    window_size_right: int,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    return_softmax: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Dense forward: (out, softmax_lse, S_dmask, rng_state)."""
+    q, k, v = last_dim_contiguous(q), last_dim_contiguous(k), last_dim_contiguous(v)
+    return ops.forward(  # type: ignore[no-any-return]
+        q, k, v, dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap,
+        alibi_slopes, return_softmax,
+    )  # fmt: skip
+
+
+def _flash_attn_varlen_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float,
+    softmax_scale: float,
+    causal: bool,
+    window_size_left: int = -1,
+    window_size_right: int = -1,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    return_softmax: bool = False,
+    block_table: Tensor | None = None,
+    leftpad_k: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    zero_tensors: bool = False,
+    num_splits: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Packed forward: (out, softmax_lse, S_dmask, rng_state)."""
+    q, k, v = last_dim_contiguous(q), last_dim_contiguous(k), last_dim_contiguous(v)
+    return ops.varlen_forward(  # type: ignore[no-any-return]
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale,
+        causal, window_size_left, window_size_right, softcap, alibi_slopes, return_softmax,
+        block_table, leftpad_k, seqused_k, zero_tensors, num_splits,
+    )  # fmt: skip
+
+
+def _flash_attn_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    softmax_lse: Tensor,
+    dq: Tensor | None,
+    dk: Tensor | None,
+    dv: Tensor | None,
+    dropout_p: float,
+    softmax_scale: float,
+    causal: bool,
+    window_size_left: int,
+    window_size_right: int,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    deterministic: bool,
+    rng_state: Tensor | None = None,
+) -> Tensor:
+    """Dense backward: writes dq, dk, dv in place, returns softmax_d."""
+    dout, q, k, v, out = (last_dim_contiguous(x) for x in (dout, q, k, v, out))
+    return ops.backward(  # type: ignore[no-any-return]
+        dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, softmax_scale, causal,
+        window_size_left, window_size_right, softcap, alibi_slopes, deterministic, rng_state,
+    )  # fmt: skip
+
+
+def _flash_attn_varlen_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    softmax_lse: Tensor,
+    dq: Tensor | None,
+    dk: Tensor | None,
+    dv: Tensor | None,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float,
+    softmax_scale: float,
+    causal: bool,
+    window_size_left: int,
+    window_size_right: int,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    deterministic: bool,
+    rng_state: Tensor | None = None,
+    zero_tensors: bool = False,
+) -> Tensor:
+    """Packed backward: writes dq, dk, dv in place, returns softmax_d."""
+    dout, q, k, v, out = (last_dim_contiguous(x) for x in (dout, q, k, v, out))
+    return ops.varlen_backward(  # type: ignore[no-any-return]
+        dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
+        max_seqlen_k, dropout_p, softmax_scale, causal, window_size_left, window_size_right,
+        softcap, alibi_slopes, deterministic, rng_state, zero_tensors,
+    )  # fmt: skip

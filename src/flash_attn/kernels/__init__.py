@@ -1,0 +1,1 @@
+"""Device code only: Triton functions, no torch and no host code."""

@@ -1,0 +1,351 @@
+"""Attention backward in three kernels; none of them adds across programs, so all are repeatable.
+
+    p[i, j]  = exp(score[i, j] - lse[i])              recomputed, never stored
+    delta[i] = sum_d out[i, d] dout[i, d]
+    dp[i, j] = dout[i] . v[j] * keep[i, j] / (1 - dropout_p)
+    ds[i, j] = p[i, j] (dp[i, j] - delta[i])          times 1 - tanh^2 with softcap
+    dv[j] = sum_i keep p dout[i],   dk[j] = scale sum_i ds q[i],   dq[i] = scale sum_j ds k[j]
+
+* ``attention_delta``: delta of all rows.
+* ``attention_dkdv``: one program owns one tile of keys of one key head and walks over the queries
+  that see it, for every query head of the group, so that dk and dv are summed in float32 in
+  registers. It works on transposed tiles (keys x queries).
+* ``attention_dq``: one program owns one tile of queries and walks over its keys.
+
+Rows and keys outside a sequence read as 0 with lse +inf, which makes p, ds and all sums 0.
+"""
+
+import triton
+import triton.language as tl
+
+from .common import (
+    LOG2E,
+    clamp,
+    dropout_keep,
+    int64,
+    is_visible,
+    key_bounds,
+    load_rows,
+    packed_range,
+    split_loop,
+    store_rows,
+    tile_of_program,
+    transform_scores,
+)
+
+_LENGTHS = (
+    "batch_size", "nheads", "nheads_k", "group", "seqlen_q", "seqlen_k", "num_tiles",
+    "window_left", "window_right", "keep_threshold", "stride_slope", "stride_lb", "stride_lh",
+    "stride_db", "stride_dh", "rows_total", "rows_padded",
+)  # fmt: skip
+_METADATA = (
+    "cu_seqlens_q", "cu_seqlens_k", "alibi_slopes", "rng_state", "lse", "softmax_d",
+)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_LENGTHS, do_not_specialize_on_alignment=_METADATA)
+def attention_delta(
+    out, dout, softmax_d,
+    stride_ob, stride_om, stride_oh, stride_gb, stride_gm, stride_gh, stride_db, stride_dh,
+    nheads, rows_total, rows_padded, num_tiles,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """softmax_d[i] = sum_d out[i, d] * dout[i, d] in float32; 0 in the padding up to rows_padded."""
+    pid = tl.program_id(0)
+    tile = pid % num_tiles
+    h = (pid // num_tiles) % nheads
+    b = (pid // num_tiles) // nheads
+    start = tile * BLOCK_M
+    rows = tl.arange(0, BLOCK_M)
+    cols = tl.arange(0, BLOCK_D)
+    inside = (start + rows < rows_total)[:, None] & (cols < HEAD_DIM)[None, :]
+    head, batch, first = h.to(tl.int64), b.to(tl.int64), start.to(tl.int64)
+    out += batch * stride_ob + head * stride_oh + first * stride_om
+    dout += batch * stride_gb + head * stride_gh + first * stride_gm
+    wide = rows.to(tl.int64)[:, None]
+    o = tl.load(out + wide * stride_om + cols[None, :], mask=inside, other=0.0).to(tl.float32)
+    do = tl.load(dout + wide * stride_gm + cols[None, :], mask=inside, other=0.0).to(tl.float32)
+    target = softmax_d + batch * stride_db + head * stride_dh + start + rows
+    tl.store(target, tl.sum(o * do, 1), mask=start + rows < rows_padded)
+
+
+@triton.jit
+def load_row_statistics(lse, softmax_d, rows, rows_q):
+    """Log-sum-exp in base 2 and delta of a tile of rows; +inf and 0 for rows that do not count."""
+    inside = rows < rows_q
+    row_lse = tl.load(lse + rows, mask=inside, other=float("inf"))
+    row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse) * LOG2E
+    return row_lse, tl.load(softmax_d + rows, mask=inside, other=0.0)
+
+
+@triton.jit
+def dkdv_tiles(dk, dv, k_tile, v_tile, q_base, dout_base, lse, softmax_d, rng_state, begin, end,
+               keys, start_n, cols, seqlen_q, seqlen_k, stride_qm, stride_gm, head_batch,
+               softmax_scale, softcap, slope, window_left, window_right, keep_threshold, dropout_scale,
+               HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+               BLOCK_D: tl.constexpr, MASKED: tl.constexpr, HAS_LEFT: tl.constexpr,
+               HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr,
+               HAS_DROPOUT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Walk over the queries [begin, end) of one head and return the updated (dk, dv)."""
+    offs_m = tl.arange(0, BLOCK_M)
+    for start_m in range(begin, end, BLOCK_M):
+        rows = start_m + offs_m
+        left = seqlen_q - start_m
+        q = load_rows(q_base + int64(start_m) * stride_qm, offs_m, stride_qm, cols, left,
+                      HEAD_DIM, BLOCK_D, True, WIDE)  # fmt: skip
+        row_lse, delta = load_row_statistics(lse, softmax_d, rows, seqlen_q)
+        s = tl.dot(k_tile, tl.trans(q), input_precision=PRECISION)  # (BLOCK_N, BLOCK_M)
+        s, capped = transform_scores(s, rows[None, :], keys[:, None], seqlen_q, seqlen_k,
+                                     softmax_scale, softcap, slope, HAS_SOFTCAP, HAS_ALIBI)  # fmt: skip
+        p = tl.exp2(s - row_lse[None, :])
+        if MASKED:
+            seen = is_visible(rows[None, :], keys[:, None], seqlen_q, seqlen_k, window_left,
+                              window_right, HAS_LEFT, HAS_RIGHT)  # fmt: skip
+            p = tl.where(seen, p, 0.0)
+        dout = load_rows(dout_base + int64(start_m) * stride_gm, offs_m, stride_gm, cols,
+                         left, HEAD_DIM, BLOCK_D, True, WIDE)  # fmt: skip
+        dropped = p
+        dp = tl.dot(v_tile, tl.trans(dout), input_precision=PRECISION)
+        if HAS_DROPOUT:
+            keep = tl.trans(dropout_keep(rng_state, head_batch, rows, start_n,
+                                         keep_threshold, BLOCK_M, BLOCK_N))  # fmt: skip
+            dropped = tl.where(keep, p * dropout_scale, 0.0)
+            dp = tl.where(keep, dp * dropout_scale, 0.0)
+        dv = tl.dot(dropped.to(dout.dtype), dout, dv, input_precision=PRECISION)
+        ds = p * (dp - delta[None, :])
+        if HAS_SOFTCAP:
+            ds = ds * (1.0 - capped * capped)
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=_LENGTHS, do_not_specialize_on_alignment=_METADATA)
+def attention_dkdv(
+    q, k, v, dout, lse, softmax_d, dk, dv,
+    stride_qb, stride_qm, stride_qh, stride_kb, stride_kn, stride_kh,
+    stride_vb, stride_vn, stride_vh, stride_gb, stride_gm, stride_gh,
+    stride_dkb, stride_dkn, stride_dkh, stride_dvb, stride_dvn, stride_dvh,
+    stride_lb, stride_lh, stride_db, stride_dh,
+    cu_seqlens_q, cu_seqlens_k, alibi_slopes, rng_state, stride_slope,
+    batch_size, nheads_k, group, seqlen_q, seqlen_k, num_tiles,
+    softmax_scale, softcap, window_left, window_right, keep_threshold, dropout_scale,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    IS_VARLEN: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of one tile of keys; see the module's docstring."""
+    # Locate the tile. Without reversal the first keys, which most queries see, come first.
+    b, h_k, tile, k_start, rows_k = tile_of_program(
+        tl.program_id(0), cu_seqlens_k, batch_size, nheads_k, seqlen_k, num_tiles,
+        IS_VARLEN, False, BLOCK_N,
+    )  # fmt: skip
+    start_n = tile * BLOCK_N
+    if start_n >= rows_k:
+        return
+    q_start = 0
+    rows_q = seqlen_q
+    if IS_VARLEN:
+        q_start, rows_q = packed_range(cu_seqlens_q, b, batch_size, seqlen_q)
+    b_index = clamp(b, 0, batch_size - 1)
+    batch = int64(0) if IS_VARLEN else int64(b)
+
+    # Load keys and values: (BLOCK_N, BLOCK_D).
+    offs_n = tl.arange(0, BLOCK_N)
+    keys = start_n + offs_n
+    cols = tl.arange(0, BLOCK_D)
+    first_k = (k_start + start_n).to(tl.int64)
+    head_k = h_k.to(tl.int64)
+    left_k = rows_k - start_n
+    k += batch * stride_kb + head_k * stride_kh + first_k * stride_kn
+    v += batch * stride_vb + head_k * stride_vh + first_k * stride_vn
+    k_tile = load_rows(k, offs_n, stride_kn, cols, left_k, HEAD_DIM, BLOCK_D, True, WIDE)
+    v_tile = load_rows(v, offs_n, stride_vn, cols, left_k, HEAD_DIM, BLOCK_D, True, WIDE)
+
+    # Which queries see these keys: masking.visible_queries of the first and the last key. The
+    # roles of left and right are exchanged.
+    last_key = tl.minimum(start_n + BLOCK_N, rows_k) - 1
+    any_first, any_end, all_first, all_end = key_bounds(
+        start_n, last_key, rows_k, rows_q, window_right, window_left, HAS_RIGHT, HAS_LEFT
+    )
+    a, b_loop, c, d = split_loop(any_first, any_end, all_first, all_end, BLOCK_M)
+    if not HAS_LEFT:
+        c = tl.maximum(d, b_loop)  # nothing to mask at the end: rows past it have lse +inf
+    acc_dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    acc_dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    for g in range(0, group):
+        h = h_k * group + g
+        head = int64(h)
+        row0 = int64(q_start)
+        q_base = q + batch * stride_qb + head * stride_qh + row0 * stride_qm
+        dout_base = dout + batch * stride_gb + head * stride_gh + row0 * stride_gm
+        lse_base = lse + batch * stride_lb + head * stride_lh + q_start
+        delta_base = softmax_d + batch * stride_db + head * stride_dh + q_start
+        head_batch = b_index * (nheads_k * group) + h
+        slope = 0.0
+        if HAS_ALIBI:
+            slope = tl.load(alibi_slopes + b_index * stride_slope + h)
+        if HAS_RIGHT:
+            acc_dk, acc_dv = dkdv_tiles(
+                acc_dk, acc_dv, k_tile, v_tile, q_base, dout_base, lse_base, delta_base, rng_state,
+                a, tl.minimum(b_loop, d), keys, start_n, cols, rows_q, rows_k, stride_qm, stride_gm,
+                head_batch, softmax_scale, softcap, slope, window_left, window_right,
+                keep_threshold, dropout_scale, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, True,
+                HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, HAS_DROPOUT, WIDE, PRECISION,
+            )  # fmt: skip
+        acc_dk, acc_dv = dkdv_tiles(
+            acc_dk, acc_dv, k_tile, v_tile, q_base, dout_base, lse_base, delta_base, rng_state,
+            b_loop, c, keys, start_n, cols, rows_q, rows_k, stride_qm, stride_gm, head_batch,
+            softmax_scale, softcap, slope, window_left, window_right, keep_threshold,
+            dropout_scale, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, False, HAS_LEFT, HAS_RIGHT,
+            HAS_SOFTCAP, HAS_ALIBI, HAS_DROPOUT, WIDE, PRECISION,
+        )  # fmt: skip
+        if HAS_LEFT:
+            acc_dk, acc_dv = dkdv_tiles(
+                acc_dk, acc_dv, k_tile, v_tile, q_base, dout_base, lse_base, delta_base, rng_state,
+                c, d, keys, start_n, cols, rows_q, rows_k, stride_qm, stride_gm, head_batch, softmax_scale,
+                softcap, slope, window_left, window_right, keep_threshold, dropout_scale,
+                HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, True, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
+                HAS_ALIBI, HAS_DROPOUT, WIDE, PRECISION,
+            )  # fmt: skip
+
+    # Scale and store.
+    dk += batch * stride_dkb + head_k * stride_dkh + first_k * stride_dkn
+    dv += batch * stride_dvb + head_k * stride_dvh + first_k * stride_dvn
+    store_rows(dk, acc_dk * softmax_scale, offs_n, stride_dkn, cols, left_k, HEAD_DIM, WIDE)
+    store_rows(dv, acc_dv, offs_n, stride_dvn, cols, left_k, HEAD_DIM, WIDE)
+
+
+@triton.jit
+def dq_tiles(dq, q_tile, dout_tile, row_lse, delta, k_base, v_base, rng_state, begin, end, rows,
+             cols, keys_first, keys_end, seqlen_q, seqlen_k, stride_kn, stride_vn, head_batch,
+             softmax_scale, softcap, slope, window_left, window_right, keep_threshold,
+             dropout_scale,
+             HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+             BLOCK_D: tl.constexpr, MASKED: tl.constexpr, HAS_LEFT: tl.constexpr,
+             HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr,
+             HAS_DROPOUT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Walk over the keys [begin, end) and return the updated dq."""
+    offs_n = tl.arange(0, BLOCK_N)
+    for start_n in range(begin, end, BLOCK_N):
+        keys = start_n + offs_n
+        first = int64(start_n)
+        inside_end = keys_end - start_n
+        k = load_rows(k_base + first * stride_kn, offs_n, stride_kn, cols, inside_end, HEAD_DIM,
+                      BLOCK_D, MASKED, WIDE)  # fmt: skip
+        v = load_rows(v_base + first * stride_vn, offs_n, stride_vn, cols, inside_end, HEAD_DIM,
+                      BLOCK_D, MASKED, WIDE)  # fmt: skip
+        if MASKED and HAS_LEFT:
+            before = (keys >= keys_first)[:, None]
+            k = tl.where(before, k, 0.0)
+            v = tl.where(before, v, 0.0)
+        s = tl.dot(q_tile, tl.trans(k), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
+        s, capped = transform_scores(s, rows[:, None], keys[None, :], seqlen_q, seqlen_k,
+                                     softmax_scale, softcap, slope, HAS_SOFTCAP, HAS_ALIBI)  # fmt: skip
+        p = tl.exp2(s - row_lse[:, None])
+        if MASKED:
+            seen = is_visible(rows[:, None], keys[None, :], seqlen_q, seqlen_k, window_left,
+                              window_right, HAS_LEFT, HAS_RIGHT)  # fmt: skip
+            p = tl.where(seen, p, 0.0)
+        dp = tl.dot(dout_tile, tl.trans(v), input_precision=PRECISION)
+        if HAS_DROPOUT:
+            keep = dropout_keep(
+                rng_state, head_batch, rows, start_n, keep_threshold, BLOCK_M, BLOCK_N
+            )
+            dp = tl.where(keep, dp * dropout_scale, 0.0)
+        ds = p * (dp - delta[:, None])
+        if HAS_SOFTCAP:
+            ds = ds * (1.0 - capped * capped)
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+    return dq
+
+
+@triton.jit(do_not_specialize=_LENGTHS, do_not_specialize_on_alignment=_METADATA)
+def attention_dq(
+    q, k, v, dout, lse, softmax_d, dq,
+    stride_qb, stride_qm, stride_qh, stride_kb, stride_kn, stride_kh,
+    stride_vb, stride_vn, stride_vh, stride_gb, stride_gm, stride_gh,
+    stride_dqb, stride_dqm, stride_dqh, stride_lb, stride_lh, stride_db, stride_dh,
+    cu_seqlens_q, cu_seqlens_k, alibi_slopes, rng_state, stride_slope,
+    batch_size, nheads, group, seqlen_q, seqlen_k, num_tiles,
+    softmax_scale, softcap, window_left, window_right, keep_threshold, dropout_scale,
+    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    IS_VARLEN: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq of one tile of queries; see the module's docstring."""
+    # Locate the tile.
+    b, h, tile, q_start, rows_q = tile_of_program(
+        tl.program_id(0), cu_seqlens_q, batch_size, nheads, seqlen_q, num_tiles,
+        IS_VARLEN, HAS_RIGHT, BLOCK_M,
+    )  # fmt: skip
+    start_m = tile * BLOCK_M
+    if start_m >= rows_q:
+        return
+    k_start = 0
+    rows_k = seqlen_k
+    if IS_VARLEN:
+        k_start, rows_k = packed_range(cu_seqlens_k, b, batch_size, seqlen_k)
+    b_index = clamp(b, 0, batch_size - 1)
+    batch = int64(0) if IS_VARLEN else int64(b)
+
+    # Load queries, output gradients and row statistics.
+    offs_m = tl.arange(0, BLOCK_M)
+    rows = start_m + offs_m
+    cols = tl.arange(0, BLOCK_D)
+    first_q = (q_start + start_m).to(tl.int64)
+    head = h.to(tl.int64)
+    head_k = (h // group).to(tl.int64)
+    left_q = rows_q - start_m
+    q += batch * stride_qb + head * stride_qh + first_q * stride_qm
+    dout += batch * stride_gb + head * stride_gh + first_q * stride_gm
+    q_tile = load_rows(q, offs_m, stride_qm, cols, left_q, HEAD_DIM, BLOCK_D, True, WIDE)
+    dout_tile = load_rows(dout, offs_m, stride_gm, cols, left_q, HEAD_DIM, BLOCK_D, True, WIDE)
+    row_lse, delta = load_row_statistics(
+        lse + batch * stride_lb + head * stride_lh + q_start,
+        softmax_d + batch * stride_db + head * stride_dh + q_start,
+        rows,
+        rows_q,
+    )
+    row0 = int64(k_start)
+    k_base = k + batch * stride_kb + head_k * stride_kh + row0 * stride_kn
+    v_base = v + batch * stride_vb + head_k * stride_vh + row0 * stride_vn
+    head_batch = b_index * nheads + h
+    slope = 0.0
+    if HAS_ALIBI:
+        slope = tl.load(alibi_slopes + b_index * stride_slope + h)
+
+    # Walk over the keys.
+    last_row = tl.minimum(start_m + BLOCK_M, rows_q) - 1
+    any_first, any_end, all_first, all_end = key_bounds(
+        start_m, last_row, rows_q, rows_k, window_left, window_right, HAS_LEFT, HAS_RIGHT
+    )
+    a, b_loop, c, d = split_loop(any_first, any_end, all_first, all_end, BLOCK_N)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    if HAS_LEFT:
+        acc = dq_tiles(
+            acc, q_tile, dout_tile, row_lse, delta, k_base, v_base, rng_state, a,
+            tl.minimum(b_loop, d), rows, cols, any_first, any_end, rows_q, rows_k, stride_kn,
+            stride_vn, head_batch, softmax_scale, softcap, slope, window_left, window_right,
+            keep_threshold, dropout_scale, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, True, HAS_LEFT,
+            HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, HAS_DROPOUT, WIDE, PRECISION,
+        )  # fmt: skip
+    acc = dq_tiles(
+        acc, q_tile, dout_tile, row_lse, delta, k_base, v_base, rng_state, b_loop, c, rows, cols,
+        any_first, any_end, rows_q, rows_k, stride_kn, stride_vn, head_batch, softmax_scale,
+        softcap, slope, window_left, window_right, keep_threshold, dropout_scale, HEAD_DIM,
+        BLOCK_M, BLOCK_N, BLOCK_D, False, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI,
+        HAS_DROPOUT, WIDE, PRECISION,
+    )  # fmt: skip
+    acc = dq_tiles(
+        acc, q_tile, dout_tile, row_lse, delta, k_base, v_base, rng_state, c, d, rows, cols,
+        any_first, any_end, rows_q, rows_k, stride_kn, stride_vn, head_batch, softmax_scale,
+        softcap, slope, window_left, window_right, keep_threshold, dropout_scale, HEAD_DIM,
+        BLOCK_M, BLOCK_N, BLOCK_D, True, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI,
+        HAS_DROPOUT, WIDE, PRECISION,
+    )  # fmt: skip
+
+    # Scale and store.
+    dq += batch * stride_dqb + head * stride_dqh + first_q * stride_dqm
+    store_rows(dq, acc * softmax_scale, offs_m, stride_dqm, cols, left_q, HEAD_DIM, WIDE)

@@ -1,0 +1,232 @@
+"""What the attention kernels share: where a tile lies, which keys it sees, scores, random bits.
+
+Scores are kept in base 2, ``score * log2(e)``, so that the hardware's exp2 serves directly. Lengths
+and indices read from memory are clamped to what the tensors hold: hostile values can spoil a result,
+but nothing outside the tensors is read or written.
+"""
+
+import triton
+import triton.language as tl
+from triton.language.random import philox_impl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+DROPOUT_ROUNDS = tl.constexpr(7)
+
+
+@triton.jit
+def clamp(x, low, high):
+    """``x`` moved into [low, high]."""
+    return tl.minimum(tl.maximum(x, low), high)
+
+
+@triton.jit
+def int64(x):
+    """``x``, a scalar tensor or a plain number, as a 64-bit scalar."""
+    return tl.zeros([], tl.int64) + x
+
+
+@triton.jit
+def segment_bound(cu_seqlens, segment, batch_size, total):
+    """First row of a segment; segments are the rows before, of, and after the packed sequences."""
+    index = clamp(segment - 1, 0, batch_size)
+    bound = clamp(tl.load(cu_seqlens + index), 0, total)
+    return tl.where(segment <= 0, 0, tl.where(segment > batch_size + 1, total, bound))
+
+
+@triton.jit
+def locate_packed_tile(cu_seqlens, tile, batch_size, total, BLOCK: tl.constexpr):
+    """Which sequence the ``tile``-th tile of all packed rows belongs to.
+
+    Segment s starts at tile ``bound[s] // BLOCK + s``: that leaves every segment room for all its
+    tiles, so a binary search needs no prefix sums and the grid needs no lengths on the host.
+
+    Returns (sequence, tile within it, first row, number of rows); sequence is -1 or batch_size for
+    rows that belong to none.
+    """
+    low = 0
+    high = batch_size + 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        first_tile = segment_bound(cu_seqlens, middle, batch_size, total) // BLOCK + middle
+        if first_tile <= tile:
+            low = middle
+        else:
+            high = middle - 1
+    start = segment_bound(cu_seqlens, low, batch_size, total)
+    end = tl.maximum(segment_bound(cu_seqlens, low + 1, batch_size, total), start)
+    return low - 1, tile - (start // BLOCK + low), start, end - start
+
+
+@triton.jit
+def packed_range(cu_seqlens, b, batch_size, total):
+    """(first row, number of rows) of sequence ``b``; none for b outside the batch."""
+    index = clamp(b, 0, batch_size - 1)
+    start = clamp(tl.load(cu_seqlens + index), 0, total)
+    end = clamp(tl.load(cu_seqlens + index + 1), start, total)
+    return start, tl.where((b < 0) | (b >= batch_size), 0, end - start)
+
+
+@triton.jit
+def tile_of_program(pid, cu_seqlens, batch_size, nheads, seqlen, num_tiles,
+                    IS_VARLEN: tl.constexpr, REVERSE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """(sequence, head, tile, first row, rows) of a one-dimensional grid, tiles running fastest.
+
+    REVERSE puts the last tiles first: with a causal mask these have the most work.
+    """
+    tile = pid % num_tiles
+    head_batch = pid // num_tiles
+    if REVERSE:
+        tile = num_tiles - 1 - tile
+    h = head_batch % nheads
+    if IS_VARLEN:
+        b, tile, start, rows = locate_packed_tile(cu_seqlens, tile, batch_size, seqlen, BLOCK)
+    else:
+        b = head_batch // nheads
+        start = 0
+        rows = seqlen
+    return b, h, tile, start, rows
+
+
+@triton.jit
+def key_range(b, cu_seqlens_k, seqused_k, leftpad_k, batch_size, seqlen_k,
+              IS_VARLEN: tl.constexpr, IS_PAGED: tl.constexpr,
+              HAS_SEQUSED: tl.constexpr, HAS_LEFTPAD: tl.constexpr):  # fmt: skip
+    """(first row, number of keys) of sequence ``b``; ``seqlen_k`` is what the tensors hold."""
+    index = clamp(b, 0, batch_size - 1)
+    first = 0
+    count = seqlen_k
+    if IS_VARLEN:
+        if IS_PAGED:
+            # Only the differences count: pages say where the keys are.
+            length = tl.load(cu_seqlens_k + index + 1) - tl.load(cu_seqlens_k + index)
+            count = clamp(length, 0, seqlen_k)
+        else:
+            first, count = packed_range(cu_seqlens_k, b, batch_size, seqlen_k)
+    if HAS_SEQUSED:
+        count = clamp(tl.load(seqused_k + index), 0, count)
+    if HAS_LEFTPAD:
+        pad = clamp(tl.load(leftpad_k + index), 0, count)
+        first += pad
+        count -= pad
+    return first, tl.where((b < 0) | (b >= batch_size), 0, count)
+
+
+@triton.jit
+def key_bounds(first_row, last_row, seqlen_q, seqlen_k, window_left, window_right,
+               HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):  # fmt: skip
+    """What a tile of rows sees: keys [any_first, any_end) by some row, [all_first, all_end) by all.
+
+    Restates flash_attn.core.masking.visible_keys for the first and the last row of the tile.
+    """
+    shift = seqlen_k - seqlen_q
+    any_first = 0
+    all_first = 0
+    any_end = seqlen_k
+    all_end = seqlen_k
+    if HAS_LEFT:
+        any_first = tl.maximum(first_row + shift - window_left, 0)
+        all_first = tl.maximum(last_row + shift - window_left, 0)
+    if HAS_RIGHT:
+        any_end = tl.minimum(last_row + shift + window_right + 1, seqlen_k)
+        all_end = tl.minimum(first_row + shift + window_right + 1, seqlen_k)
+    return any_first, any_end, all_first, all_end
+
+
+@triton.jit
+def split_loop(any_first, any_end, all_first, all_end, BLOCK: tl.constexpr):
+    """Bounds (a, b, c, d) of the loops over tiles: masked [a, b), unmasked [b, c), masked [c, d)."""
+    a = any_first // BLOCK * BLOCK
+    d = tl.maximum(any_end, a)
+    b = clamp(tl.cdiv(all_first, BLOCK) * BLOCK, a, tl.cdiv(d, BLOCK) * BLOCK)
+    c = tl.maximum(tl.maximum(all_end, 0) // BLOCK * BLOCK, b)
+    return a, b, c, d
+
+
+@triton.jit
+def is_visible(rows, keys, seqlen_q, seqlen_k, window_left, window_right,
+               HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):  # fmt: skip
+    """Which (row, key) pairs are computed; ``rows`` and ``keys`` broadcast against each other."""
+    seen = (keys < seqlen_k) & (rows < seqlen_q)
+    distance = rows + (seqlen_k - seqlen_q) - keys
+    if HAS_LEFT:
+        seen = seen & (distance <= window_left)
+    if HAS_RIGHT:
+        seen = seen & (distance >= -window_right)
+    return seen
+
+
+@triton.jit
+def tanh(x):
+    """Hyperbolic tangent by exp2; absolute error a few 1e-7."""
+    return 1.0 - 2.0 / (1.0 + tl.exp2(x * (2.0 * LOG2E)))
+
+
+@triton.jit
+def transform_scores(s, rows, keys, seqlen_q, seqlen_k, softmax_scale, softcap, slope,
+                     HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr):  # fmt: skip
+    """From q.k to scores in base 2. Also returns tanh(...) where softcap is on, else 0."""
+    capped = 0.0
+    if HAS_SOFTCAP:
+        capped = tanh(s * (softmax_scale / softcap))
+        s = capped * (softcap * LOG2E)
+    else:
+        s = s * (softmax_scale * LOG2E)
+    if HAS_ALIBI:
+        distance = tl.abs(rows + (seqlen_k - seqlen_q) - keys)
+        s = s - distance.to(tl.float32) * (slope * LOG2E)
+    return s, capped
+
+
+@triton.jit
+def dropout_keep(rng_state, head_batch, rows, first_key, keep_threshold,
+                 BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # fmt: skip
+    """(BLOCK_M, BLOCK_N) bool: which weights survive; restates flash_attn.core.rng.keep_mask.
+
+    One Philox call yields the words of four neighbouring keys.
+    """
+    seed = tl.load(rng_state).to(tl.uint64)
+    offset = tl.load(rng_state + 1).to(tl.uint64)
+    key0 = (seed & 0xFFFFFFFF).to(tl.uint32)
+    key1 = (seed >> 32).to(tl.uint32)
+    zeros = tl.zeros([BLOCK_M, BLOCK_N // 4], tl.uint32)
+    groups = first_key // 4 + tl.arange(0, BLOCK_N // 4)
+    c0 = zeros + groups.to(tl.uint32)[None, :]
+    c1 = zeros + rows.to(tl.uint32)[:, None]
+    c2 = zeros + head_batch.to(tl.uint32)
+    c3 = zeros + (offset & 0xFFFFFFFF).to(tl.uint32)
+    w0, w1, w2, w3 = philox_impl(c0, c1, c2, c3, key0, key1, DROPOUT_ROUNDS)
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3)).reshape(BLOCK_M, BLOCK_N)
+    return (words >> 1).to(tl.int32) < keep_threshold
+
+
+@triton.jit
+def tile_offsets(rows, stride, WIDE: tl.constexpr):
+    """Row offsets within a tile, 64 bits wide only where the strides need it."""
+    if WIDE:
+        return rows.to(tl.int64) * stride
+    return rows * stride
+
+
+@triton.jit
+def load_rows(base, rows, stride, cols, rows_end, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+              MASK_ROWS: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
+    """Load a (rows, BLOCK_D) tile; rows at or past ``rows_end`` and padded columns read as 0."""
+    pointers = base + tile_offsets(rows, stride, WIDE)[:, None] + cols[None, :]
+    if BLOCK_D != HEAD_DIM:
+        if MASK_ROWS:
+            inside = (rows < rows_end)[:, None] & (cols < HEAD_DIM)[None, :]
+            return tl.load(pointers, mask=inside, other=0.0)
+        return tl.load(pointers, mask=(cols < HEAD_DIM)[None, :], other=0.0)
+    if MASK_ROWS:
+        return tl.load(pointers, mask=(rows < rows_end)[:, None], other=0.0)
+    return tl.load(pointers)
+
+
+@triton.jit
+def store_rows(base, tile, rows, stride, cols, rows_end, HEAD_DIM: tl.constexpr,
+               WIDE: tl.constexpr):  # fmt: skip
+    """Store a tile, leaving out rows at or past ``rows_end`` and padded columns."""
+    pointers = base + tile_offsets(rows, stride, WIDE)[:, None] + cols[None, :]
+    inside = (rows < rows_end)[:, None] & (cols < HEAD_DIM)[None, :]
+    tl.store(pointers, tile.to(base.dtype.element_ty), mask=inside)

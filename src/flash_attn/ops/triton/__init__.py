@@ -1,0 +1,1 @@
+"""Fused operations whose GPU kernels are written in Triton."""
