@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
 from flash_attn.errors import ConstraintError, UnsupportedProblemError
 from flash_attn.losses.cross_entropy import CrossEntropyLoss
 from flash_attn.ops.triton import cross_entropy as module
@@ -198,7 +199,9 @@ def _vocab_parallel_rank(rank, world_size, address):
             losses.sum().backward()
             torch.testing.assert_close(losses.double(), want, rtol=1e-5, atol=2e-6)
             torch.testing.assert_close(z_losses.double(), want_z, rtol=1e-5, atol=2e-6)
-            torch.testing.assert_close(local.grad.double(), wide.grad[:, part], rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(
+                local.grad.double(), wide.grad[:, part], rtol=1e-5, atol=1e-6
+            )
     finally:
         dist.destroy_process_group()
 
@@ -243,7 +246,12 @@ def _interpreted_vocab_parts() -> None:
 def test_kernels_in_the_interpreter():
     env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
-        [sys.executable, __file__], env=env, capture_output=True, text=True, timeout=240, check=False
+        [sys.executable, __file__],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
 

@@ -6,7 +6,7 @@
     ds[i, j] = p[i, j] (dp[i, j] - delta[i])          times 1 - tanh^2 with softcap
     dv[j] = sum_i keep p dout[i],   dk[j] = scale sum_i ds q[i],   dq[i] = scale sum_j ds k[j]
 
-* ``attention_delta``: delta of all rows.
+* ``attention_row_statistics``: delta and log-sum-exp of all rows, padded.
 * ``attention_dkdv``: one program owns one tile of keys of one key head and walks over the queries
   that see it, for every query head of the group, so that dk and dv are summed in float32 in
   registers. It works on transposed tiles (keys x queries).
@@ -23,10 +23,11 @@ from .common import (
     clamp,
     dropout_keep,
     int64,
-    is_visible,
+    is_between,
     key_bounds,
     load_rows,
     packed_range,
+    seen_interval,
     split_loop,
     store_rows,
     tile_of_program,
@@ -36,78 +37,106 @@ from .common import (
 _LENGTHS = (
     "batch_size", "nheads", "nheads_k", "group", "seqlen_q", "seqlen_k", "num_tiles",
     "window_left", "window_right", "keep_threshold", "stride_slope", "stride_lb", "stride_lh",
-    "stride_db", "stride_dh", "rows_total", "rows_padded",
+    "stride_db", "stride_dh",
 )  # fmt: skip
 _METADATA = (
-    "cu_seqlens_q", "cu_seqlens_k", "alibi_slopes", "rng_state", "lse", "softmax_d",
+    "cu_seqlens_q", "cu_seqlens_k", "alibi_slopes", "rng_state", "lse",
 )  # fmt: skip
+
+
+@triton.jit
+def statistics_start(cu_seqlens_q, b, batch_size, total, IS_VARLEN: tl.constexpr):
+    """First element of sequence ``b`` in the row statistics: each has its length up to 128."""
+    start = 0
+    if IS_VARLEN:
+        start = (clamp(tl.load(cu_seqlens_q + b), 0, total) + 128 * b) // 128 * 128
+    return start
 
 
 @triton.jit(do_not_specialize=_LENGTHS, do_not_specialize_on_alignment=_METADATA)
-def attention_delta(
-    out, dout, softmax_d,
-    stride_ob, stride_om, stride_oh, stride_gb, stride_gm, stride_gh, stride_db, stride_dh,
-    nheads, rows_total, rows_padded, num_tiles,
+def attention_row_statistics(
+    out, dout, lse, softmax_d, lse_log2,
+    stride_ob, stride_om, stride_oh, stride_gb, stride_gm, stride_gh,
+    stride_lb, stride_lh, stride_db, stride_dh,
+    cu_seqlens_q, batch_size, nheads, seqlen_q, num_tiles,
     HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    IS_VARLEN: tl.constexpr,
 ):  # fmt: skip
-    """softmax_d[i] = sum_d out[i, d] * dout[i, d] in float32; 0 in the padding up to rows_padded."""
-    pid = tl.program_id(0)
-    tile = pid % num_tiles
-    h = (pid // num_tiles) % nheads
-    b = (pid // num_tiles) // nheads
-    start = tile * BLOCK_M
-    rows = tl.arange(0, BLOCK_M)
+    """delta and log-sum-exp in base 2 of 128 rows, BLOCK_M at a time.
+
+    Rows past a sequence's end, up to a multiple of 128, and rows that see no key get 0 and +inf,
+    so that the main kernels need no masks when they load.
+    """
+    b, h, tile, q_start, rows_q = tile_of_program(
+        tl.program_id(0), cu_seqlens_q, batch_size, nheads, seqlen_q, num_tiles,
+        IS_VARLEN, False, 128,
+    )  # fmt: skip
+    if (tile * 128 >= rows_q) | (b < 0) | (b >= batch_size):
+        return
+    batch = int64(0) if IS_VARLEN else int64(b)
+    head = int64(h)
     cols = tl.arange(0, BLOCK_D)
-    inside = (start + rows < rows_total)[:, None] & (cols < HEAD_DIM)[None, :]
-    head, batch, first = h.to(tl.int64), b.to(tl.int64), start.to(tl.int64)
-    out += batch * stride_ob + head * stride_oh + first * stride_om
-    dout += batch * stride_gb + head * stride_gh + first * stride_gm
-    wide = rows.to(tl.int64)[:, None]
-    o = tl.load(out + wide * stride_om + cols[None, :], mask=inside, other=0.0).to(tl.float32)
-    do = tl.load(dout + wide * stride_gm + cols[None, :], mask=inside, other=0.0).to(tl.float32)
-    target = softmax_d + batch * stride_db + head * stride_dh + start + rows
-    tl.store(target, tl.sum(o * do, 1), mask=start + rows < rows_padded)
+    start = statistics_start(cu_seqlens_q, b, batch_size, seqlen_q, IS_VARLEN)
+    out += batch * stride_ob + head * stride_oh
+    dout += batch * stride_gb + head * stride_gh
+    lse += batch * stride_lb + head * stride_lh + q_start
+    target = batch * stride_db + head * stride_dh + start
+    for part in tl.static_range(0, 128 // BLOCK_M):
+        rows = tile * 128 + part * BLOCK_M + tl.arange(0, BLOCK_M)
+        inside = rows < rows_q
+        mask = inside[:, None] & (cols < HEAD_DIM)[None, :]
+        at = (q_start + rows).to(tl.int64)[:, None]
+        o = tl.load(out + at * stride_om + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+        do = tl.load(dout + at * stride_gm + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+        row_lse = tl.load(lse + rows, mask=inside, other=float("inf"))
+        row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse)
+        tl.store(softmax_d + target + rows, tl.sum(o * do, 1))
+        tl.store(lse_log2 + target + rows, row_lse * LOG2E)
 
 
 @triton.jit
-def load_row_statistics(lse, softmax_d, rows, rows_q):
-    """Log-sum-exp in base 2 and delta of a tile of rows; +inf and 0 for rows that do not count."""
-    inside = rows < rows_q
-    row_lse = tl.load(lse + rows, mask=inside, other=float("inf"))
-    row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse) * LOG2E
-    return row_lse, tl.load(softmax_d + rows, mask=inside, other=0.0)
-
-
-@triton.jit
-def dkdv_tiles(dk, dv, k_tile, v_tile, q_base, dout_base, lse, softmax_d, rng_state, begin, end,
-               keys, start_n, cols, seqlen_q, seqlen_k, stride_qm, stride_gm, head_batch,
-               softmax_scale, softcap, slope, window_left, window_right, keep_threshold, dropout_scale,
+def dkdv_tiles(dk, dv, k_tile, v_tile, q_base, dout_base, lse_log2, softmax_d, rng_state, begin,
+               end, group, keys, start_n, cols, first_seen, last_seen, seqlen_q, seqlen_k,
+               stride_qm, stride_qh, stride_gm, stride_gh, stride_dh, head_batch, softmax_scale,
+               softcap, slopes, keep_threshold, dropout_scale,
                HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-               BLOCK_D: tl.constexpr, MASKED: tl.constexpr, HAS_LEFT: tl.constexpr,
-               HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr,
+               BLOCK_D: tl.constexpr, MASKED: tl.constexpr, MASK_ROWS: tl.constexpr,
+               HAS_RIGHT: tl.constexpr,
+               HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr,
                HAS_DROPOUT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Walk over the queries [begin, end) of one head and return the updated (dk, dv)."""
+    """Walk over the tiles [begin, end) of queries of a group of heads; the updated (dk, dv).
+
+    One loop runs over all heads and tiles: a loop within a loop would double the registers.
+    """
     offs_m = tl.arange(0, BLOCK_M)
-    for start_m in range(begin, end, BLOCK_M):
+    count = end - begin
+    for step in range(0, group * count):
+        g = step // count
+        start_m = (begin + step - g * count) * BLOCK_M
         rows = start_m + offs_m
         left = seqlen_q - start_m
-        q = load_rows(q_base + int64(start_m) * stride_qm, offs_m, stride_qm, cols, left,
-                      HEAD_DIM, BLOCK_D, True, WIDE)  # fmt: skip
-        row_lse, delta = load_row_statistics(lse, softmax_d, rows, seqlen_q)
+        first, head = int64(start_m), int64(g)
+        q = load_rows(q_base + head * stride_qh + first * stride_qm, offs_m, stride_qm, cols,
+                      left, HEAD_DIM, BLOCK_D, MASK_ROWS, WIDE)  # fmt: skip
+        row_lse = tl.load(lse_log2 + head * stride_dh + rows)
+        delta = tl.load(softmax_d + head * stride_dh + rows)
+        slope = 0.0
+        if HAS_ALIBI:
+            slope = tl.load(slopes + g)
         s = tl.dot(k_tile, tl.trans(q), input_precision=PRECISION)  # (BLOCK_N, BLOCK_M)
         s, capped = transform_scores(s, rows[None, :], keys[:, None], seqlen_q, seqlen_k,
                                      softmax_scale, softcap, slope, HAS_SOFTCAP, HAS_ALIBI)  # fmt: skip
         p = tl.exp2(s - row_lse[None, :])
         if MASKED:
-            seen = is_visible(rows[None, :], keys[:, None], seqlen_q, seqlen_k, window_left,
-                              window_right, HAS_LEFT, HAS_RIGHT)  # fmt: skip
+            seen = is_between(offs_m[None, :], (first_seen - start_m)[:, None],
+                              (last_seen - start_m)[:, None], HAS_RIGHT)  # fmt: skip
             p = tl.where(seen, p, 0.0)
-        dout = load_rows(dout_base + int64(start_m) * stride_gm, offs_m, stride_gm, cols,
-                         left, HEAD_DIM, BLOCK_D, True, WIDE)  # fmt: skip
+        dout = load_rows(dout_base + head * stride_gh + first * stride_gm, offs_m, stride_gm,
+                         cols, left, HEAD_DIM, BLOCK_D, MASK_ROWS, WIDE)  # fmt: skip
         dropped = p
         dp = tl.dot(v_tile, tl.trans(dout), input_precision=PRECISION)
         if HAS_DROPOUT:
-            keep = tl.trans(dropout_keep(rng_state, head_batch, rows, start_n,
+            keep = tl.trans(dropout_keep(rng_state, head_batch + g, rows, start_n,
                                          keep_threshold, BLOCK_M, BLOCK_N))  # fmt: skip
             dropped = tl.where(keep, p * dropout_scale, 0.0)
             dp = tl.where(keep, dp * dropout_scale, 0.0)
@@ -121,11 +150,11 @@ def dkdv_tiles(dk, dv, k_tile, v_tile, q_base, dout_base, lse, softmax_d, rng_st
 
 @triton.jit(do_not_specialize=_LENGTHS, do_not_specialize_on_alignment=_METADATA)
 def attention_dkdv(
-    q, k, v, dout, lse, softmax_d, dk, dv,
+    q, k, v, dout, lse_log2, softmax_d, dk, dv,
     stride_qb, stride_qm, stride_qh, stride_kb, stride_kn, stride_kh,
     stride_vb, stride_vn, stride_vh, stride_gb, stride_gm, stride_gh,
     stride_dkb, stride_dkn, stride_dkh, stride_dvb, stride_dvn, stride_dvh,
-    stride_lb, stride_lh, stride_db, stride_dh,
+    stride_db, stride_dh,
     cu_seqlens_q, cu_seqlens_k, alibi_slopes, rng_state, stride_slope,
     batch_size, nheads_k, group, seqlen_q, seqlen_k, num_tiles,
     softmax_scale, softcap, window_left, window_right, keep_threshold, dropout_scale,
@@ -169,45 +198,41 @@ def attention_dkdv(
         start_n, last_key, rows_k, rows_q, window_right, window_left, HAS_RIGHT, HAS_LEFT
     )
     a, b_loop, c, d = split_loop(any_first, any_end, all_first, all_end, BLOCK_M)
-    if not HAS_LEFT:
-        c = tl.maximum(d, b_loop)  # nothing to mask at the end: rows past it have lse +inf
+    first_seen, last_seen = seen_interval(
+        keys, rows_k, rows_q, window_right, window_left, HAS_RIGHT, HAS_LEFT
+    )
     acc_dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     acc_dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    for g in range(0, group):
-        h = h_k * group + g
-        head = int64(h)
-        row0 = int64(q_start)
-        q_base = q + batch * stride_qb + head * stride_qh + row0 * stride_qm
-        dout_base = dout + batch * stride_gb + head * stride_gh + row0 * stride_gm
-        lse_base = lse + batch * stride_lb + head * stride_lh + q_start
-        delta_base = softmax_d + batch * stride_db + head * stride_dh + q_start
-        head_batch = b_index * (nheads_k * group) + h
-        slope = 0.0
-        if HAS_ALIBI:
-            slope = tl.load(alibi_slopes + b_index * stride_slope + h)
-        if HAS_RIGHT:
-            acc_dk, acc_dv = dkdv_tiles(
-                acc_dk, acc_dv, k_tile, v_tile, q_base, dout_base, lse_base, delta_base, rng_state,
-                a, tl.minimum(b_loop, d), keys, start_n, cols, rows_q, rows_k, stride_qm, stride_gm,
-                head_batch, softmax_scale, softcap, slope, window_left, window_right,
-                keep_threshold, dropout_scale, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, True,
-                HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, HAS_DROPOUT, WIDE, PRECISION,
-            )  # fmt: skip
+    first_head = int64(h_k) * group
+    q += batch * stride_qb + first_head * stride_qh + int64(q_start) * stride_qm
+    dout += batch * stride_gb + first_head * stride_gh + int64(q_start) * stride_gm
+    at = statistics_start(cu_seqlens_q, b_index, batch_size, seqlen_q, IS_VARLEN)
+    lse_log2 += batch * stride_db + first_head * stride_dh + at
+    softmax_d += batch * stride_db + first_head * stride_dh + at
+    alibi_slopes += b_index * stride_slope + h_k * group
+    head_batch = b_index * (nheads_k * group) + h_k * group
+    if HAS_RIGHT:
         acc_dk, acc_dv = dkdv_tiles(
-            acc_dk, acc_dv, k_tile, v_tile, q_base, dout_base, lse_base, delta_base, rng_state,
-            b_loop, c, keys, start_n, cols, rows_q, rows_k, stride_qm, stride_gm, head_batch,
-            softmax_scale, softcap, slope, window_left, window_right, keep_threshold,
-            dropout_scale, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, False, HAS_LEFT, HAS_RIGHT,
-            HAS_SOFTCAP, HAS_ALIBI, HAS_DROPOUT, WIDE, PRECISION,
+            acc_dk, acc_dv, k_tile, v_tile, q, dout, lse_log2, softmax_d, rng_state, a, b_loop,
+            group, keys, start_n, cols, first_seen, last_seen, rows_q, rows_k, stride_qm, stride_qh,
+            stride_gm, stride_gh, stride_dh, head_batch, softmax_scale, softcap, alibi_slopes,
+            keep_threshold, dropout_scale, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, True, True,
+            HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, HAS_DROPOUT, WIDE, PRECISION,
         )  # fmt: skip
-        if HAS_LEFT:
-            acc_dk, acc_dv = dkdv_tiles(
-                acc_dk, acc_dv, k_tile, v_tile, q_base, dout_base, lse_base, delta_base, rng_state,
-                c, d, keys, start_n, cols, rows_q, rows_k, stride_qm, stride_gm, head_batch, softmax_scale,
-                softcap, slope, window_left, window_right, keep_threshold, dropout_scale,
-                HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, True, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
-                HAS_ALIBI, HAS_DROPOUT, WIDE, PRECISION,
-            )  # fmt: skip
+    acc_dk, acc_dv = dkdv_tiles(
+        acc_dk, acc_dv, k_tile, v_tile, q, dout, lse_log2, softmax_d, rng_state, b_loop, c,
+        group, keys, start_n, cols, first_seen, last_seen, rows_q, rows_k, stride_qm, stride_qh,
+        stride_gm, stride_gh, stride_dh, head_batch, softmax_scale, softcap, alibi_slopes,
+        keep_threshold, dropout_scale, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, False, False,
+        HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, HAS_DROPOUT, WIDE, PRECISION,
+    )  # fmt: skip
+    acc_dk, acc_dv = dkdv_tiles(
+        acc_dk, acc_dv, k_tile, v_tile, q, dout, lse_log2, softmax_d, rng_state, c, d,
+        group, keys, start_n, cols, first_seen, last_seen, rows_q, rows_k, stride_qm, stride_qh,
+        stride_gm, stride_gh, stride_dh, head_batch, softmax_scale, softcap, alibi_slopes,
+        keep_threshold, dropout_scale, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, HAS_LEFT, True,
+        HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, HAS_DROPOUT, WIDE, PRECISION,
+    )  # fmt: skip
 
     # Scale and store.
     dk += batch * stride_dkb + head_k * stride_dkh + first_k * stride_dkn
@@ -218,16 +243,16 @@ def attention_dkdv(
 
 @triton.jit
 def dq_tiles(dq, q_tile, dout_tile, row_lse, delta, k_base, v_base, rng_state, begin, end, rows,
-             cols, keys_first, keys_end, seqlen_q, seqlen_k, stride_kn, stride_vn, head_batch,
-             softmax_scale, softcap, slope, window_left, window_right, keep_threshold,
-             dropout_scale,
+             cols, first_seen, last_seen, keys_first, keys_end, seqlen_q, seqlen_k, stride_kn,
+             stride_vn, head_batch, softmax_scale, softcap, slope, keep_threshold, dropout_scale,
              HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
              BLOCK_D: tl.constexpr, MASKED: tl.constexpr, HAS_LEFT: tl.constexpr,
-             HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr,
+             HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr,
              HAS_DROPOUT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Walk over the keys [begin, end) and return the updated dq."""
+    """Walk over the tiles [begin, end) of keys and return the updated dq."""
     offs_n = tl.arange(0, BLOCK_N)
-    for start_n in range(begin, end, BLOCK_N):
+    for tile in range(begin, end):
+        start_n = tile * BLOCK_N
         keys = start_n + offs_n
         first = int64(start_n)
         inside_end = keys_end - start_n
@@ -244,8 +269,8 @@ def dq_tiles(dq, q_tile, dout_tile, row_lse, delta, k_base, v_base, rng_state, b
                                      softmax_scale, softcap, slope, HAS_SOFTCAP, HAS_ALIBI)  # fmt: skip
         p = tl.exp2(s - row_lse[:, None])
         if MASKED:
-            seen = is_visible(rows[:, None], keys[None, :], seqlen_q, seqlen_k, window_left,
-                              window_right, HAS_LEFT, HAS_RIGHT)  # fmt: skip
+            seen = is_between(offs_n[None, :], (first_seen - start_n)[:, None],
+                              (last_seen - start_n)[:, None], HAS_LEFT)  # fmt: skip
             p = tl.where(seen, p, 0.0)
         dp = tl.dot(dout_tile, tl.trans(v), input_precision=PRECISION)
         if HAS_DROPOUT:
@@ -262,10 +287,10 @@ def dq_tiles(dq, q_tile, dout_tile, row_lse, delta, k_base, v_base, rng_state, b
 
 @triton.jit(do_not_specialize=_LENGTHS, do_not_specialize_on_alignment=_METADATA)
 def attention_dq(
-    q, k, v, dout, lse, softmax_d, dq,
+    q, k, v, dout, lse_log2, softmax_d, dq,
     stride_qb, stride_qm, stride_qh, stride_kb, stride_kn, stride_kh,
     stride_vb, stride_vn, stride_vh, stride_gb, stride_gm, stride_gh,
-    stride_dqb, stride_dqm, stride_dqh, stride_lb, stride_lh, stride_db, stride_dh,
+    stride_dqb, stride_dqm, stride_dqh, stride_db, stride_dh,
     cu_seqlens_q, cu_seqlens_k, alibi_slopes, rng_state, stride_slope,
     batch_size, nheads, group, seqlen_q, seqlen_k, num_tiles,
     softmax_scale, softcap, window_left, window_right, keep_threshold, dropout_scale,
@@ -302,12 +327,12 @@ def attention_dq(
     dout += batch * stride_gb + head * stride_gh + first_q * stride_gm
     q_tile = load_rows(q, offs_m, stride_qm, cols, left_q, HEAD_DIM, BLOCK_D, True, WIDE)
     dout_tile = load_rows(dout, offs_m, stride_gm, cols, left_q, HEAD_DIM, BLOCK_D, True, WIDE)
-    row_lse, delta = load_row_statistics(
-        lse + batch * stride_lb + head * stride_lh + q_start,
-        softmax_d + batch * stride_db + head * stride_dh + q_start,
-        rows,
-        rows_q,
-    )
+    # Rows that belong to no sequence have no statistics and see no keys.
+    counted = (rows < rows_q) & (b >= 0) & (b < batch_size)
+    at = batch * stride_db + head * stride_dh + rows
+    at += statistics_start(cu_seqlens_q, b_index, batch_size, seqlen_q, IS_VARLEN)
+    row_lse = tl.load(lse_log2 + at, mask=counted, other=float("inf"))
+    delta = tl.load(softmax_d + at, mask=counted, other=0.0)
     row0 = int64(k_start)
     k_base = k + batch * stride_kb + head_k * stride_kh + row0 * stride_kn
     v_base = v + batch * stride_vb + head_k * stride_vh + row0 * stride_vn
@@ -323,27 +348,30 @@ def attention_dq(
     )
     a, b_loop, c, d = split_loop(any_first, any_end, all_first, all_end, BLOCK_N)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    first_seen, last_seen = seen_interval(
+        rows, rows_q, rows_k, window_left, window_right, HAS_LEFT, HAS_RIGHT
+    )
     if HAS_LEFT:
         acc = dq_tiles(
-            acc, q_tile, dout_tile, row_lse, delta, k_base, v_base, rng_state, a,
-            tl.minimum(b_loop, d), rows, cols, any_first, any_end, rows_q, rows_k, stride_kn,
-            stride_vn, head_batch, softmax_scale, softcap, slope, window_left, window_right,
-            keep_threshold, dropout_scale, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, True, HAS_LEFT,
-            HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, HAS_DROPOUT, WIDE, PRECISION,
+            acc, q_tile, dout_tile, row_lse, delta, k_base, v_base, rng_state, a, b_loop, rows, cols,
+            first_seen, last_seen, any_first, any_end, rows_q, rows_k, stride_kn, stride_vn,
+            head_batch, softmax_scale, softcap, slope, keep_threshold, dropout_scale, HEAD_DIM,
+            BLOCK_M, BLOCK_N, BLOCK_D, True, HAS_LEFT, HAS_SOFTCAP, HAS_ALIBI, HAS_DROPOUT, WIDE,
+            PRECISION,
         )  # fmt: skip
     acc = dq_tiles(
         acc, q_tile, dout_tile, row_lse, delta, k_base, v_base, rng_state, b_loop, c, rows, cols,
-        any_first, any_end, rows_q, rows_k, stride_kn, stride_vn, head_batch, softmax_scale,
-        softcap, slope, window_left, window_right, keep_threshold, dropout_scale, HEAD_DIM,
-        BLOCK_M, BLOCK_N, BLOCK_D, False, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI,
-        HAS_DROPOUT, WIDE, PRECISION,
+        first_seen, last_seen, any_first, any_end, rows_q, rows_k, stride_kn, stride_vn,
+        head_batch, softmax_scale, softcap, slope, keep_threshold, dropout_scale, HEAD_DIM,
+        BLOCK_M, BLOCK_N, BLOCK_D, False, HAS_LEFT, HAS_SOFTCAP, HAS_ALIBI, HAS_DROPOUT, WIDE,
+        PRECISION,
     )  # fmt: skip
     acc = dq_tiles(
         acc, q_tile, dout_tile, row_lse, delta, k_base, v_base, rng_state, c, d, rows, cols,
-        any_first, any_end, rows_q, rows_k, stride_kn, stride_vn, head_batch, softmax_scale,
-        softcap, slope, window_left, window_right, keep_threshold, dropout_scale, HEAD_DIM,
-        BLOCK_M, BLOCK_N, BLOCK_D, True, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI,
-        HAS_DROPOUT, WIDE, PRECISION,
+        first_seen, last_seen, any_first, any_end, rows_q, rows_k, stride_kn, stride_vn,
+        head_batch, softmax_scale, softcap, slope, keep_threshold, dropout_scale, HEAD_DIM,
+        BLOCK_M, BLOCK_N, BLOCK_D, True, HAS_LEFT, HAS_SOFTCAP, HAS_ALIBI, HAS_DROPOUT, WIDE,
+        PRECISION,
     )  # fmt: skip
 
     # Scale and store.

@@ -135,25 +135,43 @@ def key_bounds(first_row, last_row, seqlen_q, seqlen_k, window_left, window_righ
 
 @triton.jit
 def split_loop(any_first, any_end, all_first, all_end, BLOCK: tl.constexpr):
-    """Bounds (a, b, c, d) of the loops over tiles: masked [a, b), unmasked [b, c), masked [c, d)."""
-    a = any_first // BLOCK * BLOCK
-    d = tl.maximum(any_end, a)
-    b = clamp(tl.cdiv(all_first, BLOCK) * BLOCK, a, tl.cdiv(d, BLOCK) * BLOCK)
-    c = tl.maximum(tl.maximum(all_end, 0) // BLOCK * BLOCK, b)
+    """Bounds (a, b, c, d) of the loops over tiles: masked [a, b), unmasked [b, c), masked [c, d).
+
+    Loops count tiles, not rows: with a unit step the compiler proves more about them, and the
+    tensor-core instructions of one iteration stay in flight into the next.
+    """
+    a = any_first // BLOCK
+    d = tl.maximum(tl.cdiv(tl.maximum(any_end, 0), BLOCK), a)
+    b = clamp(tl.cdiv(all_first, BLOCK), a, d)
+    c = clamp(tl.maximum(all_end, 0) // BLOCK, b, d)
     return a, b, c, d
 
 
 @triton.jit
-def is_visible(rows, keys, seqlen_q, seqlen_k, window_left, window_right,
-               HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):  # fmt: skip
-    """Which (row, key) pairs are computed; ``rows`` and ``keys`` broadcast against each other."""
-    seen = (keys < seqlen_k) & (rows < seqlen_q)
-    distance = rows + (seqlen_k - seqlen_q) - keys
+def seen_interval(rows, seqlen_q, seqlen_k, window_left, window_right,
+                  HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):  # fmt: skip
+    """(first, last) key that each row sees. Restates flash_attn.core.masking.visible_keys.
+
+    A mask is then two comparisons with vectors that are computed once; pairwise distances would
+    occupy as many registers as the scores.
+    """
+    position = rows + (seqlen_k - seqlen_q)
+    first = tl.zeros_like(rows)
+    last = tl.zeros_like(rows) + (seqlen_k - 1)
     if HAS_LEFT:
-        seen = seen & (distance <= window_left)
+        first = tl.maximum(position - window_left, 0)
     if HAS_RIGHT:
-        seen = seen & (distance >= -window_right)
-    return seen
+        last = tl.minimum(position + window_right, last)
+    return first, last
+
+
+@triton.jit
+def is_between(values, first, last, HAS_FIRST: tl.constexpr):
+    """first <= values <= last; the lower bound is compared only if there is one."""
+    inside = values <= last
+    if HAS_FIRST:
+        inside = inside & (values >= first)
+    return inside
 
 
 @triton.jit
@@ -204,8 +222,10 @@ def dropout_keep(rng_state, head_batch, rows, first_key, keep_threshold,
 def tile_offsets(rows, stride, WIDE: tl.constexpr):
     """Row offsets within a tile, 64 bits wide only where the strides need it."""
     if WIDE:
-        return rows.to(tl.int64) * stride
-    return rows * stride
+        offsets = rows.to(tl.int64) * stride
+    else:
+        offsets = rows * stride
+    return offsets
 
 
 @triton.jit

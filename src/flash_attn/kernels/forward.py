@@ -20,10 +20,11 @@ from .common import (
     LOG2E,
     clamp,
     dropout_keep,
-    is_visible,
+    is_between,
     key_bounds,
     key_range,
     load_rows,
+    seen_interval,
     split_loop,
     store_rows,
     tile_of_program,
@@ -65,17 +66,18 @@ def load_keys(base, start_n, first_key, stride_n, stride_page, table, page_size,
 
 @triton.jit
 def attend_tiles(acc, l_i, m_i, q, k_base, v_base, table, rng_state, begin, end, rows, cols,
-                 first_key, keys_first, keys_end, seqlen_q, seqlen_k, stride_kn, stride_vn,
-                 stride_kb, stride_vb, page_size, num_pages, head_batch, softmax_scale, softcap,
-                 slope, window_left, window_right, keep_threshold,
+                 first_seen, last_seen, first_key, keys_first, keys_end, seqlen_q, seqlen_k,
+                 stride_kn, stride_vn, stride_kb, stride_vb, page_size, num_pages, head_batch,
+                 softmax_scale, softcap, slope, keep_threshold,
                  HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                  BLOCK_D: tl.constexpr, MASKED: tl.constexpr, FOLD_SCALE: tl.constexpr,
-                 HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+                 HAS_LEFT: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
                  HAS_ALIBI: tl.constexpr, HAS_DROPOUT: tl.constexpr, IS_PAGED: tl.constexpr,
                  WIDE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Walk over the keys [begin, end) and return the updated (acc, l_i, m_i)."""
+    """Walk over the tiles [begin, end) of keys and return the updated (acc, l_i, m_i)."""
     offs_n = tl.arange(0, BLOCK_N)
-    for start_n in range(begin, end, BLOCK_N):
+    for tile in range(begin, end):
+        start_n = tile * BLOCK_N
         k = load_keys(k_base, start_n, first_key, stride_kn, stride_kb, table, page_size,
                       num_pages, cols, keys_first, keys_end, HEAD_DIM, BLOCK_N, BLOCK_D,
                       IS_PAGED, MASKED, WIDE)  # fmt: skip
@@ -85,8 +87,8 @@ def attend_tiles(acc, l_i, m_i, q, k_base, v_base, table, rng_state, begin, end,
             s, _ = transform_scores(s, rows[:, None], keys[None, :], seqlen_q, seqlen_k,
                                     softmax_scale, softcap, slope, HAS_SOFTCAP, HAS_ALIBI)  # fmt: skip
         if MASKED:
-            seen = is_visible(rows[:, None], keys[None, :], seqlen_q, seqlen_k, window_left,
-                              window_right, HAS_LEFT, HAS_RIGHT)  # fmt: skip
+            seen = is_between(offs_n[None, :], (first_seen - start_n)[:, None],
+                              (last_seen - start_n)[:, None], HAS_LEFT)  # fmt: skip
             s = tl.where(seen, s, float("-inf"))
         if FOLD_SCALE:
             # One fused multiply-add an element: the scale, which is positive here, commutes with max.
@@ -198,32 +200,36 @@ def attention_forward(
         all_first = tl.maximum(all_first, any_first)
         all_end = tl.minimum(all_end, any_end)
     a, b_loop, c, d = split_loop(any_first, any_end, all_first, all_end, BLOCK_N)
+    first_seen, last_seen = seen_interval(
+        rows, rows_q, rows_k, window_left, window_right, HAS_LEFT, HAS_RIGHT
+    )
+    if SPLIT:
+        last_seen = tl.minimum(last_seen, any_end - 1)
     head_batch = b_index * nheads + h
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    if HAS_LEFT or SPLIT:
+    if HAS_LEFT:
         acc, l_i, m_i = attend_tiles(
-            acc, l_i, m_i, q_tile, k_base, v_base, table, rng_state, a, tl.minimum(b_loop, d),
-            rows, cols, first_key, any_first, any_end, rows_q, rows_k, stride_kn, stride_vn,
-            stride_kb, stride_vb, page_size, num_pages, head_batch, softmax_scale, softcap, slope,
-            window_left, window_right, keep_threshold, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, True,
-            FOLD_SCALE, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, HAS_DROPOUT, IS_PAGED, WIDE,
-            PRECISION,
+            acc, l_i, m_i, q_tile, k_base, v_base, table, rng_state, a, b_loop, rows, cols,
+            first_seen, last_seen, first_key, any_first, any_end, rows_q, rows_k, stride_kn,
+            stride_vn, stride_kb, stride_vb, page_size, num_pages, head_batch, softmax_scale,
+            softcap, slope, keep_threshold, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, True, FOLD_SCALE,
+            HAS_LEFT, HAS_SOFTCAP, HAS_ALIBI, HAS_DROPOUT, IS_PAGED, WIDE, PRECISION,
         )  # fmt: skip
     acc, l_i, m_i = attend_tiles(
         acc, l_i, m_i, q_tile, k_base, v_base, table, rng_state, b_loop, c, rows, cols,
-        first_key, any_first, any_end, rows_q, rows_k, stride_kn, stride_vn, stride_kb, stride_vb,
-        page_size, num_pages, head_batch, softmax_scale, softcap, slope, window_left,
-        window_right, keep_threshold, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, False, FOLD_SCALE,
-        HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, HAS_DROPOUT, IS_PAGED, WIDE, PRECISION,
+        first_seen, last_seen, first_key, any_first, any_end, rows_q, rows_k, stride_kn,
+        stride_vn, stride_kb, stride_vb, page_size, num_pages, head_batch, softmax_scale,
+        softcap, slope, keep_threshold, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, False, FOLD_SCALE,
+        HAS_LEFT, HAS_SOFTCAP, HAS_ALIBI, HAS_DROPOUT, IS_PAGED, WIDE, PRECISION,
     )  # fmt: skip
     acc, l_i, m_i = attend_tiles(
         acc, l_i, m_i, q_tile, k_base, v_base, table, rng_state, c, d, rows, cols,
-        first_key, any_first, any_end, rows_q, rows_k, stride_kn, stride_vn, stride_kb, stride_vb,
-        page_size, num_pages, head_batch, softmax_scale, softcap, slope, window_left,
-        window_right, keep_threshold, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, True, FOLD_SCALE,
-        HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, HAS_DROPOUT, IS_PAGED, WIDE, PRECISION,
+        first_seen, last_seen, first_key, any_first, any_end, rows_q, rows_k, stride_kn,
+        stride_vn, stride_kb, stride_vb, page_size, num_pages, head_batch, softmax_scale,
+        softcap, slope, keep_threshold, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, True, FOLD_SCALE,
+        HAS_LEFT, HAS_SOFTCAP, HAS_ALIBI, HAS_DROPOUT, IS_PAGED, WIDE, PRECISION,
     )  # fmt: skip
 
     # Normalise and store.

@@ -12,9 +12,10 @@ from .common import (
     clamp,
     dropout_keep,
     int64,
-    is_visible,
+    is_between,
     load_rows,
     packed_range,
+    seen_interval,
     tile_of_program,
     transform_scores,
 )
@@ -31,8 +32,10 @@ def masked_scores(q_tile, k_base, start_n, stride_kn, rows, keys, cols, seqlen_q
     s = tl.dot(q_tile, tl.trans(k), input_precision=PRECISION)
     s, _ = transform_scores(s, rows[:, None], keys[None, :], seqlen_q, seqlen_k, softmax_scale,
                             softcap, slope, False, HAS_ALIBI)  # fmt: skip
-    seen = is_visible(rows[:, None], keys[None, :], seqlen_q, seqlen_k, window_left, window_right,
-                      HAS_LEFT, HAS_RIGHT)  # fmt: skip
+    first, last = seen_interval(rows, seqlen_q, seqlen_k, window_left, window_right, HAS_LEFT,
+                                HAS_RIGHT)  # fmt: skip
+    seen = is_between(keys[None, :], first[:, None], last[:, None], True)
+    seen = seen & (rows < seqlen_q)[:, None]
     return tl.where(seen, s, float("-inf")), seen
 
 

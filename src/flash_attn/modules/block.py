@@ -39,7 +39,8 @@ class StochasticDepth(nn.Module):
 def _default_mixer(dim: int) -> nn.Module:
     from .mha import MHA
 
-    return MHA(dim, num_heads=dim // 64)
+    mixer: nn.Module = MHA(dim, num_heads=dim // 64)
+    return mixer
 
 
 def _check_fusable(norm: nn.Module, dropout: nn.Module) -> None:

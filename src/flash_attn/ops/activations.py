@@ -24,7 +24,8 @@ def gelu_fwd(x: Tensor) -> Tensor:
 
 def gelu_bwd(g: Tensor, x: Tensor) -> Tensor:
     """Return the gradient of ``gelu_fwd`` at ``x`` for the output gradient ``g``."""
-    return torch.ops.aten.gelu_backward(_wide(g), _wide(x), approximate="tanh").to(x.dtype)
+    grad: Tensor = torch.ops.aten.gelu_backward(_wide(g), _wide(x), approximate="tanh")
+    return grad.to(x.dtype)
 
 
 def bias_gelu(y: Tensor, bias: Tensor) -> Tensor:
@@ -81,13 +82,13 @@ class _SwiGLU(torch.autograd.Function):
     """Keep the narrow inputs instead of the wide intermediates that autograd would keep."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
         ctx.save_for_backward(x, y)
         return swiglu_fwd(x, y)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
         x, y = ctx.saved_tensors
         dx, dy = swiglu_bwd(x, y, g)
         return dx.sum_to_size(x.shape), dy.sum_to_size(y.shape)
@@ -103,5 +104,5 @@ def swiglu(x: Tensor, y: Tensor) -> Tensor:
     Returns:
         A tensor in the dtype of ``x``.
     """
-    out: Tensor = _SwiGLU.apply(x, y)
+    out: Tensor = _SwiGLU.apply(x, y)  # type: ignore[no-untyped-call]
     return out

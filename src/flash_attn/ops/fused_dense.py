@@ -55,12 +55,12 @@ class _Enter(torch.autograd.Function):
     """Bring the input to every rank; the ranks' input gradients add up."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Any, sequence_parallel: bool) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, group: Any, sequence_parallel: bool) -> Tensor:
         ctx.group, ctx.sequence_parallel = group, sequence_parallel
         return _gather(x, group) if sequence_parallel else x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
         return (_scatter_sum if ctx.sequence_parallel else _all_sum)(g, ctx.group), None, None
 
 
@@ -68,26 +68,26 @@ class _Leave(torch.autograd.Function):
     """Add up the ranks' outputs; every rank needs the whole output gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Any, sequence_parallel: bool) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, group: Any, sequence_parallel: bool) -> Tensor:
         ctx.group, ctx.sequence_parallel = group, sequence_parallel
         return (_scatter_sum if sequence_parallel else _all_sum)(x, group)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
         return (_gather(g, ctx.group) if ctx.sequence_parallel else g), None, None
 
 
 def _enter(x: Tensor, group: Any, sequence_parallel: bool) -> Tensor:
     if group is None:
         return x
-    out: Tensor = _Enter.apply(x, group, sequence_parallel)
+    out: Tensor = _Enter.apply(x, group, sequence_parallel)  # type: ignore[no-untyped-call]
     return out
 
 
 def _leave(x: Tensor, group: Any, sequence_parallel: bool) -> Tensor:
     if group is None:
         return x
-    out: Tensor = _Leave.apply(x, group, sequence_parallel)
+    out: Tensor = _Leave.apply(x, group, sequence_parallel)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -140,7 +140,7 @@ class FusedDense(nn.Linear):
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
         self.return_residual = return_residual
 
-    def forward(self, x: Tensor, process_group: Any = None) -> Any:  # type: ignore[override]
+    def forward(self, x: Tensor, process_group: Any = None) -> Any:
         """Apply the layer to ``x`` (..., in_features)."""
         return fused_dense_func(
             x, self.weight, self.bias, self.return_residual, process_group=process_group

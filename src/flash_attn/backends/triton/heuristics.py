@@ -14,8 +14,16 @@ from ...core.plan import PlanKey, TilePlan, overridden, report
 _Table = dict[tuple[str, int], TilePlan]
 
 
-def _table(forward: tuple[int, ...], dkdv: tuple[int, ...], dq: tuple[int, ...]) -> dict[str, TilePlan]:
+def _table(
+    forward: tuple[int, ...], dkdv: tuple[int, ...], dq: tuple[int, ...]
+) -> dict[str, TilePlan]:
     return {"forward": TilePlan(*forward), "dkdv": TilePlan(*dkdv), "dq": TilePlan(*dq)}
+
+
+def _variants(**rows: list[tuple[int, ...]]) -> dict[str, tuple[TilePlan, ...]]:
+    """By kernel, the plans without a mask, with one, and with heavy features; the last repeats."""
+    plans = {kernel: [TilePlan(*row) for row in given] for kernel, given in rows.items()}
+    return {kernel: tuple((found + [found[-1]] * 2)[:3]) for kernel, found in plans.items()}
 
 
 # Hopper.
@@ -26,13 +34,113 @@ _SM90 = {
     128: _table((128, 64, 8, 3), (64, 128, 8, 2), (128, 64, 8, 3)),
     256: _table((128, 32, 8, 2), (32, 64, 8, 1), (64, 32, 8, 2)),
 }
-# Whatever else: small tiles that fit 99 KB of shared memory.
+# Ampere data centre GPUs: 163 KB of shared memory.
+_SM80 = {
+    16: _variants(
+        forward=[(128, 64, 4, 3)],
+        dkdv=[(64, 128, 8, 2)],
+        dq=[(128, 64, 8, 3)],
+    ),
+    32: _variants(
+        forward=[(128, 64, 4, 3)],
+        dkdv=[(64, 128, 8, 2), (64, 128, 8, 2), (32, 128, 8, 2)],
+        dq=[(128, 64, 8, 3)],
+    ),
+    64: _variants(
+        forward=[(128, 64, 4, 3), (128, 64, 4, 3), (128, 64, 8, 3)],
+        dkdv=[(32, 128, 8, 2)],
+        dq=[(128, 64, 8, 2), (128, 64, 8, 2), (128, 32, 8, 2)],
+    ),
+    128: _variants(
+        forward=[(128, 32, 8, 2)],
+        dkdv=[(32, 128, 8, 2), (64, 64, 8, 1)],
+        dq=[(128, 32, 8, 2), (128, 32, 8, 2), (128, 32, 8, 1)],
+    ),
+    256: _variants(
+        forward=[(64, 64, 8, 2), (64, 32, 8, 2)],
+        dkdv=[(32, 64, 8, 2), (32, 64, 8, 2), (16, 32, 8, 1)],
+        dq=[(64, 64, 8, 2), (64, 32, 8, 1)],
+    ),
+}
+# The other Ampere, Ada and GeForce Blackwell GPUs, and any unknown one: 99 KB of shared memory.
+_SM86 = {
+    16: _variants(
+        forward=[(128, 64, 4, 3), (128, 64, 4, 3), (128, 64, 4, 2)],
+        dkdv=[(64, 128, 8, 2)],
+        dq=[(128, 64, 8, 3)],
+    ),
+    32: _variants(
+        forward=[(128, 64, 4, 3)],
+        dkdv=[(64, 128, 8, 2)],
+        dq=[(128, 64, 8, 3)],
+    ),
+    64: _variants(
+        forward=[(128, 64, 4, 3), (128, 64, 4, 3), (128, 64, 8, 3)],
+        dkdv=[(64, 128, 8, 2), (64, 128, 8, 2), (32, 128, 8, 2)],
+        dq=[(128, 64, 8, 2), (128, 64, 8, 2), (128, 32, 8, 2)],
+    ),
+    128: _variants(
+        forward=[(128, 64, 8, 3), (128, 32, 8, 2), (64, 32, 4, 2)],
+        dkdv=[(32, 128, 8, 2), (64, 64, 8, 1)],
+        dq=[(128, 32, 8, 2)],
+    ),
+    256: _variants(
+        forward=[(64, 32, 8, 2)],
+        dkdv=[(16, 64, 8, 1), (16, 64, 8, 1), (16, 32, 8, 1)],
+        dq=[(64, 32, 8, 1), (64, 32, 8, 1), (32, 32, 8, 1)],
+    ),
+}
+# Blackwell data centre GPUs: products accumulate in tensor memory.
+_SM100 = {
+    16: _variants(
+        forward=[(128, 64, 4, 3), (128, 64, 4, 3), (64, 64, 4, 2)],
+        dkdv=[(64, 128, 8, 2)],
+        dq=[(128, 64, 8, 3)],
+    ),
+    32: _variants(
+        forward=[(128, 64, 4, 3), (128, 64, 4, 3), (64, 64, 4, 3)],
+        dkdv=[(64, 128, 8, 2)],
+        dq=[(128, 64, 8, 3)],
+    ),
+    64: _variants(
+        forward=[(128, 64, 4, 3), (128, 64, 4, 3), (128, 64, 8, 3)],
+        dkdv=[(64, 128, 8, 2)],
+        dq=[(128, 64, 8, 2)],
+    ),
+    128: _variants(
+        forward=[(128, 64, 8, 3)],
+        dkdv=[(64, 128, 8, 2)],
+        dq=[(128, 64, 8, 2)],
+    ),
+    256: _variants(
+        forward=[(128, 32, 8, 2), (128, 32, 8, 2), (64, 64, 8, 2)],
+        dkdv=[(32, 64, 8, 2), (32, 64, 8, 1)],
+        dq=[(64, 64, 8, 2), (64, 32, 8, 2)],
+    ),
+}
+# CDNA GPUs: 64 KB of shared memory, up to 512 registers with 4 warps of 64 threads.
+_GFX942 = {
+    16: _variants(forward=[(128, 64, 4, 1)], dkdv=[(64, 64, 4, 1)], dq=[(64, 64, 4, 1)]),
+    32: _variants(forward=[(128, 64, 4, 1)], dkdv=[(64, 64, 4, 1)], dq=[(64, 64, 4, 1)]),
+    64: _variants(forward=[(128, 64, 4, 1)], dkdv=[(64, 64, 4, 1)], dq=[(64, 64, 4, 1)]),
+    128: _variants(
+        forward=[(128, 64, 8, 1), (128, 64, 8, 1), (128, 64, 4, 1)],
+        dkdv=[(32, 64, 4, 1)],
+        dq=[(64, 32, 4, 1)],
+    ),
+    256: _variants(
+        forward=[(128, 32, 8, 1), (64, 32, 4, 1)],
+        dkdv=[(32, 32, 4, 1), (16, 32, 4, 1)],
+        dq=[(32, 32, 4, 1)],
+    ),
+}
+# The interpreter: small tiles, so that small problems have several.
 _GENERIC = {
-    16: _table((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
-    32: _table((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
-    64: _table((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
-    128: _table((64, 32, 4, 2), (32, 64, 4, 1), (64, 32, 4, 1)),
-    256: _table((64, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
+    16: _variants(forward=[(64, 64, 4, 2)], dkdv=[(64, 64, 4, 2)], dq=[(64, 64, 4, 2)]),
+    32: _variants(forward=[(64, 64, 4, 2)], dkdv=[(64, 64, 4, 2)], dq=[(64, 64, 4, 2)]),
+    64: _variants(forward=[(64, 64, 4, 2)], dkdv=[(64, 64, 4, 2)], dq=[(64, 64, 4, 2)]),
+    128: _variants(forward=[(64, 32, 4, 2)], dkdv=[(32, 64, 4, 1)], dq=[(64, 32, 4, 1)]),
+    256: _variants(forward=[(64, 32, 8, 1)], dkdv=[(32, 32, 8, 1)], dq=[(32, 32, 8, 1)]),
 }
 # Full float32 products have no tensor cores to feed: tiles are small.
 _FLOAT32 = {
@@ -44,14 +152,26 @@ _FLOAT32 = {
 }
 
 
+def _family(arch: str) -> dict[int, dict[str, tuple[TilePlan, ...]]]:
+    """The table of ``arch``, or of its closest relative."""
+    if arch == "sm80":
+        return _SM80
+    if arch.startswith("sm10"):
+        return _SM100
+    if arch.startswith("gfx"):
+        return _GFX942
+    return _SM86 if arch.startswith("sm") else _GENERIC
+
+
 @lru_cache(maxsize=1024)
 def _lookup(key: PlanKey) -> TilePlan:
+    variant = 2 if key.heavy else int(key.masked)
     if key.itemsize == 4:
         plan = _FLOAT32[key.block_d][key.kernel]
     elif key.arch == "sm90":
         plan = _SM90[key.block_d][key.kernel]
     else:
-        plan = _GENERIC[key.block_d][key.kernel]
+        plan = _family(key.arch)[key.block_d][key.kernel][variant]
     if key.few_rows and key.kernel == "forward":
         plan = TilePlan(16, min(plan.block_n, 64), 4, plan.num_stages)
     return plan

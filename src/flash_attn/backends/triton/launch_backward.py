@@ -11,7 +11,7 @@ from torch import Tensor
 from ...core.device import guard
 from ...core.outputs import softmax_d_shape
 from ...core.problem import AttentionProblem, BackwardInputs
-from ...kernels.backward import attention_delta, attention_dkdv, attention_dq
+from ...kernels.backward import attention_dkdv, attention_dq, attention_row_statistics
 from .heuristics import plan_for
 from .launch import (
     Facts,
@@ -27,37 +27,45 @@ from .launch import (
 
 def backward(problem: AttentionProblem, inputs: BackwardInputs) -> Tensor:
     """Write dq, dk, dv in place, honouring their strides; returns softmax_d."""
-    softmax_d = torch.empty(softmax_d_shape(problem), dtype=torch.float32, device=problem.q.device)
+    shape = (2, *softmax_d_shape(problem))
+    # Row statistics, each sequence padded to a multiple of 128 rows: delta and base-2 LSE.
+    softmax_d, lse_log2 = torch.empty(shape, dtype=torch.float32, device=problem.q.device)
     lse = inputs.softmax_lse
     lse = lse if lse.stride(-1) == 1 or lse.shape[-1] == 1 else lse.contiguous()
     inputs = inputs._replace(softmax_lse=lse)
     with guard(problem.q):
         facts = facts_of(problem)
-        _launch_delta(problem, inputs, facts, softmax_d)
-        common = _common_arguments(problem, inputs, softmax_d, facts)
-        _launch_dkdv(problem, inputs, facts, softmax_d, common)
-        _launch_dq(problem, inputs, facts, softmax_d, common)
+        _launch_row_statistics(problem, inputs, facts, softmax_d, lse_log2)
+        common = _common_arguments(problem, inputs, facts)
+        _launch_dkdv(problem, inputs, facts, lse_log2, softmax_d, common)
+        _launch_dq(problem, inputs, facts, lse_log2, softmax_d, common)
     return softmax_d
 
 
-def _launch_delta(
-    problem: AttentionProblem, inputs: BackwardInputs, facts: Facts, softmax_d: Tensor
+def _launch_row_statistics(
+    problem: AttentionProblem,
+    inputs: BackwardInputs,
+    facts: Facts,
+    softmax_d: Tensor,
+    lse_log2: Tensor,
 ) -> None:
-    block_m = 64 if facts.block_d <= 128 else 32
-    padded = softmax_d.shape[-1]
-    tiles = triton.cdiv(padded, block_m)
+    q, cu_seqlens_q = problem.q, problem.layout.cu_seqlens_q
+    tiles = tiles_of(q.shape[-3], problem.batch_size, problem.is_varlen_q, 128)
     batch_size = 1 if problem.is_varlen_q else problem.batch_size
-    attention_delta[(tiles * problem.nheads * batch_size,)](
-        inputs.out, inputs.dout, softmax_d,
-        *row_strides(inputs.out), *row_strides(inputs.dout), *lse_strides(softmax_d),
-        problem.nheads, problem.q.shape[-3], padded, tiles,
-        HEAD_DIM=problem.headdim, BLOCK_M=block_m, BLOCK_D=facts.block_d,
+    attention_row_statistics[(tiles * problem.nheads * batch_size,)](
+        inputs.out, inputs.dout, inputs.softmax_lse, softmax_d, lse_log2,
+        *row_strides(inputs.out), *row_strides(inputs.dout),
+        *lse_strides(inputs.softmax_lse), *lse_strides(softmax_d),
+        q if cu_seqlens_q is None else cu_seqlens_q,
+        problem.batch_size, problem.nheads, q.shape[-3], tiles,
+        HEAD_DIM=problem.headdim, BLOCK_M=64 if facts.block_d <= 128 else 32,
+        BLOCK_D=facts.block_d, IS_VARLEN=problem.is_varlen_q,
         num_warps=4,
     )  # fmt: skip
 
 
 def _common_arguments(
-    problem: AttentionProblem, inputs: BackwardInputs, softmax_d: Tensor, facts: Facts
+    problem: AttentionProblem, inputs: BackwardInputs, facts: Facts
 ) -> dict[str, Any]:
     """Arguments that both main kernels take, by name."""
     layout, transform, q = problem.layout, problem.transform, problem.q
@@ -90,6 +98,7 @@ def _launch_dkdv(
     problem: AttentionProblem,
     inputs: BackwardInputs,
     facts: Facts,
+    lse_log2: Tensor,
     softmax_d: Tensor,
     common: dict[str, Any],
 ) -> None:
@@ -97,11 +106,11 @@ def _launch_dkdv(
     tiles = tiles_of(problem.k.shape[-3], problem.batch_size, problem.is_varlen_q, plan.block_n)
     batch_size = 1 if problem.is_varlen_q else problem.batch_size
     attention_dkdv[(tiles * problem.nheads_k * batch_size,)](
-        problem.q, problem.k, problem.v, inputs.dout, inputs.softmax_lse, softmax_d,
+        problem.q, problem.k, problem.v, inputs.dout, lse_log2, softmax_d,
         inputs.dk, inputs.dv,
         *row_strides(problem.q), *row_strides(problem.k), *row_strides(problem.v),
         *row_strides(inputs.dout), *row_strides(inputs.dk), *row_strides(inputs.dv),
-        *lse_strides(inputs.softmax_lse), *lse_strides(softmax_d),
+        *lse_strides(softmax_d),
         nheads_k=problem.nheads_k, num_tiles=tiles,
         **common, **compile_options(plan),
     )  # fmt: skip
@@ -111,6 +120,7 @@ def _launch_dq(
     problem: AttentionProblem,
     inputs: BackwardInputs,
     facts: Facts,
+    lse_log2: Tensor,
     softmax_d: Tensor,
     common: dict[str, Any],
 ) -> None:
@@ -118,10 +128,10 @@ def _launch_dq(
     tiles = tiles_of(problem.q.shape[-3], problem.batch_size, problem.is_varlen_q, plan.block_m)
     batch_size = 1 if problem.is_varlen_q else problem.batch_size
     attention_dq[(tiles * problem.nheads * batch_size,)](
-        problem.q, problem.k, problem.v, inputs.dout, inputs.softmax_lse, softmax_d, inputs.dq,
+        problem.q, problem.k, problem.v, inputs.dout, lse_log2, softmax_d, inputs.dq,
         *row_strides(problem.q), *row_strides(problem.k), *row_strides(problem.v),
         *row_strides(inputs.dout), *row_strides(inputs.dq),
-        *lse_strides(inputs.softmax_lse), *lse_strides(softmax_d),
+        *lse_strides(softmax_d),
         nheads=problem.nheads, num_tiles=tiles,
         **common, **compile_options(plan),
     )  # fmt: skip

@@ -181,7 +181,7 @@ def _merge_ranks(
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         logits: Tensor,
         labels: Tensor,
@@ -203,7 +203,7 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dlosses: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dlosses: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         logits, labels, lse = ctx.saved_tensors
         out = logits if ctx.inplace_backward else torch.empty_like(logits)
         backward = _backward_kernel if _runs_on_kernels(logits) else _backward_torch
@@ -290,7 +290,7 @@ def cross_entropy_loss(
         precomputed_lse = precomputed_lse.detach().float().contiguous() if usable else None
     if logits.stride(-1) != 1:
         logits = logits.contiguous()
-    losses, z_losses = _CrossEntropy.apply(
+    losses, z_losses = _CrossEntropy.apply(  # type: ignore[no-untyped-call]
         logits, labels.contiguous(), precomputed_lse, options, inplace_backward, process_group
     )
     return losses, z_losses

@@ -65,12 +65,25 @@ class _Outputs(NamedTuple):
 
 
 class _Saved(NamedTuple):
-    """What the backward pass needs besides the inputs."""
+    """What the backward pass needs; the input branches themselves are not kept alive."""
 
-    normalised: Tensor | None
+    normalised: Tensor
     mean: Tensor | None
     rstd: Tensor
     seed: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    weight1: Tensor | None
+    bias1: Tensor | None
+    rowscale: Tensor | None
+
+
+class _Dtypes(NamedTuple):
+    """The dtypes of the input branches, None for those that are absent."""
+
+    x: torch.dtype
+    residual: torch.dtype | None
+    x1: torch.dtype | None
 
 
 def _runs_on_kernels(inputs: _Inputs) -> bool:
@@ -109,6 +122,10 @@ def _rows(tensor: Tensor | None) -> Tensor | None:
         return None
     flat = tensor.reshape(-1, tensor.shape[-1])
     return flat if flat.stride(-1) == 1 else flat.contiguous()
+
+
+def _vector(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.reshape(-1).contiguous()
 
 
 def _stride(tensor: Tensor | None) -> int:
@@ -171,8 +188,18 @@ def _forward_kernel(
                 BLOCK_N=block,
                 num_warps=warps,
             )
-    normalised = residual_out if separate_sum else x if options.keep_sum else None
-    return _Outputs(y, y1, residual_out, mask, mask1), _Saved(normalised, mean, rstd, seed)
+    saved = _Saved(
+        x if residual_out is None else residual_out,
+        mean,
+        rstd,
+        seed,
+        inputs.weight,
+        inputs.bias,
+        inputs.weight1,
+        inputs.bias1,
+        inputs.rowscale,
+    )
+    return _Outputs(y, y1, residual_out, mask, mask1), saved
 
 
 class _Gradients(NamedTuple):
@@ -186,8 +213,8 @@ class _Gradients(NamedTuple):
 
 
 def _backward_kernel(
-    inputs: _Inputs,
     saved: _Saved,
+    dtypes: _Dtypes,
     dy: Tensor,
     dy1: Tensor | None,
     dsum: Tensor | None,
@@ -201,37 +228,34 @@ def _backward_kernel(
     """
     from ...kernels.layer_norm import layer_norm_bwd_kernel
 
-    x = inputs.x
+    x = saved.normalised
     rows, n_cols = x.shape
     rows_per_program = max(1, -(-rows // _num_programs(x)))
     programs = -(-rows // rows_per_program)
 
-    def like(tensor: Tensor | None) -> Tensor | None:
-        if tensor is None:
-            return None
-        return torch.empty(tensor.shape, dtype=tensor.dtype, device=x.device)
+    def empty(dtype: torch.dtype | None) -> Tensor | None:
+        return None if dtype is None else torch.empty(x.shape, dtype=dtype, device=x.device)
 
     def share(parameter: Tensor | None, wanted: bool) -> Tensor | None:
         if parameter is None or not wanted:
             return None
         return torch.empty((programs, n_cols), dtype=torch.float32, device=x.device)
 
-    dx = torch.empty((rows, n_cols), dtype=x.dtype, device=x.device)
-    dx1 = like(inputs.x1)
-    residual = inputs.residual
-    same = residual is not None and residual.dtype == x.dtype
-    shared = same and options.dropout_p == 0.0 and inputs.rowscale is None
-    dresidual = None if shared else like(residual)
-    parameters = (inputs.weight, inputs.bias, inputs.weight1, inputs.bias1)
+    dx = torch.empty(x.shape, dtype=dtypes.x, device=x.device)
+    dx1 = empty(dtypes.x1)
+    untouched = options.dropout_p == 0.0 and saved.rowscale is None
+    shared = untouched and dtypes.residual == dtypes.x
+    dresidual = None if shared else empty(dtypes.residual)
+    parameters = (saved.weight, saved.bias, saved.weight1, saved.bias1)
     shares = [share(p, wanted) for p, wanted in zip(parameters, trains, strict=True)]
     if x.numel() > 0:
         block, warps = _block_and_warps(n_cols)
         with _device_of(x):
             layer_norm_bwd_kernel[(programs,)](
-                saved.normalised,
-                inputs.weight,
-                inputs.weight1,
-                inputs.rowscale,
+                x,
+                saved.weight,
+                saved.weight1,
+                saved.rowscale,
                 saved.seed,
                 saved.mean,
                 saved.rstd,
@@ -242,7 +266,7 @@ def _backward_kernel(
                 dx1,
                 dresidual,
                 *shares,
-                _stride(saved.normalised),
+                x.stride(0),
                 dy.stride(0),
                 _stride(dy1),
                 _stride(dsum),
@@ -265,36 +289,43 @@ def _backward_kernel(
 
 class _NormFn(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, options: _Options, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def forward(ctx: Any, options: _Options, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        given = _Inputs(*tensors)  # type: ignore[arg-type]
+        shape = given.x.shape
+        branches = (given.x, given.residual, given.x1)
+        x, residual, x1 = (_rows(t) for t in branches)
         inputs = _Inputs(
-            _rows(tensors[0]),  # type: ignore[arg-type]
-            *(None if t is None else t.contiguous() for t in tensors[1:3]),
-            *(_rows(t) for t in tensors[3:5]),
-            *(None if t is None else t.contiguous() for t in tensors[5:7]),
-            None if tensors[7] is None else tensors[7].reshape(-1).contiguous(),
+            x,  # type: ignore[arg-type]
+            _vector(given.weight),
+            _vector(given.bias),
+            residual,
+            x1,
+            _vector(given.weight1),
+            _vector(given.bias1),
+            _vector(given.rowscale),
         )
-        shape = tensors[0].shape  # type: ignore[union-attr]
         outputs, saved = _forward_kernel(inputs, options, shape)
-        ctx.save_for_backward(*inputs, *saved)
-        ctx.options = options
-        ctx.shape = shape
+        ctx.save_for_backward(*saved)
+        ctx.options, ctx.shape = options, shape
+        ctx.dtypes = _Dtypes(*(None if t is None else t.dtype for t in branches))  # type: ignore[arg-type]
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(m for m in outputs[3:] if m is not None))
         return outputs
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        inputs, saved = _Inputs(*ctx.saved_tensors[:8]), _Saved(*ctx.saved_tensors[8:])
-        saved = saved._replace(normalised=_rows(saved.normalised))
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        saved = _Saved(*ctx.saved_tensors)
+        saved = saved._replace(normalised=saved.normalised.reshape(-1, ctx.shape[-1]))
+        x = saved.normalised
         dy, dy1, dsum = (_rows(g) for g in grads[:3])
         if dy is None:
-            dy = torch.zeros(inputs.x.shape, dtype=ctx.options.out_dtype, device=inputs.x.device)
-        if dy1 is None and inputs.weight1 is not None:
+            dy = torch.zeros(x.shape, dtype=ctx.options.out_dtype, device=x.device)
+        if dy1 is None and saved.weight1 is not None:
             dy1 = torch.zeros_like(dy)
         needs = ctx.needs_input_grad
         trains = needs[2], needs[3], needs[6], needs[7]
-        found = _backward_kernel(inputs, saved, dy, dy1, dsum, ctx.options, trains)
+        found = _backward_kernel(saved, ctx.dtypes, dy, dy1, dsum, ctx.options, trains)
         # One object for two inputs, so that autograd sees that they share their gradient.
         dx = found.x.view(ctx.shape)
         dresidual = found.residual
@@ -386,7 +417,7 @@ def _check(inputs: _Inputs, dropout_p: float) -> None:
 
 def _compute(inputs: _Inputs, options: _Options) -> _Outputs:
     if _runs_on_kernels(inputs):
-        found = _Outputs(*_NormFn.apply(options, *inputs))
+        found = _Outputs(*_NormFn.apply(options, *inputs))  # type: ignore[no-untyped-call]
     else:
         found = _forward_torch(inputs, options)
     return found._replace(residual_out=inputs.x) if inputs.sum_is_x(options) else found
@@ -620,7 +651,7 @@ class RMSNorm(torch.nn.Module):
         return rms_norm_fn(
             x,
             self.weight,
-            self.bias,
+            None,
             residual=residual,
             eps=self.eps,
             dropout_p=self.drop.p if self.drop is not None and self.training else 0.0,
@@ -651,7 +682,7 @@ def _norm_ref(
     """Spell the formula out in the dtypes of the inputs, or in float32 with ``upcast``."""
     dtype = inputs.x.dtype
     if upcast:
-        inputs = _Inputs(*(None if t is None else t.float() for t in inputs))
+        inputs = _Inputs(*(None if t is None else t.float() for t in inputs))  # type: ignore[arg-type]
     x, weight, bias, residual, x1, weight1, bias1, rowscale = inputs
     if rowscale is not None:
         x = x * rowscale.unsqueeze(-1)

@@ -1,0 +1,263 @@
+"""Turns recorded results into tables, and keeps those of README.md equal to the records.
+
+    python benchmarks/report.py            # write the block of README.md and print everything
+    python benchmarks/report.py --check    # exit with 1 if README.md says anything else
+
+It needs no GPU and no PyTorch. Ratios are speeds: ours over the other, above 1 where ours is
+faster. A provider that failed or was wrong in a cell has no figure there and enters no mean.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+BEGIN, END = "<!-- figures:begin -->", "<!-- figures:end -->"
+SCHEMA = 1
+OURS, RIVAL = "ours", "flex"
+PASS_TITLES = {"fwd": "Forward", "bwd": "Backward"}
+LABELS = {
+    "ours": "flash_attn",
+    "flex": "FlexAttention",
+    "flash": "SDPA flash",
+    "cudnn": "SDPA cuDNN",
+}
+
+
+class ReportError(Exception):
+    """A result file or the README is not as this program needs it."""
+
+
+# ----------------------------------------------------------------------------------- figures
+def geometric_mean(values: Iterable[float]) -> float:
+    """exp of the mean logarithm; NaN of nothing."""
+    logs = [math.log(value) for value in values]
+    return math.exp(math.fsum(logs) / len(logs)) if logs else math.nan
+
+
+def providers_of(data: dict[str, Any], which: str) -> list[str]:
+    """Who was timed in any cell of a pass, in the order of :data:`LABELS`, then by name."""
+    seen = {name for cell in data["cells"] for name in cell["passes"].get(which, {})}
+    return [x for x in LABELS if x in seen] + sorted(seen - set(LABELS))
+
+
+def ratios(data: dict[str, Any], which: str, rival: str = RIVAL) -> dict[str, float]:
+    """Speed of ours over ``rival`` by cell name, where both were timed."""
+    found = {}
+    for cell in data["cells"]:
+        rows = cell["passes"].get(which, {})
+        if OURS in rows and rival in rows:
+            found[cell["name"]] = rows[rival]["median_ms"] / rows[OURS]["median_ms"]
+    return found
+
+
+def passes_of(data: dict[str, Any]) -> list[str]:
+    """The passes that any cell has, forward first."""
+    return [x for x in PASS_TITLES if any(x in cell["passes"] for cell in data["cells"])]
+
+
+def rival_sentence(data: dict[str, Any], which: str, rival: str = RIVAL) -> str:
+    """Geometric mean and worst cell of ours against ``rival``."""
+    found = ratios(data, which, rival)
+    if not found:
+        return f"{PASS_TITLES[which]}: no cell has both {LABELS[OURS]} and {LABELS[rival]}."
+    worst = min(found, key=lambda name: found[name])
+    cells = "1 cell" if len(found) == 1 else f"{len(found)} cells"
+    return (
+        f"{PASS_TITLES[which]}: {geometric_mean(found.values()):.2f} times the speed of "
+        f"{LABELS[rival]} (geometric mean of {cells}; worst {found[worst]:.2f}, {worst})."
+    )
+
+
+def failure_lines(data: dict[str, Any]) -> list[str]:
+    """Everything that was not timed, and why."""
+    lines = [
+        f"{cell['name']}, {LABELS.get(name, name)}: {text}"
+        for cell in data["cells"]
+        for name, text in cell["failures"].items()
+    ]
+    if data["left_out"]:
+        lines.append("not run: " + ", ".join(data["left_out"]))
+    return lines
+
+
+# ------------------------------------------------------------------------------------ tables
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """A table whose first column is text and whose others are right-aligned figures."""
+    marks = ["---", *["---:"] * (len(header) - 1)]
+    return ["| " + " | ".join(cells) + " |" for cells in (header, marks, *rows)]
+
+
+def _cell_label(cell: dict[str, Any]) -> str:
+    mask = "causal" if cell["causal"] else "full"
+    return f"{cell['headdim']}, {mask}, {cell['seqlen']}"
+
+
+def pass_table(data: dict[str, Any], which: str) -> list[str]:
+    """TFLOP/s of every provider by cell, and the ratio to the rival."""
+    names, found = providers_of(data, which), ratios(data, which)
+    rows = []
+    for cell in data["cells"]:
+        timed = cell["passes"].get(which, {})
+        figures = [f"{timed[name]['tflops']:.0f}" if name in timed else "–" for name in names]
+        ratio = f"{found[cell['name']]:.2f}" if cell["name"] in found else "–"
+        rows.append([_cell_label(cell), *figures, ratio])
+    heads = [LABELS.get(name, name) for name in names]
+    ratio_head = f"{LABELS[OURS]} / {LABELS[RIVAL]}"
+    return markdown_table(
+        [f"{PASS_TITLES[which]} (head dim, mask, length)", *heads, ratio_head], rows
+    )
+
+
+def environment_sentence(data: dict[str, Any]) -> str:
+    """Where, with what and when the figures were measured."""
+    env = data["environment"]
+    commit = env["commit"] if env["commit"] == "unknown" else env["commit"][:12]
+    return (
+        f"Measured on {env['date'].split()[0]} on one {env['gpu']} (driver {env['driver']}, "
+        f"PyTorch {env['torch']}, Triton {env['triton']}, Python {env['python']}; "
+        f"commit {commit}, source {env['source']})."
+    )
+
+
+def attention_block(data: dict[str, Any]) -> list[str]:
+    """The README's section on one attention result file."""
+    lines = [f"#### {data['environment']['gpu']}", "", environment_sentence(data)]
+    lines += [
+        f"TFLOP/s in {data['settings']['dtype']}, higher is better: the median of "
+        f"{data['settings']['rounds']} interleaved rounds. Operations are counted as "
+        "4·batch·heads·length²·dim, half of that for causal, 2.5 times for backward.",
+        "",
+    ]
+    for which in passes_of(data):
+        lines += [*pass_table(data, which), "", rival_sentence(data, which), ""]
+    failures = failure_lines(data)
+    if failures:
+        lines += ["Without a figure:", "", *[f"- {line}" for line in failures], ""]
+    return lines
+
+
+def memory_block(data: dict[str, Any]) -> list[str]:
+    """The README's section on one memory result file."""
+    shape = data["settings"]
+    lines = [
+        f"#### Memory, {data['environment']['gpu']}",
+        "",
+        environment_sentence(data),
+        f"Peak memory that a pass takes beyond its inputs (batch {shape['batch']}, "
+        f"{shape['nheads']} heads, head dim {shape['headdim']}, causal, {shape['dtype']}), beside "
+        "what one matrix of scores would take.",
+        "",
+    ]
+    rows = [
+        [
+            str(row["seqlen"]),
+            f"{row['forward_bytes'] / 2**20:.1f}",
+            f"{row['backward_bytes'] / 2**20:.1f}",
+            f"{row['scores_bytes'] / 2**20:.0f}",
+        ]
+        for row in data["rows"]
+        if "failure" not in row
+    ]
+    header = ["Length", "Forward, MiB", "Backward, MiB", "Scores, MiB"]
+    lines += [*markdown_table(header, rows), ""]
+    if data["growth_exponent"] is not None:
+        lines += [f"Backward grows as length to the power of {data['growth_exponent']:.2f}.", ""]
+    failed = [
+        f"- length {row['seqlen']}: {row['failure']}" for row in data["rows"] if "failure" in row
+    ]
+    return [*lines, "Without a figure:", "", *failed, ""] if failed else lines
+
+
+BLOCKS = {"attention": attention_block, "memory": memory_block}
+
+
+# ------------------------------------------------------------------------------------ README
+def load_results(folder: Path) -> list[dict[str, Any]]:
+    """Every result file in ``folder``: attention before memory, then by file name."""
+    results = []
+    for path in sorted(folder.glob("*.json")):
+        data = json.loads(path.read_text())
+        if data.get("benchmark") not in BLOCKS or data.get("schema") != SCHEMA:
+            kind = (data.get("benchmark"), data.get("schema"))
+            raise ReportError(
+                f"{path.name} must hold {' or '.join(BLOCKS)} of schema {SCHEMA}, found {kind}"
+            )
+        results.append(data)
+    return sorted(results, key=lambda data: list(BLOCKS).index(data["benchmark"]))
+
+
+def block(results: Sequence[dict[str, Any]]) -> str:
+    """What belongs between the markers, without them."""
+    if not results:
+        return "No results are recorded yet.\n"
+    lines = [line for data in results for line in BLOCKS[data["benchmark"]](data)]
+    return "\n".join(lines).strip() + "\n"
+
+
+def with_block(readme: str, text: str) -> str:
+    """``readme`` with ``text`` between the markers, and nothing else changed.
+
+    Raises:
+        ReportError: the markers are not there, once each and in order.
+    """
+    before, begin, rest = readme.partition(BEGIN)
+    old, end, after = rest.partition(END)
+    if (
+        not begin
+        or not end
+        or any(mark in part for mark in (BEGIN, END) for part in (before, old, after))
+    ):
+        raise ReportError(f"the README must hold {BEGIN} and, after it, {END}, once each")
+    return f"{before}{BEGIN}\n{text}{END}{after}"
+
+
+def summary_lines(data: dict[str, Any]) -> list[str]:
+    """A short table for the terminal: ours over the rival by cell, means and worst cells."""
+    passes = passes_of(data)
+    by_pass = {which: ratios(data, which) for which in passes}
+    lines = [f"{LABELS[OURS]} / {LABELS[RIVAL]}  " + "".join(f"{which:>7}" for which in passes)]
+    for cell in data["cells"]:
+        values = [by_pass[which].get(cell["name"]) for which in passes]
+        figures = "".join(f"{'-' if value is None else f'{value:.2f}':>7}" for value in values)
+        lines.append(f"{cell['name']:<26}{figures}")
+    for which in passes:
+        rivals = [x for x in providers_of(data, which) if ratios(data, which, x) and x != OURS]
+        lines += [rival_sentence(data, which, rival) for rival in rivals]
+    return lines + ["!! " + line for line in failure_lines(data)]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write or check the README's block; 1 if the check fails, 2 if a file is unusable."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if not equal")
+    parser.add_argument("--readme", type=Path, default=REPOSITORY / "README.md")
+    parser.add_argument("--results", type=Path, default=REPOSITORY / "benchmarks" / "results")
+    args = parser.parse_args(arguments)
+    try:
+        results = load_results(args.results)
+        readme = args.readme.read_text(encoding="utf-8")
+        wanted = with_block(readme, block(results))
+    except (OSError, ValueError, KeyError, ReportError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    if args.check:
+        if readme != wanted:
+            print(f"{args.readme.name} differs from the recorded results", file=sys.stderr)
+        return int(readme != wanted)
+    args.readme.write_text(wanted, encoding="utf-8")
+    print(block(results))
+    for data in results:
+        if data["benchmark"] == "attention":
+            print("\n".join(summary_lines(data)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

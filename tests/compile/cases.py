@@ -1,0 +1,200 @@
+"""What gets compiled: attention problems by name, and the smaller kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from flash_attn.backends.triton import launch, launch_backward, launch_rotary
+from flash_attn.core.problem import (
+    AttentionProblem,
+    BackwardInputs,
+    SequenceLayout,
+    Visibility,
+    make_transform,
+)
+
+ARCHS = ("sm80", "sm86", "sm89", "sm90", "sm100", "sm120", "gfx942")
+HEADDIMS = (16, 32, 64, 96, 128, 256)
+MASKS = {
+    "full": Visibility(),
+    "causal": Visibility(None, 0),
+    "window": Visibility(64, 0),
+}
+BACKWARD_FEATURES = ("plain", "dropout", "softcap", "alibi", "varlen", "wide")
+FORWARD_FEATURES = (*BACKWARD_FEATURES, "paged", "cache", "split", "decode", "pageddecode")
+_ROWS = 256
+
+
+class Case(NamedTuple):
+    """One attention problem; ``kind`` is "forward", "backward" or the name of a smaller kernel."""
+
+    kind: str
+    headdim: int = 64
+    dtype: str = "float16"
+    mask: str = "causal"
+    feature: str = "plain"
+
+    @property
+    def label(self) -> str:
+        return f"d{self.headdim} {self.dtype} {self.mask} {self.feature}"
+
+
+def _ints(n: int) -> Tensor:
+    return torch.empty(n, dtype=torch.int32, device="meta")
+
+
+def _tensor(case: Case, *shape: int) -> Tensor:
+    dtype = getattr(torch, case.dtype)
+    if case.feature != "wide":
+        return torch.empty(shape, dtype=dtype, device="meta")
+    row = 2**22
+    strides = (row * shape[1], row, shape[3], 1)
+    return torch.empty_strided(shape, strides, dtype=dtype, device="meta")
+
+
+def _layout(feature: str) -> SequenceLayout:
+    if feature == "varlen":
+        cu_seqlens = _ints(3)
+        return SequenceLayout(cu_seqlens, cu_seqlens, max_seqlen_q=_ROWS, max_seqlen_k=_ROWS)
+    if feature in ("paged", "pageddecode"):
+        table = torch.empty((2, 4), dtype=torch.int32, device="meta")
+        return SequenceLayout(seqused_k=_ints(2), page_table=table)
+    if feature == "cache":
+        return SequenceLayout(seqused_k=_ints(2), leftpad_k=_ints(2), cache_batch_idx=_ints(2))
+    return SequenceLayout()
+
+
+def problem_of(case: Case) -> AttentionProblem:
+    """The attention problem that ``case`` names; 4 query heads share 2 key heads."""
+    feature, d = case.feature, case.headdim
+    rows = 16 if "decode" in feature else _ROWS
+    if feature == "varlen":
+        q, k = _tensor(case, 2 * _ROWS, 4, d), _tensor(case, 2 * _ROWS, 2, d)
+    elif "paged" in feature:
+        q, k = _tensor(case, 2, rows, 4, d), _tensor(case, 8, 64, 2, d)
+    else:
+        q, k = _tensor(case, 2, rows, 4, d), _tensor(case, 2, _ROWS, 2, d)
+    slopes = torch.empty(4, device="meta") if feature == "alibi" else None
+    transform = make_transform(d, None, 15.0 if feature == "softcap" else 0.0, slopes)
+    return AttentionProblem(
+        q, k, k.clone(), transform, MASKS[case.mask], _layout(feature),
+        dropout_p=0.1 if feature == "dropout" else 0.0,
+        num_splits=4 if feature in ("split", "decode") else 1,
+    )  # fmt: skip
+
+
+def _run_backward(case: Case) -> None:
+    problem = problem_of(case)
+    q, k = problem.q, problem.k
+    lse = torch.empty(problem.lse_shape, device="meta")
+    rng_state = torch.empty(2, dtype=torch.int64, device="meta")
+    gradients = (torch.empty_like(q), torch.empty_like(k), torch.empty_like(k))
+    launch_backward.backward(
+        problem,
+        BackwardInputs(torch.empty_like(q), torch.empty_like(q), lse, *gradients, rng_state),
+    )
+
+
+def _run_softmax_debug(case: Case) -> None:
+    problem = problem_of(case._replace(feature="dropout"))
+    launch.forward(problem._replace(return_softmax=True), None)
+
+
+def _run_append(case: Case) -> None:
+    for feature in ("plain", "paged"):
+        problem = problem_of(case._replace(feature=feature))
+        new = _tensor(case, 2, 16, 2, case.headdim)
+        launch.append_kv(problem, new, new.clone(), _ints(2))
+
+
+def _run_rotary(case: Case) -> None:
+    x = torch.empty(2, 32, 4, case.headdim, dtype=getattr(torch, case.dtype))
+    half = x.shape[-1] // 4
+    cos = torch.empty(64, half, dtype=x.dtype)
+    for interleaved in (False, True):
+        launch_rotary.apply_rotary(x, cos, cos.clone(), interleaved=interleaved)
+    packed = x.view(64, 4, case.headdim)
+    bounds = torch.tensor([0, 32, 64], dtype=torch.int32)
+    launch_rotary.apply_rotary(packed, cos, cos.clone(), bounds[:2], bounds, 32, inplace=True)
+
+
+def _run_cross_entropy(case: Case) -> None:
+    from flash_attn.ops.triton import cross_entropy as module
+
+    logits = torch.zeros(4, 50304, dtype=getattr(torch, case.dtype), requires_grad=True)
+    labels = torch.zeros(4, dtype=torch.int64)
+    with mock.patch.object(module, "_runs_on_kernels", return_value=True):
+        losses, _ = module.cross_entropy_loss(
+            logits, labels, label_smoothing=0.1, lse_square_scale=1e-4
+        )
+        losses.sum().backward()
+
+
+def _run_layer_norm(case: Case) -> None:
+    from flash_attn.ops.triton import layer_norm as module
+
+    dtype = getattr(torch, case.dtype)
+    x, residual = (torch.zeros(4, 4096, dtype=dtype, requires_grad=True) for _ in range(2))
+    weight, bias = (torch.zeros(4096, requires_grad=True) for _ in range(2))
+    with mock.patch.object(module, "_runs_on_kernels", return_value=True):
+        y = module.layer_norm_fn(x, weight, bias, residual=residual, dropout_p=0.1)
+        y.sum().backward()
+
+
+SMALLER = {
+    "softmax_debug": _run_softmax_debug,
+    "append_kv": _run_append,
+    "rotary": _run_rotary,
+    "cross_entropy": _run_cross_entropy,
+    "layer_norm": _run_layer_norm,
+}
+
+
+def run_case(case: Case) -> None:
+    """Make the package launch the kernels of ``case``."""
+    if case.kind == "forward":
+        launch.forward(problem_of(case), None)
+    elif case.kind == "backward":
+        _run_backward(case)
+    else:
+        SMALLER[case.kind](case)
+
+
+def _attention(headdim: int, dtype: str, mask: str, features: tuple[str, ...]) -> Iterator[Case]:
+    for feature in features:
+        yield Case("forward", headdim, dtype, mask, feature)
+        if feature in BACKWARD_FEATURES:
+            yield Case("backward", headdim, dtype, mask, feature)
+
+
+def quick_cases(arch: str) -> list[Case]:
+    """A covering selection for every test run; the feature sets on one GPU of each maker."""
+    cases = [
+        case for d in HEADDIMS if d != 96 for case in _attention(d, "float16", "causal", ("plain",))
+    ]
+    cases += [Case(kind) for kind in SMALLER]
+    if arch in ("sm80", "gfx942"):
+        cases += _attention(128, "bfloat16", "window", FORWARD_FEATURES)
+        cases += _attention(64, "float32", "causal", ("plain",))
+    return cases
+
+
+def wide_cases(arch: str) -> list[Case]:
+    """Every head dim, mask and feature set, though not their whole product."""
+    cases = []
+    for d in HEADDIMS:
+        for mask in MASKS:
+            cases += _attention(d, "float16", mask, ("plain",))
+        cases += _attention(d, "bfloat16", "window", FORWARD_FEATURES)
+        if arch in ("sm80", "sm90", "gfx942") and d != 96:
+            cases += _attention(d, "float32", "causal", ("plain",))
+            cases += _attention(d, "float32", "window", ("dropout", "softcap"))
+    cases += _attention(40, "float16", "causal", FORWARD_FEATURES)
+    cases += _attention(64, "float16", "full", FORWARD_FEATURES)
+    cases += [Case(kind, 128) for kind in SMALLER]
+    return cases

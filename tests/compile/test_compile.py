@@ -1,0 +1,62 @@
+"""All kernels compile for all GPUs, with registers and shared memory to spare, without a GPU."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton exists on Linux only")
+
+from flash_attn.backends.triton.heuristics import plan_for
+from flash_attn.core.plan import PlanKey
+
+_SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "compile_matrix.py"
+_ARCHS = ("sm80", "sm86", "sm89", "sm90", "sm100", "sm120", "gfx942")
+
+
+def _compile(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Compile in processes of their own: the compiler aborts where it does not know its way."""
+    return subprocess.run(
+        [sys.executable, str(_SCRIPT), *arguments], capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", _ARCHS)
+def test_kernels_fit_without_spilling(arch: str) -> None:
+    done = _compile("--quick", "--arch", arch)
+    assert done.returncode == 0, done.stdout + done.stderr
+    kernels = int(done.stdout.split(":")[1].split()[0])
+    assert kernels >= 25, done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arch", "plan", "complaint"),
+    [
+        ("sm80", "forward=128,128,4,2", "spilled"),
+        ("sm86", "forward=64,64,8,3", "bytes of shared memory"),
+        ("gfx942", "forward=128,128,4,1", "spilled"),
+    ],
+)
+def test_tiles_that_do_not_fit_are_found(arch: str, plan: str, complaint: str) -> None:
+    arguments = ("--quick", "--arch", arch, "--match", "forward d256", "--plan", plan)
+    done = _compile(*arguments)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert complaint in done.stdout
+
+
+@pytest.mark.parametrize("arch", [*_ARCHS, "sm75", "sm103", "sm121", "gfx90a", "gfx950", "gfx1100"])
+@pytest.mark.parametrize("block_d", [16, 32, 64, 128, 256])
+def test_every_gpu_has_plans(arch: str, block_d: int) -> None:
+    for kernel in ("forward", "dkdv", "dq"):
+        for itemsize in (2, 4):
+            for flags in range(8):
+                masked, heavy, few_rows = (bool(flags >> bit & 1) for bit in range(3))
+                key = PlanKey(kernel, arch, (3, 6), itemsize, block_d, masked, heavy, few_rows)
+                plan = plan_for(key)
+                sizes = (plan.block_m, plan.block_n, plan.num_warps)
+                assert all(x > 0 and x & (x - 1) == 0 for x in sizes), (key, plan)
+                assert min(plan.block_m, plan.block_n) >= 16
