@@ -95,31 +95,45 @@ def attention_row_statistics(
 
 
 @triton.jit
+def load_query_rows(base, start_m, offs_m, stride, cols, seqlen_q, HEAD_DIM: tl.constexpr,
+                    BLOCK_D: tl.constexpr, MASK_ROWS: tl.constexpr, FROM_FIRST: tl.constexpr,
+                    WIDE: tl.constexpr):  # fmt: skip
+    """A tile of rows of q or dout. FROM_FIRST counts offsets from the sequence's first row, which
+    keeps no addresses alive from one iteration to the next."""
+    if FROM_FIRST:
+        tile = load_rows(base, start_m + offs_m, stride, cols, seqlen_q, HEAD_DIM, BLOCK_D,
+                         MASK_ROWS, WIDE)  # fmt: skip
+    else:
+        tile = load_rows(base + int64(start_m) * stride, offs_m, stride, cols, seqlen_q - start_m,
+                         HEAD_DIM, BLOCK_D, MASK_ROWS, WIDE)  # fmt: skip
+    return tile
+
+
+@triton.jit
 def dkdv_tiles(dk, dv, k_tile, v_tile, q_base, dout_base, lse_log2, softmax_d, rng_state, begin,
                end, group, keys, start_n, cols, first_seen, last_seen, seqlen_q, seqlen_k,
                stride_qm, stride_qh, stride_gm, stride_gh, stride_dh, head_batch, softmax_scale,
                softcap, slopes, keep_threshold, dropout_scale,
                HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                BLOCK_D: tl.constexpr, MASKED: tl.constexpr, MASK_ROWS: tl.constexpr,
-               HAS_RIGHT: tl.constexpr,
-               HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr,
-               HAS_DROPOUT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+               HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+               HAS_ALIBI: tl.constexpr, HAS_DROPOUT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Walk over the tiles [begin, end) of queries of a group of heads; the updated (dk, dv).
 
     One loop runs over all heads and tiles: a loop within a loop would double the registers.
     """
+    # Registers decide: measured by compiling, it is free of spills in either case this way.
+    FROM_FIRST: tl.constexpr = not HAS_LEFT and not HAS_RIGHT
     offs_m = tl.arange(0, BLOCK_M)
     count = end - begin
     for step in range(0, group * count):
         g = step // count
         start_m = (begin + step - g * count) * BLOCK_M
         rows = start_m + offs_m
-        left = seqlen_q - start_m
-        first, head = int64(start_m), int64(g)
-        q = load_rows(q_base + head * stride_qh + first * stride_qm, offs_m, stride_qm, cols,
-                      left, HEAD_DIM, BLOCK_D, MASK_ROWS, WIDE)  # fmt: skip
-        row_lse = tl.load(lse_log2 + head * stride_dh + rows)
-        delta = tl.load(softmax_d + head * stride_dh + rows)
+        statistics = int64(g) * stride_dh + rows
+        q = load_query_rows(q_base + int64(g) * stride_qh, start_m, offs_m, stride_qm, cols,
+                            seqlen_q, HEAD_DIM, BLOCK_D, MASK_ROWS, FROM_FIRST, WIDE)  # fmt: skip
+        row_lse = tl.load(lse_log2 + statistics)
         slope = 0.0
         if HAS_ALIBI:
             slope = tl.load(slopes + g)
@@ -129,10 +143,11 @@ def dkdv_tiles(dk, dv, k_tile, v_tile, q_base, dout_base, lse_log2, softmax_d, r
         p = tl.exp2(s - row_lse[None, :])
         if MASKED:
             seen = is_between(offs_m[None, :], (first_seen - start_m)[:, None],
-                              (last_seen - start_m)[:, None], HAS_RIGHT)  # fmt: skip
+                              (last_seen - start_m)[:, None], HAS_RIGHT, HAS_LEFT)  # fmt: skip
             p = tl.where(seen, p, 0.0)
-        dout = load_rows(dout_base + head * stride_gh + first * stride_gm, offs_m, stride_gm,
-                         cols, left, HEAD_DIM, BLOCK_D, MASK_ROWS, WIDE)  # fmt: skip
+        dout = load_query_rows(dout_base + int64(g) * stride_gh, start_m, offs_m, stride_gm,
+                               cols, seqlen_q, HEAD_DIM, BLOCK_D, MASK_ROWS, FROM_FIRST,
+                               WIDE)  # fmt: skip
         dropped = p
         dp = tl.dot(v_tile, tl.trans(dout), input_precision=PRECISION)
         if HAS_DROPOUT:
@@ -140,10 +155,11 @@ def dkdv_tiles(dk, dv, k_tile, v_tile, q_base, dout_base, lse_log2, softmax_d, r
                                          keep_threshold, BLOCK_M, BLOCK_N))  # fmt: skip
             dropped = tl.where(keep, p * dropout_scale, 0.0)
             dp = tl.where(keep, dp * dropout_scale, 0.0)
-        dv = tl.dot(dropped.to(dout.dtype), dout, dv, input_precision=PRECISION)
+        delta = tl.load(softmax_d + statistics)
         ds = p * (dp - delta[None, :])
         if HAS_SOFTCAP:
             ds = ds * (1.0 - capped * capped)
+        dv = tl.dot(dropped.to(dout.dtype), dout, dv, input_precision=PRECISION)
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv
 
@@ -217,21 +233,21 @@ def attention_dkdv(
             group, keys, start_n, cols, first_seen, last_seen, rows_q, rows_k, stride_qm, stride_qh,
             stride_gm, stride_gh, stride_dh, head_batch, softmax_scale, softcap, alibi_slopes,
             keep_threshold, dropout_scale, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, True, True,
-            HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, HAS_DROPOUT, WIDE, PRECISION,
+            HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, HAS_DROPOUT, WIDE, PRECISION,
         )  # fmt: skip
     acc_dk, acc_dv = dkdv_tiles(
         acc_dk, acc_dv, k_tile, v_tile, q, dout, lse_log2, softmax_d, rng_state, b_loop, c,
         group, keys, start_n, cols, first_seen, last_seen, rows_q, rows_k, stride_qm, stride_qh,
         stride_gm, stride_gh, stride_dh, head_batch, softmax_scale, softcap, alibi_slopes,
         keep_threshold, dropout_scale, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, False, False,
-        HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, HAS_DROPOUT, WIDE, PRECISION,
+        HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, HAS_DROPOUT, WIDE, PRECISION,
     )  # fmt: skip
     acc_dk, acc_dv = dkdv_tiles(
         acc_dk, acc_dv, k_tile, v_tile, q, dout, lse_log2, softmax_d, rng_state, c, d,
         group, keys, start_n, cols, first_seen, last_seen, rows_q, rows_k, stride_qm, stride_qh,
         stride_gm, stride_gh, stride_dh, head_batch, softmax_scale, softcap, alibi_slopes,
         keep_threshold, dropout_scale, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D, HAS_LEFT, True,
-        HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, HAS_DROPOUT, WIDE, PRECISION,
+        HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_ALIBI, HAS_DROPOUT, WIDE, PRECISION,
     )  # fmt: skip
 
     # Scale and store.
@@ -254,12 +270,8 @@ def dq_tiles(dq, q_tile, dout_tile, row_lse, delta, k_base, v_base, rng_state, b
     for tile in range(begin, end):
         start_n = tile * BLOCK_N
         keys = start_n + offs_n
-        first = int64(start_n)
-        inside_end = keys_end - start_n
-        k = load_rows(k_base + first * stride_kn, offs_n, stride_kn, cols, inside_end, HEAD_DIM,
-                      BLOCK_D, MASKED, WIDE)  # fmt: skip
-        v = load_rows(v_base + first * stride_vn, offs_n, stride_vn, cols, inside_end, HEAD_DIM,
-                      BLOCK_D, MASKED, WIDE)  # fmt: skip
+        k = load_rows(k_base, keys, stride_kn, cols, keys_end, HEAD_DIM, BLOCK_D, MASKED, WIDE)
+        v = load_rows(v_base, keys, stride_vn, cols, keys_end, HEAD_DIM, BLOCK_D, MASKED, WIDE)
         if MASKED and HAS_LEFT:
             before = (keys >= keys_first)[:, None]
             k = tl.where(before, k, 0.0)
@@ -270,7 +282,7 @@ def dq_tiles(dq, q_tile, dout_tile, row_lse, delta, k_base, v_base, rng_state, b
         p = tl.exp2(s - row_lse[:, None])
         if MASKED:
             seen = is_between(offs_n[None, :], (first_seen - start_n)[:, None],
-                              (last_seen - start_n)[:, None], HAS_LEFT)  # fmt: skip
+                              (last_seen - start_n)[:, None], HAS_LEFT, True)  # fmt: skip
             p = tl.where(seen, p, 0.0)
         dp = tl.dot(dout_tile, tl.trans(v), input_precision=PRECISION)
         if HAS_DROPOUT:

@@ -166,11 +166,14 @@ def seen_interval(rows, seqlen_q, seqlen_k, window_left, window_right,
 
 
 @triton.jit
-def is_between(values, first, last, HAS_FIRST: tl.constexpr):
-    """first <= values <= last; the lower bound is compared only if there is one."""
-    inside = values <= last
-    if HAS_FIRST:
-        inside = inside & (values >= first)
+def is_between(values, first, last, HAS_FIRST: tl.constexpr, HAS_LAST: tl.constexpr):
+    """first <= values <= last, as far as there are such bounds; at least one must be."""
+    if HAS_FIRST and HAS_LAST:
+        inside = (values >= first) & (values <= last)
+    elif HAS_FIRST:
+        inside = values >= first
+    else:
+        inside = values <= last
     return inside
 
 

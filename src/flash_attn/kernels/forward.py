@@ -88,7 +88,7 @@ def attend_tiles(acc, l_i, m_i, q, k_base, v_base, table, rng_state, begin, end,
                                     softmax_scale, softcap, slope, HAS_SOFTCAP, HAS_ALIBI)  # fmt: skip
         if MASKED:
             seen = is_between(offs_n[None, :], (first_seen - start_n)[:, None],
-                              (last_seen - start_n)[:, None], HAS_LEFT)  # fmt: skip
+                              (last_seen - start_n)[:, None], HAS_LEFT, True)  # fmt: skip
             s = tl.where(seen, s, float("-inf"))
         if FOLD_SCALE:
             # One fused multiply-add an element: the scale, which is positive here, commutes with max.

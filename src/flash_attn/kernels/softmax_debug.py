@@ -34,7 +34,7 @@ def masked_scores(q_tile, k_base, start_n, stride_kn, rows, keys, cols, seqlen_q
                             softcap, slope, False, HAS_ALIBI)  # fmt: skip
     first, last = seen_interval(rows, seqlen_q, seqlen_k, window_left, window_right, HAS_LEFT,
                                 HAS_RIGHT)  # fmt: skip
-    seen = is_between(keys[None, :], first[:, None], last[:, None], True)
+    seen = is_between(keys[None, :], first[:, None], last[:, None], True, True)
     seen = seen & (rows < seqlen_q)[:, None]
     return tl.where(seen, s, float("-inf")), seen
 

@@ -26,13 +26,34 @@ def _variants(**rows: list[tuple[int, ...]]) -> dict[str, tuple[TilePlan, ...]]:
     return {kernel: tuple((found + [found[-1]] * 2)[:3]) for kernel, found in plans.items()}
 
 
-# Hopper.
+# Hopper. Head dims 64 and 128 without heavy features were measured on an H200
+# (docs/lab/portable-kernels.md).
 _SM90 = {
-    16: _table((128, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3)),
-    32: _table((128, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3)),
-    64: _table((128, 64, 4, 3), (64, 128, 8, 3), (128, 64, 8, 3)),
-    128: _table((128, 64, 8, 3), (64, 128, 8, 2), (128, 64, 8, 3)),
-    256: _table((128, 32, 8, 2), (32, 64, 8, 1), (64, 32, 8, 2)),
+    16: _variants(
+        forward=[(64, 64, 4, 3)],
+        dkdv=[(32, 64, 4, 2)],
+        dq=[(64, 64, 4, 3)],
+    ),
+    32: _variants(
+        forward=[(64, 64, 4, 3)],
+        dkdv=[(32, 64, 4, 2)],
+        dq=[(64, 64, 4, 3)],
+    ),
+    64: _variants(
+        forward=[(64, 64, 4, 3)],
+        dkdv=[(64, 64, 4, 2), (64, 64, 4, 3), (32, 64, 4, 2)],
+        dq=[(64, 64, 4, 3)],
+    ),
+    128: _variants(
+        forward=[(128, 64, 8, 3), (128, 128, 8, 3), (128, 64, 8, 2)],
+        dkdv=[(64, 128, 8, 2), (32, 128, 8, 3), (32, 64, 8, 2)],
+        dq=[(128, 64, 8, 3), (128, 64, 8, 3), (64, 64, 8, 2)],
+    ),
+    256: _variants(
+        forward=[(128, 32, 8, 2)],
+        dkdv=[(32, 64, 8, 1)],
+        dq=[(64, 32, 8, 2)],
+    ),
 }
 # Ampere data centre GPUs: 163 KB of shared memory.
 _SM80 = {
@@ -75,20 +96,25 @@ _SM86 = {
         dq=[(128, 64, 8, 3)],
     ),
     64: _variants(
-        forward=[(128, 64, 4, 3), (128, 64, 4, 3), (128, 64, 8, 3)],
+        forward=[(128, 64, 4, 3), (128, 64, 8, 3)],
         dkdv=[(64, 128, 8, 2), (64, 128, 8, 2), (32, 128, 8, 2)],
         dq=[(128, 64, 8, 2), (128, 64, 8, 2), (128, 32, 8, 2)],
     ),
     128: _variants(
         forward=[(128, 64, 8, 3), (128, 32, 8, 2), (64, 32, 4, 2)],
         dkdv=[(32, 128, 8, 2), (64, 64, 8, 1)],
-        dq=[(128, 32, 8, 2)],
+        dq=[(128, 32, 8, 2), (128, 32, 8, 2), (128, 32, 8, 1)],
     ),
     256: _variants(
         forward=[(64, 32, 8, 2)],
-        dkdv=[(16, 64, 8, 1), (16, 64, 8, 1), (16, 32, 8, 1)],
+        dkdv=[(16, 64, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1)],
         dq=[(64, 32, 8, 1), (64, 32, 8, 1), (32, 32, 8, 1)],
     ),
+}
+# What newer compilers need instead: from Triton 3.7 on.
+_SM86_NEWER = {
+    **_SM86,
+    128: {**_SM86[128], **_variants(forward=[(128, 64, 8, 3), (64, 32, 4, 2)])},
 }
 # Blackwell data centre GPUs: products accumulate in tensor memory.
 _SM100 = {
@@ -124,12 +150,12 @@ _GFX942 = {
     32: _variants(forward=[(128, 64, 4, 1)], dkdv=[(64, 64, 4, 1)], dq=[(64, 64, 4, 1)]),
     64: _variants(forward=[(128, 64, 4, 1)], dkdv=[(64, 64, 4, 1)], dq=[(64, 64, 4, 1)]),
     128: _variants(
-        forward=[(128, 64, 8, 1), (128, 64, 8, 1), (128, 64, 4, 1)],
+        forward=[(128, 64, 8, 1), (128, 64, 4, 1)],
         dkdv=[(32, 64, 4, 1)],
         dq=[(64, 32, 4, 1)],
     ),
     256: _variants(
-        forward=[(128, 32, 8, 1), (64, 32, 4, 1)],
+        forward=[(64, 32, 4, 1)],
         dkdv=[(32, 32, 4, 1), (16, 32, 4, 1)],
         dq=[(32, 32, 4, 1)],
     ),
@@ -144,23 +170,27 @@ _GENERIC = {
 }
 # Full float32 products have no tensor cores to feed: tiles are small.
 _FLOAT32 = {
-    16: _table((64, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
-    32: _table((64, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
-    64: _table((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
-    128: _table((32, 32, 4, 1), (16, 32, 4, 1), (32, 16, 4, 1)),
-    256: _table((32, 16, 4, 1), (16, 16, 4, 1), (16, 16, 4, 1)),
+    16: _table((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
+    32: _table((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
+    64: _table((32, 32, 4, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
+    128: _table((32, 32, 8, 1), (16, 16, 8, 1), (32, 32, 8, 1)),
+    256: _table((32, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
 }
 
 
-def _family(arch: str) -> dict[int, dict[str, tuple[TilePlan, ...]]]:
+def _family(arch: str, newer: bool) -> dict[int, dict[str, tuple[TilePlan, ...]]]:
     """The table of ``arch``, or of its closest relative."""
+    if arch == "sm90":
+        return _SM90
     if arch == "sm80":
         return _SM80
     if arch.startswith("sm10"):
         return _SM100
     if arch.startswith("gfx"):
         return _GFX942
-    return _SM86 if arch.startswith("sm") else _GENERIC
+    if arch.startswith("sm"):
+        return _SM86_NEWER if newer else _SM86
+    return _GENERIC
 
 
 @lru_cache(maxsize=1024)
@@ -168,10 +198,8 @@ def _lookup(key: PlanKey) -> TilePlan:
     variant = 2 if key.heavy else int(key.masked)
     if key.itemsize == 4:
         plan = _FLOAT32[key.block_d][key.kernel]
-    elif key.arch == "sm90":
-        plan = _SM90[key.block_d][key.kernel]
     else:
-        plan = _family(key.arch)[key.block_d][key.kernel][variant]
+        plan = _family(key.arch, key.triton >= (3, 7))[key.block_d][key.kernel][variant]
     if key.few_rows and key.kernel == "forward":
         plan = TilePlan(16, min(plan.block_n, 64), 4, plan.num_stages)
     return plan

@@ -48,8 +48,8 @@ def lse_strides(x: Tensor) -> tuple[int, int]:
 
 
 def needs_wide_offsets(*tensors: Tensor) -> bool:
-    """Whether offsets inside a tile of up to 256 rows can exceed 31 bits."""
-    return any(abs(row_strides(x)[1]) >= 2**22 for x in tensors)
+    """Whether offsets of rows within a sequence, a page or a tile can exceed 31 bits."""
+    return any(abs(row_strides(x)[1]) * max(x.shape[-3], 256) >= 2**31 for x in tensors)
 
 
 def facts_of(problem: AttentionProblem) -> Facts:

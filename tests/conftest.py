@@ -1,0 +1,48 @@
+"""Fixtures shared by all tests.
+
+A test that takes ``device`` runs on the CPU, and once more, marked ``gpu``, on the GPU: the same
+semantic tests hold for every backend. ``FLASH_ATTN_TEST_BACKEND`` runs the CPU half on a backend of
+choice; with ``TRITON_INTERPRET=1`` and ``triton`` that is the portable kernels in the interpreter.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import flash_attn
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "device" in metafunc.fixturenames:
+        devices = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+        metafunc.parametrize("device", devices, scope="session")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a GPU")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def chosen_backend() -> Iterator[None]:
+    """Run under the backend that the environment names."""
+    name = os.environ.get("FLASH_ATTN_TEST_BACKEND")
+    if name is None:
+        yield
+        return
+    with flash_attn.use_backend(name):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Every test draws the same numbers, whatever ran before it."""
+    torch.manual_seed(0)
