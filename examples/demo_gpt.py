@@ -21,10 +21,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
 from flash_attn.modules.mha import FlashMHA
 from flash_attn.utils.generation import InferenceParams
+from torch import Tensor, nn
 
 _SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 _HELD_OUT_EVERY = 10  # of the files
@@ -100,7 +99,9 @@ def split_files(files: list[Path]) -> tuple[list[Path], list[Path]]:
 
 def read_bytes(files: list[Path]) -> Tensor:
     """All files one after the other, as a uint8 tensor."""
-    return torch.frombuffer(bytearray(b"\n".join(path.read_bytes() for path in files)), dtype=torch.uint8)
+    return torch.frombuffer(
+        bytearray(b"\n".join(path.read_bytes() for path in files)), dtype=torch.uint8
+    )
 
 
 def random_batch(text: Tensor, config: Config, generator: torch.Generator) -> Tensor:
@@ -144,7 +145,9 @@ class Block(nn.Module):
             else TwinAttention(width, config.heads)
         )
         self.ln2 = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
 
     def forward(self, x: Tensor, inference_params: InferenceParams | None = None) -> Tensor:
         """(batch, seqlen, width) to the same."""
@@ -223,7 +226,10 @@ class Runner:
 
     def __post_init__(self) -> None:
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=self.config.learning_rate, betas=(0.9, 0.95), weight_decay=0.1
+            self.model.parameters(),
+            lr=self.config.learning_rate,
+            betas=(0.9, 0.95),
+            weight_decay=0.1,
         )
 
     def step(self, batch: Tensor, learning_rate: float) -> None:
@@ -316,7 +322,9 @@ def serving_backend(config: Config, device: torch.device) -> str:
     from flash_attn.core.problem import AttentionProblem, Visibility, make_transform
 
     headdim = config.width // config.heads
-    q = torch.empty(1, config.context, config.heads, headdim, device=device, dtype=precision(device))
+    q = torch.empty(
+        1, config.context, config.heads, headdim, device=device, dtype=precision(device)
+    )
     visibility = Visibility.from_window(-1, -1, causal=True)
     problem = AttentionProblem(q, q, q, make_transform(headdim), visibility)
     names = [registry.select(problem, backward=backward).name for backward in (False, True)]
@@ -365,11 +373,15 @@ def run(config: Config, device: torch.device, folder: Path) -> dict[str, Any]:
     train_files, held_out_files = split_files(library_files())
     text, held_out = read_bytes(train_files), read_bytes(held_out_files)
     generator = torch.Generator().manual_seed(3)
-    probes = [random_batch(held_out, config, generator).to(device) for _ in range(config.eval_batches)]
+    probes = [
+        random_batch(held_out, config, generator).to(device) for _ in range(config.eval_batches)
+    ]
     models = make_twins(config, device)
     backend = serving_backend(config, device)
     size = sum(weight.numel() for weight in models[0].parameters())
-    print(f"text: {len(text) / 1e6:.1f} MB of Python's library, {len(held_out) / 1e6:.1f} MB held out")
+    print(
+        f"text: {len(text) / 1e6:.1f} MB of Python's library, {len(held_out) / 1e6:.1f} MB held out"
+    )
     print(f"model: {size / 1e6:.2f} M weights on {device}; attention by backend {backend!r}")
     before = bits_per_byte(models[0], probes)
     runners = (Runner(models[0], config), Runner(models[1], config))
@@ -419,7 +431,7 @@ def report(result: dict[str, Any], folder: Path) -> None:
         f"(first step: {result['first_loss_difference']:.2e}); "
         f"of cached decoding, in logits: {result['cache_logit_difference']:.2e}"
     )
-    print(f"backend: {result['backend']}; pictures and figures: {folder}/loss.png, {folder}/result.json")
+    print(f"backend: {result['backend']}; curves and figures: {folder}/loss.png, result.json")
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

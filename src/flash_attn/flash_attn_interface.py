@@ -19,7 +19,7 @@ Common to all of them:
   For plain probabilities see :func:`attention_probs`.
 
 Errors: :class:`~flash_attn.errors.ConstraintError` (a RuntimeError and AssertionError) names the
-argument at fault; :class:`~flash_attn.errors.UnsupportedProblemError` lists every backend's reasons.
+argument at fault; :class:`~flash_attn.errors.UnsupportedProblemError` lists all backends' reasons.
 """
 
 from __future__ import annotations
@@ -569,3 +569,62 @@ def _flash_attn_varlen_backward(
         max_seqlen_k, dropout_p, softmax_scale, causal, window_size_left, window_size_right,
         softcap, alibi_slopes, deterministic, rng_state, zero_tensors,
     )  # fmt: skip
+
+
+class _Applicable:
+    """Stands for one of upstream's autograd classes: ``apply`` takes their arguments in order.
+
+    Differentiation itself is in :mod:`flash_attn.core.autograd`.
+    """
+
+    _function: Any
+    _arguments: int
+
+    @classmethod
+    def apply(cls, *arguments: Any) -> Any:
+        """Call the public function. A last argument, ``is_grad_enabled``, may follow."""
+        *given, is_grad_enabled = (*arguments, True)[: cls._arguments + 1]
+        with torch.set_grad_enabled(torch.is_grad_enabled() and bool(is_grad_enabled)):
+            return cls._function(*given)
+
+
+class FlashAttnFunc(_Applicable):
+    """:func:`flash_attn_func` by upstream's class name."""
+
+    _function = staticmethod(flash_attn_func)
+    _arguments = 11
+
+
+class FlashAttnQKVPackedFunc(_Applicable):
+    """:func:`flash_attn_qkvpacked_func` by upstream's class name."""
+
+    _function = staticmethod(flash_attn_qkvpacked_func)
+    _arguments = 9
+
+
+class FlashAttnKVPackedFunc(_Applicable):
+    """:func:`flash_attn_kvpacked_func` by upstream's class name."""
+
+    _function = staticmethod(flash_attn_kvpacked_func)
+    _arguments = 10
+
+
+class FlashAttnVarlenFunc(_Applicable):
+    """:func:`flash_attn_varlen_func` by upstream's class name."""
+
+    _function = staticmethod(flash_attn_varlen_func)
+    _arguments = 16
+
+
+class FlashAttnVarlenQKVPackedFunc(_Applicable):
+    """:func:`flash_attn_varlen_qkvpacked_func` by upstream's class name."""
+
+    _function = staticmethod(flash_attn_varlen_qkvpacked_func)
+    _arguments = 11
+
+
+class FlashAttnVarlenKVPackedFunc(_Applicable):
+    """:func:`flash_attn_varlen_kvpacked_func` by upstream's class name."""
+
+    _function = staticmethod(flash_attn_varlen_kvpacked_func)
+    _arguments = 14

@@ -219,7 +219,5 @@ def fwd_kvcache(
     )
     if out is not None:
         check_gradient(out, "out", q)
-    result = attend_with_kvcache(
-        problem, k, v, rotary_cos, rotary_sin, is_rotary_interleaved, out
-    )
+    result = attend_with_kvcache(problem, k, v, rotary_cos, rotary_sin, is_rotary_interleaved, out)
     return [result.out, result.softmax_lse]

@@ -21,7 +21,7 @@ def _parse_switch(name: str, text: str) -> bool:
     if lowered in _FALSE:
         return False
     raise ConstraintError(
-        f"environment variable {name} must be TRUE or FALSE (or 1/0, yes/no, on/off), found {text!r}"
+        f"environment variable {name} must be TRUE or FALSE (1/0, yes/no, on/off), found {text!r}"
     )
 
 

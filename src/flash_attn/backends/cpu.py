@@ -178,7 +178,9 @@ def _backward_slice(
 
 
 def _sum_group(problem: AttentionProblem, x: Tensor) -> Tensor:
-    return x if problem.nheads == problem.nheads_k else x.unflatten(0, (problem.nheads_k, -1)).sum(1)
+    return (
+        x if problem.nheads == problem.nheads_k else x.unflatten(0, (problem.nheads_k, -1)).sum(1)
+    )
 
 
 class CpuBackend:
@@ -246,8 +248,10 @@ class CpuBackend:
         return rotate(x, cos, sin, seqlen_offsets=seqlen_offsets, interleaved=interleaved)
 
     @torch.no_grad()
-    def append_kv(self, problem: AttentionProblem, k_new: Tensor, v_new: Tensor, at: Tensor) -> None:
-        """Write (batch, seqlen_new, nheads_k, headdim) into the problem's caches from row ``at[b]``.
+    def append_kv(
+        self, problem: AttentionProblem, k_new: Tensor, v_new: Tensor, at: Tensor
+    ) -> None:
+        """Write (batch, seqlen_new, nheads_k, headdim) into the caches from row ``at[b]`` on.
 
         Rows that fall outside the cache are not written.
         """

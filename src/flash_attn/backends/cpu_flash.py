@@ -43,9 +43,13 @@ def serves(problem: AttentionProblem) -> bool:
 def _parts(
     problem: AttentionProblem, like_q: list[Tensor], like_k: list[Tensor]
 ) -> Iterator[tuple[list[Tensor], list[Tensor], tuple[int | slice, ...]]]:
-    """(batch, nheads, seqlen, headdim) views, whole or a sequence at a time, and their LSE index."""
+    """(batch, nheads, seqlen, headdim) views, whole or by sequence, and their LSE index."""
     if not problem.is_varlen_q:
-        yield [x.transpose(1, 2) for x in like_q], [x.transpose(1, 2) for x in like_k], (slice(None),)
+        yield (
+            [x.transpose(1, 2) for x in like_q],
+            [x.transpose(1, 2) for x in like_k],
+            (slice(None),),
+        )
         return
     for sequence in sequences(problem):
         yield (
@@ -66,7 +70,12 @@ def forward(problem: AttentionProblem, out: Tensor, lse: Tensor) -> None:
     ):
         k, v = (_repeat_heads(x, problem.nheads) for x in keys_values)
         result, row_lse = _aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, problem.visibility.window_right == 0, scale=problem.transform.softmax_scale
+            q,
+            k,
+            v,
+            0.0,
+            problem.visibility.window_right == 0,
+            scale=problem.transform.softmax_scale,
         )
         target.copy_(result)
         lse[index] = (row_lse[0] if problem.is_varlen_q else row_lse).float()

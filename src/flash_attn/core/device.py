@@ -11,7 +11,7 @@ from torch import Tensor
 
 @lru_cache(maxsize=64)
 def arch_of(index: int) -> str:
-    """"sm90", "gfx942", ...: the architecture of GPU ``index``."""
+    """ "sm90", "gfx942", ...: the architecture of GPU ``index``."""
     if torch.version.hip is not None:
         name: str = torch.cuda.get_device_properties(index).gcnArchName
         return name.split(":")[0]

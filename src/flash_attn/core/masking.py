@@ -14,9 +14,7 @@ from torch import Tensor
 from .problem import Visibility
 
 
-def visible_keys(
-    row: int, seqlen_q: int, seqlen_k: int, visibility: Visibility
-) -> tuple[int, int]:
+def visible_keys(row: int, seqlen_q: int, seqlen_k: int, visibility: Visibility) -> tuple[int, int]:
     """The interval ``[first, end)`` of keys that query ``row`` sees; empty if ``end <= first``."""
     position = row + seqlen_k - seqlen_q
     left, right = visibility

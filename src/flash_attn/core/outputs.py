@@ -38,7 +38,10 @@ def new_s_dmask(problem: AttentionProblem) -> Tensor:
 
 
 def softmax_d_shape(problem: AttentionProblem) -> tuple[int, ...]:
-    """Shape of rowsum(out * dout): (batch, nheads, seqlen_q up to 128) or (nheads, total_q + 128 B)."""
+    """Shape of rowsum(out * dout), lengths rounded up to 128.
+
+    (batch, nheads, seqlen_q), or packed (nheads, total_q + 128 * batch).
+    """
     if problem.is_varlen_q:
         return (problem.nheads, problem.q.shape[0] + 128 * problem.batch_size)
     return (problem.q.shape[0], problem.nheads, round_multiple(problem.q.shape[1], 128))

@@ -125,9 +125,7 @@ def _keep(problem: AttentionProblem, rng_state: Tensor, sequence: Sequence) -> T
         return None
     rows = torch.arange(sequence.seqlen_q, device=problem.q.device)
     keys = torch.arange(sequence.seqlen_k, device=problem.q.device)
-    return rng.keep_mask(
-        rng_state, problem.dropout_p, sequence.index, problem.nheads, rows, keys
-    )
+    return rng.keep_mask(rng_state, problem.dropout_p, sequence.index, problem.nheads, rows, keys)
 
 
 def attention_probabilities(

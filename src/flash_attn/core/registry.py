@@ -50,7 +50,9 @@ class CacheWriter(Protocol):
     ) -> Tensor:
         """Rotary embedding of (batch, seqlen, nheads, headdim), into a new tensor."""
 
-    def append_kv(self, problem: AttentionProblem, k_new: Tensor, v_new: Tensor, at: Tensor) -> None:
+    def append_kv(
+        self, problem: AttentionProblem, k_new: Tensor, v_new: Tensor, at: Tensor
+    ) -> None:
         """Write new rows into the problem's caches, sequence b's from row ``at[b]`` on."""
 
 

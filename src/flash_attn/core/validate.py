@@ -162,7 +162,10 @@ def _check_layout(problem: AttentionProblem) -> None:
             k.shape[0] == batch_size,
             f"`k` must have batch size {batch_size} like `q`, found {k.shape[0]}",
         )
-    for name, value in (("max_seqlen_q", layout.max_seqlen_q), ("max_seqlen_k", layout.max_seqlen_k)):
+    for name, value in (
+        ("max_seqlen_q", layout.max_seqlen_q),
+        ("max_seqlen_k", layout.max_seqlen_k),
+    ):
         require(value >= 0, f"`{name}` must not be negative, found {value}")
 
 

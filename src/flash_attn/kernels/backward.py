@@ -117,7 +117,8 @@ def dkdv_tiles(dk, dv, k_tile, v_tile, q_base, dout_base, lse_log2, softmax_d, r
                HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                BLOCK_D: tl.constexpr, MASKED: tl.constexpr, MASK_ROWS: tl.constexpr,
                HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-               HAS_ALIBI: tl.constexpr, HAS_DROPOUT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+               HAS_ALIBI: tl.constexpr, HAS_DROPOUT: tl.constexpr, WIDE: tl.constexpr,
+               PRECISION: tl.constexpr):  # fmt: skip
     """Walk over the tiles [begin, end) of queries of a group of heads; the updated (dk, dv).
 
     One loop runs over all heads and tiles: a loop within a loop would double the registers.
@@ -126,7 +127,7 @@ def dkdv_tiles(dk, dv, k_tile, v_tile, q_base, dout_base, lse_log2, softmax_d, r
     FROM_FIRST: tl.constexpr = not HAS_LEFT and not HAS_RIGHT
     offs_m = tl.arange(0, BLOCK_M)
     count = end - begin
-    for step in range(0, group * count):
+    for step in range(group * count):
         g = step // count
         start_m = (begin + step - g * count) * BLOCK_M
         rows = start_m + offs_m
@@ -139,7 +140,8 @@ def dkdv_tiles(dk, dv, k_tile, v_tile, q_base, dout_base, lse_log2, softmax_d, r
             slope = tl.load(slopes + g)
         s = tl.dot(k_tile, tl.trans(q), input_precision=PRECISION)  # (BLOCK_N, BLOCK_M)
         s, capped = transform_scores(s, rows[None, :], keys[:, None], seqlen_q, seqlen_k,
-                                     softmax_scale, softcap, slope, HAS_SOFTCAP, HAS_ALIBI)  # fmt: skip
+                                     softmax_scale, softcap, slope, HAS_SOFTCAP,
+                                     HAS_ALIBI)  # fmt: skip
         p = tl.exp2(s - row_lse[None, :])
         if MASKED:
             seen = is_between(offs_m[None, :], (first_seen - start_m)[:, None],
@@ -278,7 +280,8 @@ def dq_tiles(dq, q_tile, dout_tile, row_lse, delta, k_base, v_base, rng_state, b
             v = tl.where(before, v, 0.0)
         s = tl.dot(q_tile, tl.trans(k), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
         s, capped = transform_scores(s, rows[:, None], keys[None, :], seqlen_q, seqlen_k,
-                                     softmax_scale, softcap, slope, HAS_SOFTCAP, HAS_ALIBI)  # fmt: skip
+                                     softmax_scale, softcap, slope, HAS_SOFTCAP,
+                                     HAS_ALIBI)  # fmt: skip
         p = tl.exp2(s - row_lse[:, None])
         if MASKED:
             seen = is_between(offs_n[None, :], (first_seen - start_n)[:, None],
@@ -365,8 +368,8 @@ def attention_dq(
     )
     if HAS_LEFT:
         acc = dq_tiles(
-            acc, q_tile, dout_tile, row_lse, delta, k_base, v_base, rng_state, a, b_loop, rows, cols,
-            first_seen, last_seen, any_first, any_end, rows_q, rows_k, stride_kn, stride_vn,
+            acc, q_tile, dout_tile, row_lse, delta, k_base, v_base, rng_state, a, b_loop, rows,
+            cols, first_seen, last_seen, any_first, any_end, rows_q, rows_k, stride_kn, stride_vn,
             head_batch, softmax_scale, softcap, slope, keep_threshold, dropout_scale, HEAD_DIM,
             BLOCK_M, BLOCK_N, BLOCK_D, True, HAS_LEFT, HAS_SOFTCAP, HAS_ALIBI, HAS_DROPOUT, WIDE,
             PRECISION,

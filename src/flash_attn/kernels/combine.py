@@ -38,13 +38,13 @@ def attention_combine(
     partial_out += b * stride_pb + h * stride_ph
 
     largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    for s in range(0, num_splits):
+    for s in range(num_splits):
         part = tl.load(partial_lse + s * stride_qs + rows, mask=inside, other=float("-inf"))
         largest = tl.maximum(largest, part)
     shift = tl.where(largest == float("-inf"), 0.0, largest)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for s in range(0, num_splits):
+    for s in range(num_splits):
         split = int64(s)
         part = tl.load(partial_lse + split * stride_qs + rows, mask=inside, other=float("-inf"))
         weight = tl.exp2((part - shift) * LOG2E)

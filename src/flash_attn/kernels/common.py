@@ -1,7 +1,7 @@
 """What the attention kernels share: where a tile lies, which keys it sees, scores, random bits.
 
 Scores are kept in base 2, ``score * log2(e)``, so that the hardware's exp2 serves directly. Lengths
-and indices read from memory are clamped to what the tensors hold: hostile values can spoil a result,
+and indices read from memory are clamped to what the tensors hold: hostile values can spoil results,
 but nothing outside the tensors is read or written.
 """
 
@@ -69,7 +69,8 @@ def packed_range(cu_seqlens, b, batch_size, total):
 
 @triton.jit
 def tile_of_program(pid, cu_seqlens, batch_size, nheads, seqlen, num_tiles,
-                    IS_VARLEN: tl.constexpr, REVERSE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+                    IS_VARLEN: tl.constexpr, REVERSE: tl.constexpr,
+                    BLOCK: tl.constexpr):  # fmt: skip
     """(sequence, head, tile, first row, rows) of a one-dimensional grid, tiles running fastest.
 
     REVERSE puts the last tiles first: with a causal mask these have the most work.

@@ -85,13 +85,14 @@ def attend_tiles(acc, l_i, m_i, q, k_base, v_base, table, rng_state, begin, end,
         keys = start_n + offs_n
         if not FOLD_SCALE:
             s, _ = transform_scores(s, rows[:, None], keys[None, :], seqlen_q, seqlen_k,
-                                    softmax_scale, softcap, slope, HAS_SOFTCAP, HAS_ALIBI)  # fmt: skip
+                                    softmax_scale, softcap, slope, HAS_SOFTCAP,
+                                    HAS_ALIBI)  # fmt: skip
         if MASKED:
             seen = is_between(offs_n[None, :], (first_seen - start_n)[:, None],
                               (last_seen - start_n)[:, None], HAS_LEFT, True)  # fmt: skip
             s = tl.where(seen, s, float("-inf"))
         if FOLD_SCALE:
-            # One fused multiply-add an element: the scale, which is positive here, commutes with max.
+            # One fused multiply-add an element: the scale, positive here, commutes with max.
             scale_log2 = softmax_scale * LOG2E
             m_new = tl.maximum(m_i, tl.max(s, 1) * scale_log2)
             shift = tl.where(m_new == float("-inf"), 0.0, m_new) if MASKED else m_new

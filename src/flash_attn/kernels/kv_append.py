@@ -53,6 +53,8 @@ def append_kv(
         row = cache_rows
     mask = inside[:, None] & (cols < HEAD_DIM)[None, :]
     copy_rows(k_new + b * stride_knb + h * stride_knh, k_cache, new_rows,
-              page * stride_kcb + h * stride_kch + row * stride_kcn, stride_knm, cols, mask)  # fmt: skip
+              page * stride_kcb + h * stride_kch + row * stride_kcn, stride_knm, cols,
+              mask)  # fmt: skip
     copy_rows(v_new + b * stride_vnb + h * stride_vnh, v_cache, new_rows,
-              page * stride_vcb + h * stride_vch + row * stride_vcn, stride_vnm, cols, mask)  # fmt: skip
+              page * stride_vcb + h * stride_vch + row * stride_vcn, stride_vnm, cols,
+              mask)  # fmt: skip

@@ -9,7 +9,6 @@ import triton
 import triton.language as tl
 
 from .common import (
-    clamp,
     dropout_keep,
     int64,
     is_between,

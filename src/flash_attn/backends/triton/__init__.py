@@ -38,7 +38,9 @@ class TritonBackend:
         """Rotary embedding of (batch, seqlen, nheads, headdim), into a new tensor."""
         return apply_rotary(x, cos, sin, seqlen_offsets=seqlen_offsets, interleaved=interleaved)
 
-    def append_kv(self, problem: AttentionProblem, k_new: Tensor, v_new: Tensor, at: Tensor) -> None:
+    def append_kv(
+        self, problem: AttentionProblem, k_new: Tensor, v_new: Tensor, at: Tensor
+    ) -> None:
         """Write new rows into the caches of ``problem``, sequence b's from row ``at[b]`` on."""
         launch.append_kv(problem, k_new, v_new, at)
 

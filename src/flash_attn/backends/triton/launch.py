@@ -150,9 +150,7 @@ def forward(problem: AttentionProblem, out: Tensor | None) -> AttentionResult:
         rng_state = rng.new_state(device) if dropout else rng.unused_state(device)
         facts = facts_of(problem)
         plan = plan_for(plan_key("forward", problem, facts))
-        tiles = tiles_of(
-            problem.q.shape[-3], problem.batch_size, problem.is_varlen_q, plan.block_m
-        )
+        tiles = tiles_of(problem.q.shape[-3], problem.batch_size, problem.is_varlen_q, plan.block_m)
         programs = tiles * problem.nheads * (1 if problem.is_varlen_q else problem.batch_size)
         splits = choose_splits(problem, programs, plan)
         if splits == 1:
@@ -280,7 +278,7 @@ def _launch_softmax_debug(
 
 
 def append_kv(problem: AttentionProblem, k_new: Tensor, v_new: Tensor, at: Tensor) -> None:
-    """Write (batch, seqlen_new, nheads_k, headdim) into the caches of ``problem`` from ``at[b]``."""
+    """Write (batch, seqlen_new, nheads_k, headdim) into the caches from row ``at[b]`` on."""
     table, cache_row = problem.layout.page_table, problem.layout.cache_batch_idx
     block_m = 16
     tiles = triton.cdiv(k_new.shape[1], block_m)
