@@ -79,7 +79,7 @@ class IndexFirstAxisResidual(torch.autograd.Function):
 
 
 def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
-    return function.apply(*args)  # type: ignore[no-untyped-call]
+    return function.apply(*args)
 
 
 def index_first_axis(input: Tensor, indices: Tensor) -> Tensor:

@@ -472,7 +472,7 @@ def _flash_attn_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Dense forward: (out, softmax_lse, S_dmask, rng_state)."""
     q, k, v = last_dim_contiguous(q), last_dim_contiguous(k), last_dim_contiguous(v)
-    return ops.forward(  # type: ignore[no-any-return]
+    return ops.forward(
         q, k, v, dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap,
         alibi_slopes, return_softmax,
     )  # fmt: skip
@@ -502,7 +502,7 @@ def _flash_attn_varlen_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Packed forward: (out, softmax_lse, S_dmask, rng_state)."""
     q, k, v = last_dim_contiguous(q), last_dim_contiguous(k), last_dim_contiguous(v)
-    return ops.varlen_forward(  # type: ignore[no-any-return]
+    return ops.varlen_forward(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale,
         causal, window_size_left, window_size_right, softcap, alibi_slopes, return_softmax,
         block_table, leftpad_k, seqused_k, zero_tensors, num_splits,
@@ -531,7 +531,7 @@ def _flash_attn_backward(
 ) -> Tensor:
     """Dense backward: writes dq, dk, dv in place, returns softmax_d."""
     dout, q, k, v, out = (last_dim_contiguous(x) for x in (dout, q, k, v, out))
-    return ops.backward(  # type: ignore[no-any-return]
+    return ops.backward(
         dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, softmax_scale, causal,
         window_size_left, window_size_right, softcap, alibi_slopes, deterministic, rng_state,
     )  # fmt: skip
@@ -564,7 +564,7 @@ def _flash_attn_varlen_backward(
 ) -> Tensor:
     """Packed backward: writes dq, dk, dv in place, returns softmax_d."""
     dout, q, k, v, out = (last_dim_contiguous(x) for x in (dout, q, k, v, out))
-    return ops.varlen_backward(  # type: ignore[no-any-return]
+    return ops.varlen_backward(
         dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
         max_seqlen_k, dropout_p, softmax_scale, causal, window_size_left, window_size_right,
         softcap, alibi_slopes, deterministic, rng_state, zero_tensors,

@@ -55,7 +55,7 @@ def _slices(problem: AttentionProblem) -> Iterator[_Slice]:
         q = problem.q[sequence.q_rows].to(dtype).transpose(0, 1)
         k = problem.k[sequence.k_rows].to(dtype).transpose(0, 1)
         v = problem.v[sequence.k_rows].to(dtype).transpose(0, 1)
-        own = slopes if slopes is None or slopes.dim() == 1 else slopes[sequence.index]
+        own = slopes if slopes is None or slopes.dim() == 1 else slopes[sequence.number]
         yield _Slice(q, k, v, sequence, own)
 
 
@@ -100,7 +100,7 @@ def _score_block(
     keep = None
     if problem.dropout_p > 0.0:
         keep = rng.keep_mask(
-            rng_state, problem.dropout_p, part.sequence.index, problem.nheads, row, key
+            rng_state, problem.dropout_p, part.sequence.number, problem.nheads, row, key
         )
     return _Block(rows, keys, s, raw, keep)
 
@@ -130,7 +130,7 @@ def _forward_slice(
     acc /= (row_sum.masked_fill(dead, 1.0) * (1.0 - problem.dropout_p))[..., None]
     lse = (row_max + torch.log(row_sum)).masked_fill(dead, problem.empty_lse)
     if s_dmask.numel():
-        _write_s_dmask(problem, part, rng_state, row_max, s_dmask[part.sequence.index])
+        _write_s_dmask(problem, part, rng_state, row_max, s_dmask[part.sequence.number])
     return acc, lse
 
 

@@ -53,8 +53,8 @@ def run_forward(
     """Call the dense or the packed forward operator: (out, softmax_lse, s_dmask, rng_state)."""
     return_softmax = return_softmax and options.dropout_p > 0.0
     if options.cu_seqlens_q is None:
-        return ops.forward(q, k, v, *options.shared, return_softmax)  # type: ignore[no-any-return]
-    return ops.varlen_forward(  # type: ignore[no-any-return]
+        return ops.forward(q, k, v, *options.shared, return_softmax)
+    return ops.varlen_forward(
         q, k, v, *options.lengths, *options.shared, return_softmax, options.block_table
     )
 
@@ -78,7 +78,8 @@ def _save(ctx: Any, tensors: tuple[Tensor, ...], options: Options) -> None:
     """Tensors go through save_for_backward, which notices in-place changes; the rest beside it."""
     extra = [getattr(options, name) for name in _TENSOR_OPTIONS]
     ctx.save_for_backward(*tensors, *extra)
-    ctx.options = options._replace(**dict.fromkeys(_TENSOR_OPTIONS))
+    blanks: dict[str, Any] = dict.fromkeys(_TENSOR_OPTIONS)
+    ctx.options = options._replace(**blanks)
 
 
 def _restore(ctx: Any) -> tuple[tuple[Tensor, ...], Options]:
@@ -148,7 +149,7 @@ def attention(
     """(out, softmax_lse, s_dmask), recorded for autograd only if a gradient can be asked for."""
     q, k, v = last_dim_contiguous(q), last_dim_contiguous(k), last_dim_contiguous(v)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return Attention.apply(q, k, v, options, return_softmax)  # type: ignore[no-any-return]
+        return Attention.apply(q, k, v, options, return_softmax)
     return run_forward(q, k, v, options, return_softmax)[:3]
 
 
@@ -160,7 +161,7 @@ def packed_attention(
     q = None if q is None else last_dim_contiguous(q)
     needs_grad = packed.requires_grad or (q is not None and q.requires_grad)
     if torch.is_grad_enabled() and needs_grad:
-        return PackedAttention.apply(q, packed, options, return_softmax)  # type: ignore[no-any-return]
+        return PackedAttention.apply(q, packed, options, return_softmax)
     parts = packed.unbind(-3)
     q_part, k, v = parts if q is None else (q, *parts)
     return run_forward(q_part, k, v, options, return_softmax)[:3]

@@ -266,7 +266,7 @@ def _varlen_backward_fake(
     return q.new_empty((q.shape[1], q.shape[0] + 128 * batch_size), dtype=torch.float32)
 
 
-_IMPLEMENTATIONS = {
+_IMPLEMENTATIONS: dict[str, tuple[Any, Any]] = {
     "_flash_attn_forward": (_forward, _forward_fake),
     "_flash_attn_varlen_forward": (_varlen_forward, _varlen_forward_fake),
     "_flash_attn_backward": (_backward, _backward_fake),

@@ -47,7 +47,7 @@ class Visibility(NamedTuple):
 
     @classmethod
     def from_window(cls, left: int, right: int, causal: bool) -> Visibility:
-        """Translate ``causal`` and ``window_size``: negative is no limit, causal sets right to 0."""
+        """Translate ``causal`` and ``window_size``: negative is no limit, causal is right = 0."""
         right = 0 if causal else right
         return cls(None if left < 0 else left, None if right < 0 else right)
 

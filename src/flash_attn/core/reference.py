@@ -66,7 +66,7 @@ def masked_scores(
         q[sequence.q_rows],
         _gather(problem, k, sequence),
         problem.transform,
-        _slopes(problem, sequence.index),
+        _slopes(problem, sequence.number),
     )
     seen = visible_matrix(sequence.seqlen_q, sequence.seqlen_k, problem.visibility, s.device)
     return s.masked_fill(~seen, float("-inf")), seen
@@ -116,7 +116,7 @@ def attention(
         if s_dmask.numel() and keep is not None and sequence.seqlen_k:
             exponent = s - s.amax(dim=-1, keepdim=True).masked_fill(~alive[:, None], 0.0)
             signed = torch.where(keep, 1.0, -1.0).to(dtype) * torch.exp(exponent)
-            s_dmask[sequence.index, :, : sequence.seqlen_q, : sequence.seqlen_k] = signed.detach()
+            s_dmask[sequence.number, :, : sequence.seqlen_q, : sequence.seqlen_k] = signed.detach()
     return AttentionResult(out, lse, s_dmask, rng_state)
 
 
@@ -125,7 +125,7 @@ def _keep(problem: AttentionProblem, rng_state: Tensor, sequence: Sequence) -> T
         return None
     rows = torch.arange(sequence.seqlen_q, device=problem.q.device)
     keys = torch.arange(sequence.seqlen_k, device=problem.q.device)
-    return rng.keep_mask(rng_state, problem.dropout_p, sequence.index, problem.nheads, rows, keys)
+    return rng.keep_mask(rng_state, problem.dropout_p, sequence.number, problem.nheads, rows, keys)
 
 
 def attention_probabilities(

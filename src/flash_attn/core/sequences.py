@@ -20,14 +20,14 @@ class Sequence(NamedTuple):
     """One sequence of a problem.
 
     Attributes:
-        index: its number in the batch.
+        number: which of the batch.
         q_rows: what selects its queries: an index into q's first dimensions.
         seqlen_q: number of queries.
         k_rows: the same for its keys; a slice where they lie together, index tensors if paged.
         seqlen_k: number of keys.
     """
 
-    index: int
+    number: int
     q_rows: tuple[int | slice, ...]
     seqlen_q: int
     k_rows: tuple[int | slice | Tensor, ...]
@@ -35,7 +35,7 @@ class Sequence(NamedTuple):
 
     def lse_index(self, varlen: bool) -> tuple[int | slice, ...]:
         """Where this sequence's (nheads, seqlen_q) block of softmax_lse lies."""
-        return (slice(None), self.q_rows[0]) if varlen else (self.index,)
+        return (slice(None), self.q_rows[0]) if varlen else (self.number,)
 
 
 def _clamp(value: int, low: int, high: int) -> int:
@@ -59,7 +59,8 @@ def sequences(problem: AttentionProblem) -> Iterator[Sequence]:
     cache_row = _as_list(layout.cache_batch_idx)
     for index in range(problem.batch_size):
         if cu_q is None:
-            q_rows, seqlen_q = (index, slice(None)), q.shape[1]
+            q_rows: tuple[int | slice, ...] = (index, slice(None))
+            seqlen_q = q.shape[1]
         else:
             start, end = _bounds(cu_q, index, q.shape[0])
             q_rows, seqlen_q = (slice(start, end),), end - start

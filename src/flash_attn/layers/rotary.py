@@ -75,7 +75,7 @@ def _spread(table: Tensor, interleaved: bool) -> Tensor:
 
 
 def _apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
-    out: Tensor = function.apply(*args)  # type: ignore[no-untyped-call]
+    out: Tensor = function.apply(*args)
     return out
 
 

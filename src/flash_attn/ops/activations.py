@@ -104,5 +104,5 @@ def swiglu(x: Tensor, y: Tensor) -> Tensor:
     Returns:
         A tensor in the dtype of ``x``.
     """
-    out: Tensor = _SwiGLU.apply(x, y)  # type: ignore[no-untyped-call]
+    out: Tensor = _SwiGLU.apply(x, y)
     return out

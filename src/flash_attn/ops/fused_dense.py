@@ -80,14 +80,14 @@ class _Leave(torch.autograd.Function):
 def _enter(x: Tensor, group: Any, sequence_parallel: bool) -> Tensor:
     if group is None:
         return x
-    out: Tensor = _Enter.apply(x, group, sequence_parallel)  # type: ignore[no-untyped-call]
+    out: Tensor = _Enter.apply(x, group, sequence_parallel)
     return out
 
 
 def _leave(x: Tensor, group: Any, sequence_parallel: bool) -> Tensor:
     if group is None:
         return x
-    out: Tensor = _Leave.apply(x, group, sequence_parallel)  # type: ignore[no-untyped-call]
+    out: Tensor = _Leave.apply(x, group, sequence_parallel)
     return out
 
 

@@ -19,7 +19,8 @@ from ...kernels.kv_append import append_kv as append_kv_kernel
 from ...kernels.softmax_debug import softmax_debug
 from .heuristics import plan_for
 
-_TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
+_major, _minor = triton.__version__.split(".")[:2]
+_TRITON = (int(_major), int(_minor))
 _FEW_ROWS = 16
 
 

@@ -36,7 +36,7 @@ def _device_of(tensor: Tensor) -> AbstractContextManager[Any]:
     if tensor.device.type == "cpu":
         return nullcontext()
     module: Any = torch.get_device_module(tensor.device)
-    return module.device(tensor.device)  # type: ignore[no-any-return]
+    return module.device(tensor.device)
 
 
 def _num_warps(block: int) -> int:
@@ -290,7 +290,7 @@ def cross_entropy_loss(
         precomputed_lse = precomputed_lse.detach().float().contiguous() if usable else None
     if logits.stride(-1) != 1:
         logits = logits.contiguous()
-    losses, z_losses = _CrossEntropy.apply(  # type: ignore[no-untyped-call]
+    losses, z_losses = _CrossEntropy.apply(
         logits, labels.contiguous(), precomputed_lse, options, inplace_backward, process_group
     )
     return losses, z_losses

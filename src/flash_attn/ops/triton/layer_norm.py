@@ -98,7 +98,7 @@ def _device_of(tensor: Tensor) -> AbstractContextManager[Any]:
     if tensor.device.type == "cpu":
         return nullcontext()
     module: Any = torch.get_device_module(tensor.device)
-    return module.device(tensor.device)  # type: ignore[no-any-return]
+    return module.device(tensor.device)
 
 
 def _block_and_warps(n_cols: int) -> tuple[int, int]:
@@ -417,7 +417,7 @@ def _check(inputs: _Inputs, dropout_p: float) -> None:
 
 def _compute(inputs: _Inputs, options: _Options) -> _Outputs:
     if _runs_on_kernels(inputs):
-        found = _Outputs(*_NormFn.apply(options, *inputs))  # type: ignore[no-untyped-call]
+        found = _Outputs(*_NormFn.apply(options, *inputs))
     else:
         found = _forward_torch(inputs, options)
     return found._replace(residual_out=inputs.x) if inputs.sum_is_x(options) else found
