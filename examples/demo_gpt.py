@@ -28,6 +28,8 @@ from torch import Tensor, nn
 _SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 _HELD_OUT_EVERY = 10  # of the files
 PROMPT = b"def __init__(self, "
+TOP_K = 20
+TEMPERATURE = 0.7
 
 # How far the two loss curves may lie apart, in nats per byte at any step. Rounding is all that
 # differs between the models: after a full CPU run (float32) the curves lie about 1e-4 apart, and
@@ -284,9 +286,18 @@ def train(runners: tuple[Runner, Runner], text: Tensor, device: torch.device) ->
 # ---- generation ---------------------------------------------------------------------------------
 
 
+def sample_top_k(
+    logits: Tensor, top_k: int, temperature: float, generator: torch.Generator
+) -> Tensor:
+    """Draw from the ``top_k`` likeliest of (256,) logits: a (1,) int64 tensor."""
+    likeliest = logits.topk(top_k)
+    chances = torch.softmax(likeliest.values / temperature, dim=-1)
+    return likeliest.indices[torch.multinomial(chances, 1, generator=generator)]
+
+
 @torch.no_grad()
 def generate(
-    model: ByteGPT, prompt: bytes, config: Config, device: torch.device, temperature: float = 0.7
+    model: ByteGPT, prompt: bytes, config: Config, device: torch.device
 ) -> tuple[bytes, float]:
     """Continue ``prompt`` with the key/value cache: one pass over it, then one byte at a time.
 
@@ -305,8 +316,8 @@ def generate(
             state.seqlen_offset += fresh.shape[1]
             if tokens.shape[1] >= length:
                 break
-            chances = torch.softmax(logits[-1][0, -1].cpu() / temperature, dim=-1)
-            fresh = torch.multinomial(chances, 1, generator=generator)[None].to(device)
+            last = logits[-1][0, -1].cpu()
+            fresh = sample_top_k(last, TOP_K, TEMPERATURE, generator)[None].to(device)
             tokens = torch.cat([tokens, fresh], dim=1)
         whole = model(tokens).float()
     difference = (torch.cat(logits, dim=1) - whole).abs().max().item()

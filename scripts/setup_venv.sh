@@ -56,6 +56,11 @@ over_base_torch() {
     say "$venv over $("$base" -c 'import sys, torch; print(sys.prefix, "with PyTorch", torch.__version__)')"
     # pip comes from the base, which may lack the files that venv would copy.
     "$base" -m venv --system-site-packages --without-pip "$venv"
+    if ! "$python" -c 'import torch' >/dev/null 2>&1; then
+        # The base is itself a virtual environment, whose packages are not the system's.
+        "$base" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+            >"$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth"
+    fi
     local missing
     mapfile -t missing < <(requirements missing)
     if [ ${#missing[@]} -gt 0 ]; then

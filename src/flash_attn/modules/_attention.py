@@ -129,9 +129,10 @@ class FlashSelfAttention(_FlashModule):
         )
         if cu_seqlens is None:
             out: Tensor = flash_attn_qkvpacked_func(qkv, *options)
-            return out
-        require_max_seqlen("max_seqlen", max_seqlen)
-        out = flash_attn_varlen_qkvpacked_func(qkv, cu_seqlens, max_seqlen, *options)  # type: ignore[arg-type]
+        else:
+            lengths: Any = (cu_seqlens, max_seqlen)
+            require_max_seqlen("max_seqlen", max_seqlen)
+            out = flash_attn_varlen_qkvpacked_func(qkv, *lengths, *options)  # type: ignore[call-arg]
         return out
 
 
@@ -201,12 +202,12 @@ class FlashCrossAttention(_FlashModule):
         )
         if cu_seqlens is None:
             out: Tensor = flash_attn_kvpacked_func(q, kv, *options)
-            return out
-        require(cu_seqlens_k is not None, "`cu_seqlens_k` must be given with `cu_seqlens`")
-        require_max_seqlen("max_seqlen", max_seqlen)
-        require_max_seqlen("max_seqlen_k", max_seqlen_k)
-        lengths: Any = (cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k)
-        out = flash_attn_varlen_kvpacked_func(q, kv, *lengths, *options)
+        else:
+            require(cu_seqlens_k is not None, "`cu_seqlens_k` must be given with `cu_seqlens`")
+            require_max_seqlen("max_seqlen", max_seqlen)
+            require_max_seqlen("max_seqlen_k", max_seqlen_k)
+            lengths: Any = (cu_seqlens, cu_seqlens_k, max_seqlen, max_seqlen_k)
+            out = flash_attn_varlen_kvpacked_func(q, kv, *lengths, *options)  # type: ignore[call-arg]
         return out
 
 
