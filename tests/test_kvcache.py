@@ -51,7 +51,7 @@ def reference_attention(
     (seqlen_q, nheads, headdim), seqlen_k = q.shape, k.shape[0]
     owner = torch.arange(nheads) // (nheads // k.shape[1])
     q, k, v = q.double(), k.double()[:, owner], v.double()[:, owner]
-    s = torch.einsum("ihd,jhd->hij", q, k) * (headdim**-0.5 if not softmax_scale else softmax_scale)
+    s = torch.einsum("ihd,jhd->hij", q, k) * (softmax_scale or headdim**-0.5)
     if softcap > 0:
         s = softcap * torch.tanh(s / softcap)
     gap = torch.arange(seqlen_k) - (torch.arange(seqlen_q)[:, None] + seqlen_k - seqlen_q)
@@ -226,7 +226,7 @@ def check_caches(call: Call, moved: Call, k_cache: Tensor, v_cache: Tensor) -> N
 
 
 def check(call: Call, device: str) -> tuple[Tensor, Tensor]:
-    """Run the call and hold everything it yields, and everything it wrote, against the reference."""
+    """Run the call and hold everything it yields, and all that it wrote, against the reference."""
     want_out, want_lse, k_cache, v_cache = expected(call)
     moved = on_device(call, device)
     before = {key: x.clone() for key, x in moved.items() if isinstance(x, Tensor)}
@@ -359,9 +359,7 @@ def test_rotary_positions_include_the_left_padding(device: str) -> None:
 @pytest.mark.parametrize("seqlen_new", [None, 2])
 def test_cache_batch_idx(device: str, seqlen_new: int | None) -> None:
     rows = torch.tensor([6, 0, 3], dtype=torch.int32)
-    call = make_call(
-        cache_rows=7, cache_batch_idx=rows, lengths=[5, 39, 0], seqlen_new=seqlen_new
-    )
+    call = make_call(cache_rows=7, cache_batch_idx=rows, lengths=[5, 39, 0], seqlen_new=seqlen_new)
     check(call, device)
 
 
@@ -557,9 +555,7 @@ def test_no_gradient_is_recorded(device: str) -> None:
 @pytest.mark.parametrize("dtype", [SINGLE, HALF, BF16], ids=str)
 @pytest.mark.parametrize("num_splits", [1, 5])
 @pytest.mark.parametrize("seqlen_new", [None, 3])
-def test_poison(
-    device: str, dtype: torch.dtype, num_splits: int, seqlen_new: int | None
-) -> None:
+def test_poison(device: str, dtype: torch.dtype, num_splits: int, seqlen_new: int | None) -> None:
     """NaN and infinity outside the keys in use reach no bit of a result."""
     pads = torch.tensor([0, 5, 17], dtype=torch.int32)
     call = make_call(
@@ -719,7 +715,7 @@ def wrong_calls() -> dict[str, tuple[Call, str]]:
             new | {"rotary_cos": wide, "rotary_sin": wide}, "rotary_dim must be <= headdim"
         ),
         "rotary_dim 24": (
-            new | {"rotary_cos": wide[:, :12].contiguous(), "rotary_sin": wide[:, :12].contiguous()},
+            new | dict.fromkeys(("rotary_cos", "rotary_sin"), wide[:, :12].contiguous()),
             "Only rotary dimensions divisible by 16 are currently supported",
         ),
         "strided tables": (
@@ -773,9 +769,8 @@ def test_raw_function_has_no_generator() -> None:
 
 def run_child(code: str, *flags: str, **environment: str) -> dict[str, str]:
     """Run ``code`` in a new interpreter; it prints a dict of what went wrong."""
-    here = Path(__file__).parent
-    paths = [str(here), str(here.parent / "src"), os.environ.get("PYTHONPATH", "")]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(x for x in paths if x)} | environment
+    paths = [str(Path(__file__).parent), *filter(None, sys.path)]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | environment
     command = [sys.executable, *flags, "-c", code]
     child = subprocess.run(
         command, env=env, capture_output=True, text=True, timeout=240, check=False

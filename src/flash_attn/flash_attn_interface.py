@@ -36,7 +36,7 @@ from .core.autograd import Options, last_dim_contiguous
 from .core.kvcache import attend_with_kvcache, kvcache_problem, lengths_tensor
 from .core.outputs import round_multiple
 from .core.problem import Visibility, make_transform
-from .core.validate import check_problem, check_tensor
+from .core.validate import check_integer, check_number, check_problem, check_tensor
 from .errors import ConstraintError
 
 # Whether upstream's AMD Triton path serves; our S_dmask is laid out as its CUDA path's everywhere.
@@ -73,26 +73,28 @@ def _get_block_size_n(
 
 
 def _window(window_size: Sequence[int] | Tensor) -> tuple[int, int]:
-    if len(window_size) != 2:
-        raise ConstraintError(f"`window_size` must be (left, right), found {tuple(window_size)}")
-    left, right = window_size
-    return (
-        int(left) if isinstance(left, Tensor) else left,
-        int(right) if isinstance(right, Tensor) else right,
-    )
+    try:
+        left, right = window_size
+    except (TypeError, ValueError):
+        raise ConstraintError(
+            f"`window_size` must be (left, right), found {window_size!r}"
+        ) from None
+    return check_integer(left, "window_size"), check_integer(right, "window_size")
 
 
 def _length_bound(max_seqlen: int | Tensor, rows: int) -> int:
     """``max_seqlen`` as a host number. One on a GPU is not read, which would synchronise: all
     rows are a bound as well, and no result depends on it."""
     if isinstance(max_seqlen, Tensor):
-        return rows if max_seqlen.is_cuda else int(max_seqlen)
-    return max_seqlen
+        return rows if max_seqlen.is_cuda else check_integer(max_seqlen, "max_seqlen")
+    return check_integer(max_seqlen, "max_seqlen")
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under torch.autocast, float32 tensors become the autocast dtype, like a matrix product's."""
     device_type = tensors[0].device.type
+    if not torch.amp.is_autocast_available(device_type):
+        return tensors  # meta tensors
     if not torch.is_autocast_enabled(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
@@ -112,8 +114,19 @@ def _options(
 ) -> Options:
     scale = headdim**-0.5 if softmax_scale is None else softmax_scale
     left, right = _window(window_size)
+    if not isinstance(alibi_slopes, (Tensor, type(None))):
+        found = type(alibi_slopes).__name__
+        raise ConstraintError(f"`alibi_slopes` must be a torch.Tensor or None, found {found}")
     return Options(
-        dropout_p, scale, causal, left, right, softcap, alibi_slopes, deterministic, **lengths
+        check_number(dropout_p, "dropout_p"),
+        check_number(scale, "softmax_scale"),
+        causal,
+        left,
+        right,
+        check_number(softcap, "softcap"),
+        alibi_slopes,
+        deterministic,
+        **lengths,
     )
 
 
@@ -410,8 +423,11 @@ def flash_attn_with_kvcache(
         block_table,
         make_transform(q.shape[-1], softmax_scale, softcap, alibi_slopes),
         Visibility.from_window(left, right, causal),
-        num_splits,
+        check_integer(num_splits, "num_splits"),
     )
+    for name, x in (("k", k), ("v", v)):
+        if x is not None:
+            check_tensor(x, name, 4, "(batch_size, seqlen_new, nheads_k, headdim)")
     k = None if k is None else last_dim_contiguous(k)
     v = None if v is None else last_dim_contiguous(v)
     result = attend_with_kvcache(problem, k, v, rotary_cos, rotary_sin, rotary_interleaved)
@@ -470,12 +486,13 @@ def _flash_attn_forward(
     alibi_slopes: Tensor | None,
     return_softmax: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Dense forward: (out, softmax_lse, S_dmask, rng_state)."""
+    """Dense forward: (out, softmax_lse, S_dmask, rng_state), which require no gradient."""
     q, k, v = last_dim_contiguous(q), last_dim_contiguous(k), last_dim_contiguous(v)
-    return ops.forward(
-        q, k, v, dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap,
-        alibi_slopes, return_softmax,
-    )  # fmt: skip
+    with torch.no_grad():
+        return ops.forward(
+            q, k, v, dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap,
+            alibi_slopes, return_softmax,
+        )  # fmt: skip
 
 
 def _flash_attn_varlen_forward(
@@ -500,13 +517,14 @@ def _flash_attn_varlen_forward(
     zero_tensors: bool = False,
     num_splits: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Packed forward: (out, softmax_lse, S_dmask, rng_state)."""
+    """Packed forward: (out, softmax_lse, S_dmask, rng_state), which require no gradient."""
     q, k, v = last_dim_contiguous(q), last_dim_contiguous(k), last_dim_contiguous(v)
-    return ops.varlen_forward(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale,
-        causal, window_size_left, window_size_right, softcap, alibi_slopes, return_softmax,
-        block_table, leftpad_k, seqused_k, zero_tensors, num_splits,
-    )  # fmt: skip
+    with torch.no_grad():
+        return ops.varlen_forward(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
+            softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes,
+            return_softmax, block_table, leftpad_k, seqused_k, zero_tensors, num_splits,
+        )  # fmt: skip
 
 
 def _flash_attn_backward(

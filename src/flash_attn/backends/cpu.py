@@ -73,10 +73,10 @@ def _blocks(problem: AttentionProblem, part: _Slice, rng_state: Tensor) -> Itera
         rows = slice(m, min(m + _BLOCK_Q, seqlen_q))
         first, _ = visible_keys(rows.start, seqlen_q, seqlen_k, visibility)
         _, end = visible_keys(rows.stop - 1, seqlen_q, seqlen_k, visibility)
-        for n in range(first // _BLOCK_K * _BLOCK_K, end, _BLOCK_K):
-            yield _score_block(
-                problem, part, rng_state, rows, slice(n, min(n + _BLOCK_K, seqlen_k))
-            )
+        # No key outside [first, end) is touched: what lies there may be NaN, and 0 * NaN is too.
+        for n in range(first, end, _BLOCK_K):
+            keys = slice(n, min(n + _BLOCK_K, end))
+            yield _score_block(problem, part, rng_state, rows, keys)
 
 
 def _score_block(

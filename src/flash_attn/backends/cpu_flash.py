@@ -30,14 +30,12 @@ def serves(problem: AttentionProblem) -> bool:
     )
     if not plain:
         return False
-    if cu_q is not None and cu_k is not None:
-        lengths_q, lengths_k = cu_q.diff(), cu_k.diff()
-    else:
-        lengths_q, lengths_k = torch.tensor(problem.q.shape[:2]), torch.tensor(problem.k.shape[:2])
-    # PyTorch aligns causal masks at the start, which is the same only for equal lengths.
-    aligned = right is None or torch.equal(lengths_q, lengths_k)
-    lengths = torch.cat([lengths_q, lengths_k])
-    return aligned and lengths.numel() > 0 and bool(lengths.min() > 0)
+    # PyTorch's kernel needs rows and keys, and aligns causal masks at the start, which is the same
+    # only for equal lengths.
+    return all(
+        part.seqlen_q > 0 and part.seqlen_k > 0 and (right is None or part.seqlen_q == part.seqlen_k)
+        for part in sequences(problem)
+    )
 
 
 def _parts(
@@ -63,12 +61,19 @@ def _repeat_heads(x: Tensor, nheads: int) -> Tensor:
     return x if x.shape[1] == nheads else x.repeat_interleave(nheads // x.shape[1], dim=1)
 
 
+def _wide(x: Tensor) -> Tensor:
+    """16-bit inputs are computed in float32: the kernel's 16-bit exponential is a fast one, whose
+    log-sum-exp is off in the fifth digit."""
+    return x.float() if x.element_size() == 2 else x
+
+
 def forward(problem: AttentionProblem, out: Tensor, lse: Tensor) -> None:
     """Write ``out`` and ``lse``."""
     for (q, target), keys_values, index in _parts(
         problem, [problem.q, out], [problem.k, problem.v]
     ):
-        k, v = (_repeat_heads(x, problem.nheads) for x in keys_values)
+        q, k, v = (_wide(x) for x in (q, *keys_values))
+        k, v = _repeat_heads(k, problem.nheads), _repeat_heads(v, problem.nheads)
         result, row_lse = _aten._scaled_dot_product_flash_attention_for_cpu(
             q,
             k,
@@ -87,13 +92,14 @@ def backward(problem: AttentionProblem, inputs: BackwardInputs) -> None:
     like_k = [problem.k, problem.v, inputs.dk, inputs.dv]
     for (q, out, dout, dq), (k, v, dk, dv), index in _parts(problem, like_q, like_k):
         lse = inputs.softmax_lse[index]
+        q, k, v, out, dout = (_wide(x) for x in (q, k, v, out, dout))
         grads = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
             dout,
             q,
             _repeat_heads(k, problem.nheads),
             _repeat_heads(v, problem.nheads),
             out,
-            (lse[None] if problem.is_varlen_q else lse).to(torch.promote_types(q.dtype, lse.dtype)),
+            (lse[None] if problem.is_varlen_q else lse).to(q.dtype),
             0.0,
             problem.visibility.window_right == 0,
             scale=problem.transform.softmax_scale,
@@ -101,4 +107,4 @@ def backward(problem: AttentionProblem, inputs: BackwardInputs) -> None:
         dq.copy_(grads[0])
         for target, grad in ((dk, grads[1]), (dv, grads[2])):
             group = grad.shape[1] // target.shape[1]
-            target.copy_(grad if group == 1 else grad.unflatten(1, (-1, group)).float().sum(2))
+            target.copy_(grad if group == 1 else grad.unflatten(1, (-1, group)).sum(2))

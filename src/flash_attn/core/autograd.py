@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..errors import ConstraintError
 from . import ops
 
 
@@ -62,6 +63,8 @@ def run_forward(
 def _run_backward(
     dout: Tensor, saved: tuple[Tensor, ...], grads: tuple[Tensor, ...], options: Options
 ) -> None:
+    if options.block_table is not None:
+        raise ConstraintError("`block_table` is for forward passes only: paged keys have no gradient")
     q, k, v, out, softmax_lse, rng_state = saved
     inputs = (last_dim_contiguous(dout), q, k, v, out, softmax_lse, *grads)
     tail = (*options.shared, options.deterministic, rng_state)

@@ -25,6 +25,12 @@ def multiprocessors_of(index: int) -> int:
     return int(torch.cuda.get_device_properties(index).multi_processor_count)
 
 
+@lru_cache(maxsize=64)
+def side_stream(index: int) -> torch.cuda.Stream:
+    """A second stream on GPU ``index``, for kernels that may overlap."""
+    return torch.cuda.Stream(device=index)
+
+
 def guard(x: Tensor) -> AbstractContextManager[object]:
     """Make the tensor's GPU the current one: Triton launches on the current device."""
     if x.is_cuda and x.device.index != torch.cuda.current_device():

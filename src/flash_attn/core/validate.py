@@ -5,6 +5,9 @@ Every message names the argument, what it must be and what was found.
 
 from __future__ import annotations
 
+import operator
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -101,6 +104,31 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         )
     for x, name in ((q, "q"), (k, "k"), (v, "v")):
         check_last_stride(x, name)
+
+
+def check_number(x: Any, name: str) -> Any:
+    """``x`` as the operators take it: a number, or a tensor of one."""
+    if isinstance(x, (int, float, torch.SymInt, torch.SymFloat)):
+        return x
+    if isinstance(x, Tensor):
+        require(x.numel() == 1, f"`{name}` must be a number, found shape {tuple(x.shape)}")
+        return x
+    try:
+        return float(x)
+    except (TypeError, ValueError):
+        raise ConstraintError(f"`{name}` must be a number, found {type(x).__name__}") from None
+
+
+def check_integer(x: Any, name: str) -> Any:
+    """``x`` as the operators take it: an integer of 64 bits."""
+    if isinstance(x, torch.SymInt):
+        return x
+    try:
+        x = operator.index(x)
+    except TypeError:
+        raise ConstraintError(f"`{name}` must be an integer, found {x!r}") from None
+    require(-(2**63) <= x < 2**63, f"`{name}` must fit in 64 bits, found {x}")
+    return x
 
 
 def check_last_stride(x: Tensor, name: str) -> None:
@@ -240,9 +268,13 @@ def check_contents(problem: AttentionProblem) -> None:
         if cu is not None:
             _check_cu_seqlens(cu.tolist(), name, total)
     capacity = problem.max_seqlen_k
-    if layout.cu_seqlens_k is None or problem.is_paged:
+    if layout.cu_seqlens_k is None:
         _check_range(layout.seqused_k, "cache_seqlens", 0, capacity)
+    elif layout.seqused_k is not None:
+        _check_at_most(layout.seqused_k, "seqused_k", layout.cu_seqlens_k.diff(), "cu_seqlens_k")
     _check_range(layout.leftpad_k, "cache_leftpad", 0, capacity)
+    if layout.leftpad_k is not None and layout.seqused_k is not None:
+        _check_at_most(layout.leftpad_k, "cache_leftpad", layout.seqused_k, "cache_seqlens")
     _check_range(layout.cache_batch_idx, "cache_batch_idx", 0, problem.k.shape[0] - 1)
     _check_pages(problem)
 
@@ -265,6 +297,15 @@ def _check_range(x: Tensor | None, name: str, low: int, high: int) -> None:
         low <= smallest and largest <= high,
         f"`{name}` must be between {low} and {high}, found {smallest} to {largest}",
     )
+
+
+def _check_at_most(x: Tensor, name: str, bound: Tensor, bound_name: str) -> None:
+    bad = (x < 0) | (x > bound)
+    if bool(bad.any()):
+        raise ConstraintError(
+            f"`{name}` must be between 0 and the lengths of `{bound_name}` {bound[bad][:3].tolist()}, "
+            f"found {x[bad][:3].tolist()}"
+        )
 
 
 def _check_pages(problem: AttentionProblem) -> None:

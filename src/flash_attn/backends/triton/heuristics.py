@@ -30,29 +30,29 @@ def _variants(**rows: list[tuple[int, ...]]) -> dict[str, tuple[TilePlan, ...]]:
 # (docs/lab/portable-kernels.md).
 _SM90 = {
     16: _variants(
-        forward=[(64, 64, 4, 3)],
-        dkdv=[(32, 64, 4, 2)],
+        forward=[(128, 64, 4, 3)],
+        dkdv=[(64, 64, 4, 3)],
         dq=[(64, 64, 4, 3)],
     ),
     32: _variants(
-        forward=[(64, 64, 4, 3)],
-        dkdv=[(32, 64, 4, 2)],
+        forward=[(128, 64, 4, 3), (128, 64, 4, 3), (128, 64, 8, 3)],
+        dkdv=[(64, 64, 4, 3), (64, 64, 4, 3), (32, 64, 4, 3)],
         dq=[(64, 64, 4, 3)],
     ),
     64: _variants(
-        forward=[(64, 64, 4, 3)],
-        dkdv=[(64, 64, 4, 2), (64, 64, 4, 3), (32, 64, 4, 2)],
-        dq=[(64, 64, 4, 3)],
+        forward=[(64, 64, 4, 3), (64, 64, 4, 3), (128, 64, 8, 3)],
+        dkdv=[(64, 64, 4, 2), (64, 64, 4, 3), (32, 128, 8, 3)],
+        dq=[(64, 64, 4, 3), (64, 64, 4, 3), (128, 64, 8, 3)],
     ),
     128: _variants(
         forward=[(128, 64, 8, 3), (128, 128, 8, 3), (128, 64, 8, 2)],
         dkdv=[(64, 128, 8, 2), (32, 128, 8, 3), (32, 64, 8, 2)],
-        dq=[(128, 64, 8, 3), (128, 64, 8, 3), (64, 64, 8, 2)],
+        dq=[(128, 64, 8, 3), (128, 64, 8, 3), (128, 32, 8, 3)],
     ),
     256: _variants(
         forward=[(128, 32, 8, 2)],
-        dkdv=[(32, 64, 8, 1)],
-        dq=[(64, 32, 8, 2)],
+        dkdv=[(32, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1)],
+        dq=[(64, 32, 8, 2), (32, 32, 8, 1)],
     ),
 }
 # Ampere data centre GPUs: 163 KB of shared memory.
@@ -203,6 +203,17 @@ def _lookup(key: PlanKey) -> TilePlan:
     if key.few_rows and key.kernel == "forward":
         plan = TilePlan(16, min(plan.block_n, 64), 4, plan.num_stages)
     return plan
+
+
+def overlaps_backward(key: PlanKey, seqlen: int) -> bool:
+    """Whether the two gradient kernels run on two streams, so that one fills the other's last wave.
+
+    Measured on an H200 at head dim 128: 1 to 4 % faster without a mask at any length and with one
+    up to 4k tokens; 5 % slower causal at 16k, where each fills the L2 with other heads; no
+    difference at head dim 64.
+    """
+    large = key.arch == "sm90" and key.itemsize == 2 and key.block_d == 128
+    return large and (not key.masked or seqlen <= 4096)
 
 
 def plan_for(key: PlanKey) -> TilePlan:

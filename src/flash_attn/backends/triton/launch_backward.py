@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...core.device import guard
+from ...core.device import guard, side_stream
 from ...core.outputs import softmax_d_shape
 from ...core.problem import AttentionProblem, BackwardInputs
 from ...kernels.backward import attention_dkdv, attention_dq, attention_row_statistics
-from .heuristics import plan_for
+from .heuristics import overlaps_backward, plan_for
 from .launch import (
     Facts,
     compile_options,
@@ -36,8 +36,18 @@ def backward(problem: AttentionProblem, inputs: BackwardInputs) -> Tensor:
         facts = facts_of(problem)
         _launch_row_statistics(problem, inputs, facts, softmax_d, lse_log2)
         common = _common_arguments(problem, inputs, facts)
-        _launch_dkdv(problem, inputs, facts, lse_log2, softmax_d, common)
-        _launch_dq(problem, inputs, facts, lse_log2, softmax_d, common)
+        key = plan_key("dq", problem, facts)
+        if problem.q.is_cuda and overlaps_backward(key, problem.max_seqlen_q):
+            # Joined again before this returns, so the caller's stream orders everything.
+            current, side = torch.cuda.current_stream(), side_stream(problem.q.device.index or 0)
+            side.wait_stream(current)
+            _launch_dkdv(problem, inputs, facts, lse_log2, softmax_d, common)
+            with torch.cuda.stream(side):
+                _launch_dq(problem, inputs, facts, lse_log2, softmax_d, common)
+            current.wait_stream(side)
+        else:
+            _launch_dkdv(problem, inputs, facts, lse_log2, softmax_d, common)
+            _launch_dq(problem, inputs, facts, lse_log2, softmax_d, common)
     return softmax_d
 
 

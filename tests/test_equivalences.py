@@ -1,0 +1,223 @@
+"""Calls that mean the same give the same, on problems that Hypothesis chooses."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import support
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import flash_attn
+
+DTYPE = torch.float32
+# 2000 examples a test are the acceptance run.
+_EXAMPLES = int(os.environ.get("FLASH_ATTN_TEST_EXAMPLES", "25"))
+_settings = settings(
+    max_examples=_EXAMPLES,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+
+LENGTHS = st.integers(0, 70)
+WINDOWS = st.tuples(st.integers(-1, 75), st.integers(-1, 75))
+HEADS = st.sampled_from([(1, 1), (2, 2), (4, 2), (3, 1)])
+# Few head dims: on a GPU each is a compilation.
+HEADDIMS = st.sampled_from([16, 24])
+SEEDS = st.integers(0, 2**31)
+
+
+@st.composite
+def options(draw: Any) -> dict[str, Any]:
+    """Masks and scores of a call."""
+    chosen: dict[str, Any] = {"causal": draw(st.booleans())}
+    if draw(st.booleans()):
+        chosen["window_size"] = draw(WINDOWS)
+    if draw(st.booleans()):
+        chosen["softcap"] = draw(st.sampled_from([0.7, 5.0]))
+    if draw(st.booleans()):
+        chosen["softmax_scale"] = draw(st.sampled_from([0.0, -0.3, 1.1]))
+    return chosen
+
+
+@st.composite
+def calls(draw: Any) -> dict[str, Any]:
+    """Arguments of :func:`support.dense` but for the device and the dtype."""
+    torch.manual_seed(draw(SEEDS))
+    return {
+        "batch": draw(st.integers(1, 3)),
+        "seqlens": (draw(LENGTHS), draw(LENGTHS)),
+        "heads": draw(HEADS),
+        "headdim": draw(HEADDIMS),
+    }
+
+
+def _same(a: support.Solution, b: support.Solution, what: str) -> None:
+    for name in support.Solution._fields:
+        x, y = getattr(a, name), getattr(b, name)
+        support.assert_close(x, y, DTYPE, f"{name}, {what}")
+
+
+@_settings
+@given(call=calls(), chosen=options())
+def test_any_call(device: str, call: dict[str, Any], chosen: dict[str, Any]) -> None:
+    """Any combination is within the error budget."""
+    for dtype in (torch.float32, torch.float16):
+        support.run_and_check(support.dense(device, dtype, **call, **chosen))
+
+
+@_settings
+@given(call=calls(), left=st.integers(-1, 75))
+def test_causal_is_a_window(device: str, call: dict[str, Any], left: int) -> None:
+    inputs = support.dense(device, DTYPE, **call)
+    causal = support.run(inputs.but(causal=True, window_size=(left, 9)))
+    window = support.run(inputs.but(window_size=(left, 0)))
+    support.assert_same_bits(causal, window)
+
+
+@_settings
+@given(call=calls(), beyond=st.integers(0, 1000))
+def test_wide_window_is_none(device: str, call: dict[str, Any], beyond: int) -> None:
+    """A window that reaches every key (queries no more than keys) is no window."""
+    call["seqlens"] = tuple(sorted(call["seqlens"]))
+    inputs = support.dense(device, DTYPE, **call)
+    reach = call["seqlens"][1] + beyond
+    for causal in (False, True):
+        full = support.run(inputs.but(causal=causal))
+        _same(support.run(inputs.but(causal=causal, window_size=(reach, reach))), full, "wide")
+
+
+@_settings
+@given(call=calls(), chosen=options())
+def test_packed_is_separate(device: str, call: dict[str, Any], chosen: dict[str, Any]) -> None:
+    call["seqlens"] = (call["seqlens"][1], call["seqlens"][1])
+    call["heads"] = (call["heads"][1], call["heads"][1])
+    inputs = support.dense(device, DTYPE, **call, **chosen)
+    want = support.run(inputs)
+    qkv = torch.stack([inputs.q, inputs.k, inputs.v], dim=2).requires_grad_()
+    out = flash_attn.flash_attn_qkvpacked_func(qkv, **chosen)
+    (dqkv,) = torch.autograd.grad(out, qkv, inputs.dout)
+    assert torch.equal(out, want.out)
+    for index, grad in enumerate((want.dq, want.dk, want.dv)):
+        assert torch.equal(dqkv[:, :, index], grad)
+
+
+@_settings
+@given(
+    lengths=st.lists(st.tuples(LENGTHS, LENGTHS), min_size=1, max_size=4),
+    heads=HEADS,
+    headdim=HEADDIMS,
+    chosen=options(),
+    seed=SEEDS,
+)
+def test_varlen_is_dense_by_sequence(
+    device: str,
+    lengths: list[tuple[int, int]],
+    heads: tuple[int, int],
+    headdim: int,
+    chosen: dict[str, Any],
+    seed: int,
+) -> None:
+    torch.manual_seed(seed)
+    lengths_q, lengths_k = (list(side) for side in zip(*lengths, strict=True))
+    inputs = support.varlen(device, DTYPE, lengths_q, lengths_k, heads, headdim, **chosen)
+    whole = support.run(inputs)
+    start_q = start_k = 0
+    for length_q, length_k in lengths:
+        rows_q = slice(start_q, start_q + length_q)
+        rows_k = slice(start_k, start_k + length_k)
+        start_q, start_k = rows_q.stop, rows_k.stop
+        own = [x[rows][None] for x, rows in zip(
+            inputs.tensors, (rows_q, rows_k, rows_k, rows_q), strict=True
+        )]  # fmt: skip
+        alone = support.run(support.Inputs(*own, chosen))
+        part = support.Solution(
+            whole.out[None, rows_q], whole.lse[None, :, rows_q], whole.dq[None, rows_q],
+            whole.dk[None, rows_k], whole.dv[None, rows_k],
+        )  # fmt: skip
+        _same(part, alone, f"lengths {length_q}, {length_k}")
+
+
+@_settings
+@given(call=calls(), chosen=options())
+def test_shared_heads_are_repeated(
+    device: str, call: dict[str, Any], chosen: dict[str, Any]
+) -> None:
+    inputs = support.dense(device, DTYPE, **call, **chosen)
+    group = call["heads"][0] // call["heads"][1]
+    repeated = inputs.but(
+        k=inputs.k.repeat_interleave(group, dim=2), v=inputs.v.repeat_interleave(group, dim=2)
+    )
+    got, want = support.run(inputs), support.run(repeated)
+    dk, dv = (x.unflatten(2, (-1, group)).sum(3) for x in (want.dk, want.dv))
+    _same(got, want._replace(dk=dk, dv=dv), "heads")
+
+
+@_settings
+@given(call=calls(), chosen=options(), share=st.floats(0.0, 1.0))
+def test_split_keys_merge(
+    device: str, call: dict[str, Any], chosen: dict[str, Any], share: float
+) -> None:
+    """Attention over two halves of the keys, weighted by their LSE, is attention over all."""
+    for name in ("causal", "window_size"):
+        chosen.pop(name, None)
+    inputs = support.dense(device, DTYPE, **call, **chosen)
+    want = support.run_forward(inputs)
+    cut = round(share * call["seqlens"][1])
+    parts = [
+        support.run_forward(inputs.but(k=inputs.k[:, keys], v=inputs.v[:, keys]))
+        for keys in (slice(0, cut), slice(cut, None))
+    ]
+    # Rows without keys weigh nothing: their +inf stands for -inf here.
+    lses = torch.stack(
+        [lse.masked_fill(lse == float("inf"), float("-inf")) for _, lse, *_ in parts]
+    )
+    lse = torch.logsumexp(lses, 0)
+    weights = torch.exp(lses - lse.nan_to_num(neginf=0.0)).transpose(-1, -2)[..., None]
+    out = weights[0] * parts[0][0] + weights[1] * parts[1][0]
+    support.assert_close(out, want[0], DTYPE, "out")
+    support.assert_close(lse.abs(), want[1].abs(), DTYPE, "lse")
+
+
+@_settings
+@given(call=calls(), chosen=options(), order=st.permutations([0, 1, 2]))
+def test_batch_permutation(
+    device: str, call: dict[str, Any], chosen: dict[str, Any], order: list[int]
+) -> None:
+    """A sequence's bits do not depend on its place in the batch."""
+    call["batch"] = 3
+    inputs = support.dense(device, DTYPE, **call, **chosen)
+    want = support.run(inputs)
+    names = ("q", "k", "v", "dout")
+    moved = inputs.but(**{name: getattr(inputs, name)[order] for name in names})
+    support.assert_same_bits(support.run(moved), support.Solution(*(x[order] for x in want)))
+
+
+@_settings
+@given(call=calls(), chosen=options(), constant=st.floats(-4.0, 4.0))
+def test_constant_added_to_v(
+    device: str, call: dict[str, Any], chosen: dict[str, Any], constant: float
+) -> None:
+    """Weights sum to one: the output moves by the constant where a key is seen."""
+    inputs = support.dense(device, DTYPE, **call, **chosen)
+    want = support.run(inputs)
+    got = support.run(inputs.but(v=inputs.v + constant))
+    alive = torch.isfinite(want.lse).transpose(1, 2)[..., None]
+    _same(got._replace(dq=want.dq, dk=want.dk), want._replace(out=want.out + constant * alive), "v")
+    for name in ("dq", "dk"):
+        # dout.v grows, and cancels again.
+        error = (getattr(got, name) - getattr(want, name)).abs()
+        assert not error.numel() or float(error.max()) < 1e-3
+
+
+@pytest.mark.parametrize("dtype", support.DTYPES)
+def test_scale_moves_into_q(device: str, dtype: torch.dtype) -> None:
+    """A power of two times q is exact in every dtype: the same scores, the same bits of the LSE."""
+    inputs = support.dense(device, dtype, seqlens=(40, 50), headdim=16, softmax_scale=0.25)
+    moved = inputs.but(q=inputs.q * 2, softmax_scale=0.125)
+    assert torch.equal(support.run_forward(inputs)[1], support.run_forward(moved)[1])
