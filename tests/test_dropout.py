@@ -1,4 +1,4 @@
-"""Dropout: one mask for forward, backward and S_dmask, replayed from the state that calls return."""
+"""Dropout: one mask for forward, backward and S_dmask, replayed from the returned state."""
 
 from __future__ import annotations
 

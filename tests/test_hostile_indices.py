@@ -165,7 +165,10 @@ def test_block_table(
     call = make_call(lengths=[2, 37, 17], page_size=page_size, seqlen_new=seqlen_new)
     table = call["block_table"]
     for column, page in enumerate(PAGES[pages]):
-        table[:, column::3] = page
+        # Existing pages stay as they are: on one that several rows are appended to, whoever writes
+        # last wins.
+        if not 0 <= page < call["k_cache"].shape[0]:
+            table[:, column::3] = page
     check_kvcache(call, device, guarded)
 
 
@@ -240,7 +243,9 @@ def test_raw_out_is_written_within_its_bounds(device: str, guarded: Guarded) -> 
 # Packed sequences.
 
 
-def check_varlen(call: Call, device: str, guarded: Guarded, **more: Any) -> tuple[Tensor, Tensor]:
+def check_varlen(
+    call: Call, device: str, guarded: Guarded, repeatable: bool = True, **more: Any
+) -> tuple[Tensor, Tensor]:
     """Forward into a guarded output."""
     moved = guarded.call(call, device)
     more = {key: guarded(x.to(device)) for key, x in more.items()}
@@ -256,7 +261,9 @@ def check_varlen(call: Call, device: str, guarded: Guarded, **more: Any) -> tupl
     guarded.check()
     assert bool(out.isfinite().all())
     assert not lse.isnan().any()
-    assert torch.equal(bits(written), bits(out))
+    assert bool(written.isfinite().all())
+    if repeatable:
+        assert torch.equal(bits(written), bits(out))
     return out, lse
 
 
@@ -275,7 +282,9 @@ def test_cu_seqlens(
     call = packed_call([10, 7, 8], [10, 7, 8], page_size, **mask)
     for name in ("q", "k") if which == "both" else which:
         call[f"cu_seqlens_{name}"] = int32(*BOUNDS[bounds])
-    check_varlen(call, device, guarded)
+    # Sequences that overlap write the same rows of the output, in any order.
+    overlap = which != "k" and bounds == "decreasing"
+    check_varlen(call, device, guarded, repeatable=not overlap)
 
 
 @pytest.mark.parametrize("page_size", [None, 16])

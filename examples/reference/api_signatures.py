@@ -31,7 +31,7 @@ class printed:
         softcap: float = 0.0,
         alibi_slopes: Optional[torch.Tensor] = None,
         deterministic: bool = False,
-        return_attn_probs: bool = False
+        return_attn_probs: bool = False,
     ) -> torch.Tensor: ...
 
     def flash_attn_qkvpacked_func(
@@ -43,7 +43,7 @@ class printed:
         softcap: float = 0.0,
         alibi_slopes: Optional[torch.Tensor] = None,
         deterministic: bool = False,
-        return_attn_probs: bool = False
+        return_attn_probs: bool = False,
     ) -> torch.Tensor: ...
 
     def flash_attn_kvpacked_func(
@@ -56,7 +56,7 @@ class printed:
         softcap: float = 0.0,
         alibi_slopes: Optional[torch.Tensor] = None,
         deterministic: bool = False,
-        return_attn_probs: bool = False
+        return_attn_probs: bool = False,
     ) -> torch.Tensor: ...
 
     class FlashAttention(nn.Module):
@@ -67,7 +67,7 @@ class printed:
             dropout: float = 0.0,
             causal: bool = False,
             window_size: Tuple[int, int] = (-1, -1),
-            alibi_slopes: Optional[torch.Tensor] = None
+            alibi_slopes: Optional[torch.Tensor] = None,
         ): ...
 
     class FlashMHA(nn.Module):
@@ -79,7 +79,7 @@ class printed:
             causal: bool = False,
             layer_idx: Optional[int] = None,
             device: Optional[torch.device] = None,
-            dtype: Optional[torch.dtype] = None
+            dtype: Optional[torch.dtype] = None,
         ): ...
 
 

@@ -22,9 +22,11 @@ def main() -> dict[str, object]:
     # Apply dropout to the attention weights
     model.train()
     output = flash_attn_func(
-        q, k, v,
+        q,
+        k,
+        v,
         dropout_p=0.1,  # 10% dropout
-        causal=True
+        causal=True,
     )
     train_output = output  # differs: kept, because the next lines use the name again
     module_train_output = model(q, k, v)  # differs: added

@@ -14,7 +14,7 @@ import torch
 # Before (standard PyTorch)
 def standard_attention(q, k, v, mask=None, dropout_p=0.0):
     d_k = q.size(-1)
-    scores = torch.matmul(q, k.transpose(-2, -1)) / (d_k ** 0.5)
+    scores = torch.matmul(q, k.transpose(-2, -1)) / (d_k**0.5)
 
     if mask is not None:
         scores = scores.masked_fill(mask == 0, float("-inf"))  # differs: -1e9 overflows float16

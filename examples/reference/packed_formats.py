@@ -13,6 +13,7 @@ def main() -> dict[str, torch.Tensor]:
     # QKV packed format
     qkv = torch.randn(batch_size, seq_len, 3, n_heads, head_dim, device=device, dtype=dtype)
     from flash_attn import flash_attn_qkvpacked_func
+
     output = flash_attn_qkvpacked_func(qkv, causal=True)
     qkv_output = output  # differs: kept, because the next lines use the name again
 
@@ -20,6 +21,7 @@ def main() -> dict[str, torch.Tensor]:
     q = torch.randn(batch_size, seq_len, n_heads, head_dim, device=device, dtype=dtype)
     kv = torch.randn(batch_size, seq_len, 2, n_heads, head_dim, device=device, dtype=dtype)
     from flash_attn import flash_attn_kvpacked_func
+
     output = flash_attn_kvpacked_func(q, kv)
 
     # Added: in cross attention the two lengths need not agree.

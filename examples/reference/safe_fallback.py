@@ -27,11 +27,11 @@ def safe_flash_attention(q, k, v, **kwargs):
         k = k.transpose(1, 2)
         v = v.transpose(1, 2)
 
-        scores = torch.matmul(q, k.transpose(-2, -1)) / (head_dim ** 0.5)
+        scores = torch.matmul(q, k.transpose(-2, -1)) / (head_dim**0.5)
 
-        if kwargs.get('causal', False):
+        if kwargs.get("causal", False):
             mask = torch.triu(torch.ones(seq_len, seq_len, device=q.device), diagonal=1)
-            scores = scores.masked_fill(mask.bool(), float('-inf'))
+            scores = scores.masked_fill(mask.bool(), float("-inf"))
 
         attn = torch.softmax(scores, dim=-1)
         output = torch.matmul(attn, v)
@@ -39,7 +39,14 @@ def safe_flash_attention(q, k, v, **kwargs):
 
 
 def complete_flash_attention(
-    q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
+    q,
+    k,
+    v,
+    dropout_p=0.0,
+    softmax_scale=None,
+    causal=False,
+    window_size=(-1, -1),
+    softcap=0.0,
     alibi_slopes=None,
 ):
     """Added: the fallback with every argument of flash_attn_func that changes the output."""

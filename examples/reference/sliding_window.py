@@ -18,11 +18,7 @@ def main() -> dict[str, object]:
 
     # Local attention with a window size
     window_size = (256, 0)  # look back 256 tokens, do not look ahead
-    output = flash_attn_func(
-        q, k, v,
-        causal=True,
-        window_size=window_size
-    )
+    output = flash_attn_func(q, k, v, causal=True, window_size=window_size)
     print(f"Output shape: {output.shape}")
     return {"q": q, "k": k, "v": v, "window_size": window_size, "output": output}
 

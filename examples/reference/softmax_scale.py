@@ -15,12 +15,8 @@ def main() -> dict[str, object]:
     v = torch.randn(2, seq_len, 8, 128, device=device, dtype=torch.float16)  # differs: repeated
 
     # Override the default scale (1/sqrt(head_dim))
-    custom_scale = 1.0 / (head_dim ** 0.5) * 1.5
-    output = flash_attn_func(
-        q, k, v,
-        softmax_scale=custom_scale,
-        causal=True
-    )
+    custom_scale = 1.0 / (head_dim**0.5) * 1.5
+    output = flash_attn_func(q, k, v, softmax_scale=custom_scale, causal=True)
     print(f"Output shape: {output.shape}, scale {custom_scale:.4f}")
     return {"q": q, "k": k, "v": v, "custom_scale": custom_scale, "output": output}
 

@@ -16,19 +16,11 @@ from flash_attn.modules.mha import FlashMHA
 class TransformerBlock(nn.Module):
     def __init__(self, dim, n_heads, dropout=0.1):
         super().__init__()
-        self.attn = FlashMHA(
-            embed_dim=dim,
-            num_heads=n_heads,
-            dropout=dropout,
-            causal=True
-        )
+        self.attn = FlashMHA(embed_dim=dim, num_heads=n_heads, dropout=dropout, causal=True)
         self.ln1 = nn.LayerNorm(dim)
         self.ln2 = nn.LayerNorm(dim)
         self.mlp = nn.Sequential(
-            nn.Linear(dim, 4 * dim),
-            nn.GELU(),
-            nn.Linear(4 * dim, dim),
-            nn.Dropout(dropout)
+            nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim), nn.Dropout(dropout)
         )
 
     def forward(self, x):

@@ -33,7 +33,9 @@ def serves(problem: AttentionProblem) -> bool:
     # PyTorch's kernel needs rows and keys, and aligns causal masks at the start, which is the same
     # only for equal lengths.
     return all(
-        part.seqlen_q > 0 and part.seqlen_k > 0 and (right is None or part.seqlen_q == part.seqlen_k)
+        part.seqlen_q > 0
+        and part.seqlen_k > 0
+        and (right is None or part.seqlen_q == part.seqlen_k)
         for part in sequences(problem)
     )
 

@@ -6,7 +6,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,12 +23,6 @@ _mode_lock = threading.Lock()
 @lru_cache(maxsize=64)
 def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
-
-
-@lru_cache(maxsize=1)
-def _takes_alibi() -> bool:
-    schema = torch.ops.aten._flash_attention_forward.default._schema
-    return any(argument.name == "alibi_slopes" for argument in schema.arguments)
 
 
 def _refused_device(problem: AttentionProblem) -> list[str]:
@@ -61,11 +54,7 @@ def _masking(problem: AttentionProblem) -> tuple[bool, int, int]:
     left, right = window(problem)
     if (left, right) != (-1, 0):
         return False, left, right
-    if problem.transform.alibi_slopes is None:
-        return True, -1, -1
-    # Under plain causal masking the kernels shift ALiBi, and with it the log-sum-exp, by a
-    # constant per row; as a window over all keys the bias is the one that is documented.
-    return False, problem.max_seqlen_k - 1, 0
+    return True, -1, -1
 
 
 def _lengths(problem: AttentionProblem) -> tuple[Tensor | None, Tensor | None, int, int]:
@@ -99,9 +88,9 @@ class CudaBackend:
         layout, transform = problem.layout, problem.transform
         if transform.softcap > 0.0:
             reasons.append("PyTorch's operator does not take `softcap`")
-        if transform.alibi_slopes is not None and (backward or not _takes_alibi()):
-            what = "backward" if backward else "forward"
-            reasons.append(f"PyTorch's {what} operator does not take `alibi_slopes`")
+        if transform.alibi_slopes is not None:
+            # The forward operator has the argument, but PyTorch's builds refuse it.
+            reasons.append("PyTorch's build of the kernels does not support `alibi_slopes`")
         if layout.page_table is not None:
             reasons.append("does not serve paged keys (`block_table`)")
         if layout.seqused_k is not None or layout.cache_batch_idx is not None:
@@ -113,15 +102,11 @@ class CudaBackend:
         headdim = _padded_headdim(problem)
         q, k, v = (_prepare(x, headdim) for x in (problem.q, problem.k, problem.v))
         is_causal, left, right = _masking(problem)
-        options: dict[str, Any] = {}
-        if problem.transform.alibi_slopes is not None:
-            options["alibi_slopes"] = problem.transform.alibi_slopes
         result, found_lse, *_ = torch.ops.aten._flash_attention_forward(
             q, k, v, *_lengths(problem), 0.0, is_causal, False,
             scale=problem.transform.softmax_scale,
             window_size_left=left,
             window_size_right=right,
-            **options,
         )  # fmt: skip
         if out is None and headdim == problem.headdim:
             out = result

@@ -64,7 +64,9 @@ def _run_backward(
     dout: Tensor, saved: tuple[Tensor, ...], grads: tuple[Tensor, ...], options: Options
 ) -> None:
     if options.block_table is not None:
-        raise ConstraintError("`block_table` is for forward passes only: paged keys have no gradient")
+        raise ConstraintError(
+            "`block_table` is for forward passes only: paged keys have no gradient"
+        )
     q, k, v, out, softmax_lse, rng_state = saved
     inputs = (last_dim_contiguous(dout), q, k, v, out, softmax_lse, *grads)
     tail = (*options.shared, options.deterministic, rng_state)

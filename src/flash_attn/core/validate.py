@@ -303,8 +303,8 @@ def _check_at_most(x: Tensor, name: str, bound: Tensor, bound_name: str) -> None
     bad = (x < 0) | (x > bound)
     if bool(bad.any()):
         raise ConstraintError(
-            f"`{name}` must be between 0 and the lengths of `{bound_name}` {bound[bad][:3].tolist()}, "
-            f"found {x[bad][:3].tolist()}"
+            f"`{name}` must be between 0 and the lengths of `{bound_name}`, "
+            f"{bound[bad][:3].tolist()}, found {x[bad][:3].tolist()}"
         )
 
 
