@@ -234,13 +234,16 @@ def run_private(
 
 
 def exact(
-    problem: AttentionProblem, dout: Tensor, rng_state: Tensor | None = None
+    problem: AttentionProblem,
+    dout: Tensor,
+    rng_state: Tensor | None = None,
+    returned: Tensor | None = None,
 ) -> tuple[Solution, dict[str, Tensor]]:
-    """The answer in float64, and by name what a gradient owes to the rounding of the output.
+    """The answer in float64, and by name what a gradient owes to the error of the output.
 
-    Backward starts from rowsum(out * dout) of the output as it was returned, in the inputs' dtype.
-    An error e of that sum changes the score gradients by -e times the softmax, which is the
-    gradient of the log-sum-exp.
+    Backward starts from rowsum(out * dout) of the output as it was ``returned``, whose own error is
+    bounded by itself. An error e of that sum changes the score gradients by -e times the softmax,
+    which is the gradient of the log-sum-exp.
     """
     leaves = [x.detach().double().requires_grad_() for x in (problem.q, problem.k, problem.v)]
     q, k, v = leaves
@@ -251,7 +254,8 @@ def exact(
         zeros = [torch.zeros_like(x) for x in leaves]
         return Solution(true, result.softmax_lse, *zeros), {}
     grads = _gradients(result.out, leaves, dout.double())
-    shift = ((true.to(problem.q.dtype).double() - true) * dout.double()).sum(-1)
+    returned = true.to(problem.q.dtype) if returned is None else returned
+    shift = ((returned.double() - true) * dout.double()).sum(-1)
     lse = result.softmax_lse
     shift = shift.transpose(-1, -2).masked_fill(torch.isinf(lse), 0.0)
     dq, dk, _ = _gradients(lse, leaves, shift) if lse.requires_grad else grads
@@ -396,7 +400,7 @@ def check_lse(got: Tensor, true: Tensor) -> None:
 def check(inputs: Inputs, got: Solution, rng_state: Tensor | None = None) -> None:
     """Everything in ``got`` is within the error budget."""
     problem = inputs.problem()
-    true, owed = exact(problem, inputs.dout, rng_state)
+    true, owed = exact(problem, inputs.dout, rng_state, got.out)
     same = plain(problem, inputs.dout, rng_state)
     check_lse(got.lse, true.lse)
     floors = _floors(problem, inputs.dout)

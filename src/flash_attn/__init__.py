@@ -1,5 +1,6 @@
 """FlashAttention-Plus: the ``flash_attn`` API on kernels that are compiled on first use."""
 
+from importlib import import_module
 from pkgutil import extend_path
 
 # Other distributions may add subpackages (flash_attn.cute).
@@ -39,7 +40,5 @@ __all__ = [
 def __getattr__(name: str) -> object:
     # The module classes load on first use: most programs need only the functions.
     if name in ("FlashAttention", "FlashMHA"):
-        from .modules import mha
-
-        return getattr(mha, name)
+        return getattr(import_module(".modules.mha", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -209,15 +209,12 @@ def attention_dkdv(
     left_k = rows_k - start_n
     k += batch * stride_kb + head_k * stride_kh + first_k * stride_kn
     v += batch * stride_vb + head_k * stride_vh + first_k * stride_vn
-    # Keys that no query of the sequence sees read as 0: NaN there must not reach their gradients.
-    seen_first, seen_end, _, _ = key_bounds(
-        0, rows_q - 1, rows_q, rows_k, window_left, window_right, HAS_LEFT, HAS_RIGHT
-    )
-    seen_end = tl.minimum(left_k, seen_end - start_n)
-    k_tile = load_rows(k, offs_n, stride_kn, cols, seen_end, HEAD_DIM, BLOCK_D, True, WIDE)
-    v_tile = load_rows(v, offs_n, stride_vn, cols, seen_end, HEAD_DIM, BLOCK_D, True, WIDE)
+    k_tile = load_rows(k, offs_n, stride_kn, cols, left_k, HEAD_DIM, BLOCK_D, True, WIDE)
+    v_tile = load_rows(v, offs_n, stride_vn, cols, left_k, HEAD_DIM, BLOCK_D, True, WIDE)
     if HAS_LEFT:
-        seen = (keys >= seen_first)[:, None]
+        # Keys before the first query's window read as 0: NaN there must not reach their gradients.
+        # (The last query sees the last key, so there are none after it.)
+        seen = (keys >= rows_k - rows_q - window_left)[:, None]
         k_tile = tl.where(seen, k_tile, 0.0)
         v_tile = tl.where(seen, v_tile, 0.0)
 

@@ -55,6 +55,11 @@ _SM90 = {
         dq=[(64, 32, 8, 2), (32, 32, 8, 1)],
     ),
 }
+# What newer compilers need instead: from Triton 3.7 on.
+_SM90_NEWER = {
+    **_SM90,
+    128: {**_SM90[128], **_variants(forward=[(128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 2)])},
+}
 # Ampere data centre GPUs: 163 KB of shared memory.
 _SM80 = {
     16: _variants(
@@ -181,7 +186,7 @@ _FLOAT32 = {
 def _family(arch: str, newer: bool) -> dict[int, dict[str, tuple[TilePlan, ...]]]:
     """The table of ``arch``, or of its closest relative."""
     if arch == "sm90":
-        return _SM90
+        return _SM90_NEWER if newer else _SM90
     if arch == "sm80":
         return _SM80
     if arch.startswith("sm10"):
