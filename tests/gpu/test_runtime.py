@@ -1,0 +1,207 @@
+"""How calls behave on a device: graphs, streams, other GPUs, synchronisation, repeatability."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor
+
+from flash_attn import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
+
+pytestmark = pytest.mark.gpu
+
+Call = Callable[[], tuple[Tensor, ...]]
+
+
+def randn(*shape: int, device: str = "cuda") -> Tensor:
+    return torch.randn(*shape, device=device, dtype=torch.bfloat16)
+
+
+def dense(device: str = "cuda", headdim: int = 128, **options: object) -> Call:
+    """Forward and backward of a dense call; head dim 128 runs its backward on two streams."""
+    q = randn(2, 200, 4, headdim, device=device).requires_grad_()
+    k, v = (randn(2, 200, 2, headdim, device=device).requires_grad_() for _ in "kv")
+    dout = torch.randn_like(q)
+
+    def call() -> tuple[Tensor, ...]:
+        out = flash_attn_func(q, k, v, **options)
+        return out.detach(), *torch.autograd.grad(out, (q, k, v), dout)
+
+    return call
+
+
+def varlen(device: str = "cuda") -> Call:
+    q, k, v = (randn(90, 4, 64, device=device).requires_grad_() for _ in "qkv")
+    cu = torch.tensor([0, 30, 30, 77], device=device, dtype=torch.int32)
+    dout = torch.randn_like(q)
+
+    def call() -> tuple[Tensor, ...]:
+        out = flash_attn_varlen_func(q, k, v, cu, cu, 47, 47, causal=True)
+        return out.detach(), *torch.autograd.grad(out, (q, k, v), dout)
+
+    return call
+
+
+def decode(device: str = "cuda", num_splits: int = 3) -> Call:
+    q, new = randn(2, 1, 4, 64, device=device), randn(2, 1, 2, 64, device=device)
+    k_cache, v_cache = (randn(2, 256, 2, 64, device=device) for _ in "kv")
+    cos, sin = (randn(256, 16, device=device) for _ in "cs")
+    lengths = torch.tensor([100, 37], device=device, dtype=torch.int32)
+
+    def call() -> tuple[Tensor, ...]:
+        out = flash_attn_with_kvcache(
+            q, k_cache, v_cache, new, new, cos, sin, lengths, causal=True, num_splits=num_splits
+        )
+        return out, k_cache
+
+    return call
+
+
+CALLS: dict[str, Callable[..., Call]] = {
+    "dense": dense,
+    "causal": lambda device="cuda": dense(device, causal=True),
+    "window": lambda device="cuda": dense(device, headdim=64, window_size=(30, 5)),
+    "varlen": varlen,
+    "decode": decode,
+}
+
+
+def assert_equal(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> None:
+    for x, y in zip(a, b, strict=True):
+        assert torch.equal(x.cpu(), y.cpu())
+
+
+@contextmanager
+def no_synchronisation() -> Iterator[None]:
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("name", list(CALLS))
+def test_no_call_synchronises(name: str) -> None:
+    call = CALLS[name]()
+    call()
+    with no_synchronisation():
+        call()
+
+
+def test_dropout_does_not_synchronise() -> None:
+    call = dense(headdim=64, dropout_p=0.1)
+    call()
+    with no_synchronisation():
+        call()
+
+
+@pytest.mark.parametrize("name", list(CALLS))
+def test_side_streams_give_the_same_bits(name: str) -> None:
+    call = CALLS[name]()
+    want = call()
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(1_000_000)
+        got = call()
+    stream.synchronize()
+    assert_equal(got, want)
+
+
+def capture(call: Call) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = call()
+    return graph, results
+
+
+@pytest.mark.parametrize("name", list(CALLS))
+def test_graph_replays_equal_eager_calls(name: str) -> None:
+    call = CALLS[name]()
+    want = call()
+    graph, got = capture(call)
+    for _ in range(3):
+        for x in got[:1]:
+            x.fill_(float("nan"))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert_equal(got, want)
+
+
+@pytest.mark.parametrize("captured", [1, 200])
+def test_graphs_follow_lengths_on_the_device(captured: int) -> None:
+    """Captured short and replayed long, and the other way round."""
+    q = randn(2, 1, 4, 64)
+    k_cache, v_cache = (randn(2, 256, 2, 64) for _ in "kv")
+    lengths = torch.full((2,), captured, device="cuda", dtype=torch.int32)
+
+    def call() -> tuple[Tensor, ...]:
+        return (flash_attn_with_kvcache(q, k_cache, v_cache, cache_seqlens=lengths, num_splits=2),)
+
+    graph, got = capture(call)
+    for length in (0, 1, 17, 100, 256):
+        lengths.fill_(length)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert_equal(got, call())
+
+
+def test_dropout_differs_between_replays_and_repeats_with_the_seed() -> None:
+    q, k, v = (randn(1, 64, 2, 64) for _ in "qkv")
+    graph, got = capture(lambda: (flash_attn_func(q, k, v, dropout_p=0.5),))
+    drawn = []
+    for _ in range(2):
+        torch.manual_seed(7)
+        for _ in range(2):
+            graph.replay()
+            torch.cuda.synchronize()
+            drawn.append(got[0].clone())
+    assert not torch.equal(drawn[0], drawn[1])
+    assert torch.equal(drawn[0], drawn[2])
+    assert torch.equal(drawn[1], drawn[3])
+
+
+@pytest.mark.parametrize("name", ["dense", "causal", "varlen"])
+def test_a_thousand_repeats_are_equal(name: str) -> None:
+    call = CALLS[name]()
+    want = call()
+    different = torch.zeros((), device="cuda", dtype=torch.int64)
+    for _ in range(1000):
+        for x, y in zip(call(), want, strict=True):
+            different += (x != y).sum()
+    assert int(different) == 0
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.device_count() < 2, reason="needs two GPUs"
+)
+@pytest.mark.parametrize("name", list(CALLS))
+def test_tensors_on_another_gpu_than_the_current(name: str) -> None:
+    torch.manual_seed(0)
+    want = CALLS[name]("cuda:0")()
+    torch.manual_seed(0)
+    with torch.cuda.device(0):
+        call = CALLS[name]("cuda:1")
+        got = call()
+        torch.cuda.synchronize(1)
+        again = call()
+        torch.cuda.synchronize(1)
+    assert got[0].device == torch.device("cuda:1")
+    assert_equal(got, again)
+    assert [x.shape for x in got] == [x.shape for x in want]
+    with torch.cuda.device(1):
+        assert_equal(call(), got)
+
+
+def test_mixed_devices_are_named() -> None:
+    q = randn(1, 8, 2, 64)
+    with pytest.raises(ValueError, match="`k` must be on cuda"):
+        flash_attn_func(q, q.cpu(), q)
