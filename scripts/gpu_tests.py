@@ -100,7 +100,13 @@ def run_pytest(
     paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     variables = {REPORTS_VARIABLE: str(reports), "PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, "-m", "pytest", "-p", "gpu_tests", *arguments]
-    child = subprocess.Popen(command, cwd=REPOSITORY, env=os.environ | variables)
+    # A shell's background jobs ignore interrupts, and their children would too.
+    child = subprocess.Popen(
+        command,
+        cwd=REPOSITORY,
+        env=os.environ | variables,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     try:
         return child.wait(max_seconds), True
     except subprocess.TimeoutExpired:
