@@ -352,3 +352,16 @@ def test_wrong_arguments_raise(device: str) -> None:
         changed = inputs.but(**change)
         with pytest.raises(ConstraintError):
             flash_attn.flash_attn_func(changed.q, changed.k, changed.v, **changed.options)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("softmax_scale", [0.0, -0.4, 1.7])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_scale_under_a_mask(
+    device: str, dtype: torch.dtype, softmax_scale: float, causal: bool
+) -> None:
+    """Equal lengths, where kernels of others may serve: they may scale what is masked already."""
+    inputs = support.dense(
+        device, dtype, seqlens=(33, 33), headdim=32, causal=causal, softmax_scale=softmax_scale
+    )
+    support.run_and_check(inputs)
