@@ -23,7 +23,7 @@ def serves(problem: AttentionProblem) -> bool:
         all(x is None for x in cache)
         and (cu_q is None) == (cu_k is None)
         and transform.softcap == 0.0
-        # PyTorch's kernel scales what it has masked: 0 * -inf is NaN, a negative scale turns it over.
+        # PyTorch's kernel scales what it has masked already: 0 * -inf is NaN, a negative one +inf.
         and transform.softmax_scale > 0.0
         and transform.alibi_slopes is None
         and problem.dropout_p == 0.0
