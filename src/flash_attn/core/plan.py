@@ -27,10 +27,11 @@ class PlanKey(NamedTuple):
         itemsize: bytes of an element of q.
         block_d: head dim, rounded up to a power of two, at least 16.
         masked: whether a causal mask or a window is on.
-        heavy: whether dropout, ALiBi, softcap, a mask tensor or pages need further registers.
+        heavy: whether dropout, ALiBi, softcap or pages need further registers.
         few_rows: whether there are at most 16 queries a sequence (decoding).
         block_dv: head dim of v, rounded up likewise; 0 is that of q.
         second: whether there is a second product, of queries with values.
+        mask_tensor: whether the scores have a mask tensor.
     """
 
     kernel: str
@@ -43,6 +44,7 @@ class PlanKey(NamedTuple):
     few_rows: bool = False
     block_dv: int = 0
     second: bool = False
+    mask_tensor: bool = False
 
 
 @dataclass(frozen=True)
