@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from ...core.plan import PlanKey, TilePlan
 
-# By kernel, plans without and with a causal mask or a window; one stands for both.
+# By kernel: plans plain, with a causal mask or a window, and with heavy features; the last repeats.
 _Plans = dict[str, tuple[TilePlan, ...]]
 _Table = dict[int, _Plans]
 
@@ -20,25 +20,55 @@ def _plans(**rows: tuple[int, ...] | list[tuple[int, ...]]) -> _Plans:
     return {kernel: tuple(TilePlan(*row) for row in given) for kernel, given in listed.items()}
 
 
-# Mask tensors take registers for their addresses and values.
-_MASK = {
-    16: _plans(forward=(64, 64, 4, 2), dkdv=(32, 64, 4, 2), dq=(64, 64, 4, 2)),
-    32: _plans(forward=(64, 64, 4, 2), dkdv=(32, 64, 4, 2), dq=(64, 64, 4, 2)),
-    64: _plans(forward=(64, 64, 4, 2), dkdv=(32, 64, 4, 2), dq=(64, 64, 4, 2)),
-    128: _plans(forward=(64, 64, 8, 2), dkdv=(32, 64, 8, 1), dq=(64, 32, 8, 2)),
-    256: _plans(forward=(64, 32, 8, 1), dkdv=(16, 32, 8, 1), dq=(32, 32, 8, 1)),
+# Up to 256: with mask tensors, whose addresses and values take registers. 512: head dims of v of
+# 512. 1024: those beside a head dim of q beyond 64, or with a second product.
+_SM90 = {
+    16: _plans(forward=(64, 64, 4, 2), dkdv=(64, 64, 4, 2), dq=(64, 64, 4, 2)),
+    32: _plans(forward=(64, 64, 4, 2), dkdv=(64, 64, 4, 2), dq=(128, 64, 8, 2)),
+    64: _plans(forward=(128, 64, 8, 2), dkdv=(32, 128, 8, 2), dq=(128, 64, 8, 2)),
+    128: _plans(forward=(64, 64, 8, 2), dkdv=(32, 64, 8, 2), dq=(128, 32, 8, 2)),
+    256: _plans(forward=(64, 32, 8, 2), dkdv=(16, 32, 8, 1), dq=(32, 32, 8, 1)),
+    512: _plans(
+        forward=[(64, 64, 8, 2), (64, 32, 8, 2), (32, 64, 8, 2)],
+        dkdv=(32, 32, 8, 2),
+        dq=(32, 32, 8, 1),
+    ),
+    1024: _plans(forward=(32, 32, 8, 1), dkdv=(32, 32, 8, 1), dq=(32, 32, 8, 1)),
 }
-# Head dims of v of 512, and (1024) those beside a head dim of q beyond 64 or a second product.
-_WIDE = {
+_SM80 = {
+    16: _plans(forward=(64, 64, 4, 2), dkdv=(64, 64, 4, 2), dq=(64, 64, 4, 2)),
+    32: _plans(forward=(64, 64, 4, 2), dkdv=(64, 64, 4, 2), dq=(64, 32, 4, 2)),
+    64: _plans(forward=(128, 64, 8, 2), dkdv=(32, 128, 8, 2), dq=(32, 32, 4, 1)),
+    128: _plans(forward=(64, 64, 8, 2), dkdv=(32, 32, 8, 2), dq=(64, 32, 8, 1)),
+    256: _plans(forward=(32, 32, 4, 1), dkdv=(16, 32, 8, 1), dq=(32, 32, 8, 1)),
     512: _plans(forward=(32, 64, 8, 2), dkdv=(32, 32, 8, 2), dq=(32, 32, 8, 1)),
     1024: _plans(forward=(32, 32, 8, 1), dkdv=(32, 32, 8, 1), dq=(32, 32, 8, 1)),
 }
-_SMALL = {
+_SM86 = {
+    16: _plans(forward=(64, 64, 4, 2), dkdv=(64, 64, 4, 2), dq=(64, 64, 4, 2)),
+    32: _plans(forward=(64, 64, 4, 2), dkdv=(32, 64, 4, 2), dq=(64, 32, 4, 2)),
+    64: _plans(forward=(128, 64, 8, 2), dkdv=(32, 32, 4, 1), dq=(32, 32, 4, 1)),
+    128: _plans(forward=(64, 32, 8, 2), dkdv=(32, 32, 8, 2), dq=(64, 32, 8, 1)),
+    256: _plans(forward=(32, 32, 4, 2), dkdv=(32, 32, 8, 1), dq=(16, 32, 8, 1)),
     512: _plans(forward=(32, 64, 8, 2), dkdv=(32, 32, 8, 2), dq=(32, 32, 8, 1)),
     1024: _plans(forward=(16, 32, 4, 1), dkdv=(16, 32, 8, 1), dq=(16, 32, 8, 1)),
 }
-_AMD = {
-    512: _plans(forward=(32, 32, 8, 2), dkdv=(16, 16, 4, 1), dq=(16, 16, 4, 1)),
+_SM100 = {
+    16: _plans(forward=(64, 32, 4, 2), dkdv=(32, 64, 4, 2), dq=(64, 64, 4, 2)),
+    32: _plans(forward=(64, 32, 4, 2), dkdv=(64, 64, 4, 2), dq=(64, 64, 4, 2)),
+    64: _plans(forward=(128, 64, 8, 2), dkdv=(32, 128, 8, 2), dq=(128, 64, 8, 2)),
+    128: _plans(forward=(64, 64, 8, 2), dkdv=(32, 64, 8, 2), dq=(128, 32, 8, 2)),
+    256: _plans(forward=(64, 32, 8, 2), dkdv=(16, 32, 8, 1), dq=(32, 32, 8, 1)),
+    512: _plans(forward=(64, 32, 8, 1), dkdv=(32, 32, 8, 2), dq=(32, 32, 8, 1)),
+    1024: _plans(forward=(32, 32, 8, 1), dkdv=(32, 32, 8, 1), dq=(32, 32, 8, 1)),
+}
+_GFX942 = {
+    16: _plans(forward=(128, 64, 4, 1), dkdv=(64, 64, 4, 1), dq=(128, 64, 4, 1)),
+    32: _plans(forward=(128, 64, 4, 1), dkdv=(32, 64, 4, 1), dq=(64, 64, 4, 1)),
+    64: _plans(forward=(128, 64, 8, 1), dkdv=(32, 64, 4, 1), dq=(64, 32, 4, 1)),
+    128: _plans(forward=(64, 32, 8, 1), dkdv=(16, 64, 8, 1), dq=(64, 32, 8, 1)),
+    256: _plans(forward=(32, 32, 4, 1), dkdv=(16, 32, 8, 1), dq=(32, 32, 4, 1)),
+    512: _plans(forward=(32, 32, 8, 1), dkdv=(16, 16, 4, 1), dq=(16, 16, 4, 1)),
     1024: _plans(forward=(16, 32, 4, 1), dkdv=(16, 16, 4, 1), dq=(16, 16, 4, 1)),
 }
 # Products with 512 columns in full float32 spill in dkdv and with a second product.
@@ -52,19 +82,11 @@ _FLOAT32 = {
     1024: _plans(forward=(16, 16, 8, 1), dkdv=(16, 16, 8, 1), dq=(16, 16, 4, 1)),
 }
 _TABLES: dict[str, _Table] = {
-    "sm80": {**_MASK, **_WIDE},
-    "sm86": {**_MASK, **_SMALL},
-    "sm90": {
-        **_MASK,
-        **_WIDE,
-        512: {**_WIDE[512], **_plans(forward=[(64, 64, 8, 2), (64, 32, 8, 2)])},
-    },
-    "sm100": {
-        **_MASK,
-        **_WIDE,
-        512: {**_WIDE[512], **_plans(forward=(64, 32, 8, 1))},
-    },
-    "gfx942": {**_MASK, **_AMD},
+    "sm80": _SM80,
+    "sm86": _SM86,
+    "sm90": _SM90,
+    "sm100": _SM100,
+    "gfx942": _GFX942,
     "float32": _FLOAT32,
 }
 
@@ -88,17 +110,23 @@ def size_of(key: PlanKey) -> int:
 
 def extended_plan(key: PlanKey) -> TilePlan | None:
     """The plan for what this module is about, None for all else."""
-    size = size_of(key)
+    size, family = size_of(key), _family(key)
     if key.kernel == "dmask":
-        # Small tiles, which fit everywhere: writing the gradient takes longer than the products.
-        return (
-            TilePlan(32, 32, 8, 1) if key.itemsize < 4 and size <= 256 else TilePlan(16, 16, 4, 1)
-        )
+        return _dmask_plan(family, size)
     if size <= 256 and not key.mask_tensor:
         return None
-    plans = _TABLES[_family(key)][size][key.kernel]
-    heavy = key.masked or key.heavy or key.mask_tensor
-    return plans[-1] if heavy else plans[0]
+    plans = _TABLES[family][size][key.kernel]
+    variant = 2 if key.heavy or key.mask_tensor else int(key.masked)
+    return plans[min(variant, len(plans) - 1)]
+
+
+def _dmask_plan(family: str, size: int) -> TilePlan:
+    """Small tiles: writing the gradient takes longer than the products."""
+    if family == "float32" or size > 256:
+        return TilePlan(16, 16, 4, 1)
+    if family == "gfx942":
+        return TilePlan(32, 32, 4, 1)
+    return TilePlan(16, 32, 4, 1) if size == 256 else TilePlan(32, 32, 8, 1)
 
 
 def float8_product(key: PlanKey) -> bool:
