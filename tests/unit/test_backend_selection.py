@@ -124,7 +124,7 @@ def test_the_choice_holds_for_the_backward_pass_and_in_other_threads(record):
 
 @pytest.mark.parametrize("name", ["", "TRITON", "flaggems", "cudnn", None, 3])
 def test_unknown_names_are_refused(name):
-    with pytest.raises(ConstraintError, match="must be one of auto, triton, cuda"):
+    with pytest.raises(ConstraintError, match="must be one of auto, sm90, triton, cuda"):
         set_backend(name)
     with pytest.raises(RuntimeError), use_backend(name):
         pass
@@ -135,7 +135,14 @@ def test_every_name_is_accepted_except_missing_libraries():
     for name in ("auto", *registry.backend_names()):
         if name != "flag_gems":
             set_backend(name)
-    assert registry.backend_names() == ["triton", "cuda", "flag_gems", "cpu", "reference"]
+    assert registry.backend_names() == [
+        "sm90",
+        "triton",
+        "cuda",
+        "flag_gems",
+        "cpu",
+        "reference",
+    ]
 
 
 def test_a_named_backend_is_used_or_says_why_not(record):

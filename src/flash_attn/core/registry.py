@@ -58,6 +58,7 @@ class CacheWriter(Protocol):
 
 # Name -> where its object lives. Loaded on first use: importing flash_attn loads torch alone.
 _LOCATIONS = {
+    "sm90": "flash_attn.backends.sm90",
     "triton": "flash_attn.backends.triton",
     "cuda": "flash_attn.backends.cuda",
     "flag_gems": "flash_attn.backends.flag_gems",
@@ -65,7 +66,7 @@ _LOCATIONS = {
     "reference": "flash_attn.backends.reference",
 }
 # The families of our own kernels, best first: what "auto" and USE_FLAGGEMS=TRUE choose from.
-_OWN = ("triton", "cpu")
+_OWN = ("sm90", "triton", "cpu")
 AUTO = "auto"
 
 _loaded: dict[str, Backend] = {}
@@ -111,8 +112,8 @@ def set_backend(name: str) -> None:
 
     Args:
         name: "auto" (the default: our own kernels, by device, unless the environment says
-            otherwise), "triton", "cuda", "flag_gems", "cpu" or "reference". A named backend is
-            used or an error says why it cannot be: there is no fallback from it.
+            otherwise), "sm90", "triton", "cuda", "flag_gems", "cpu" or "reference". A named
+            backend is used or an error says why it cannot be: there is no fallback from it.
 
     Raises:
         ConstraintError: no backend has that name.

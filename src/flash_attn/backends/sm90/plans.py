@@ -1,0 +1,134 @@
+"""Launch plans of the Hopper kernels: which configuration computes which problem.
+
+Choices follow measurements on an H200 with 16k tokens and a hidden size of 2048 in bfloat16.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import NamedTuple
+
+ROWS = 64  # of a consumer, as in kernels.sm90_forward
+ONE_TILE, ROUND_ROBIN, DYNAMIC = range(3)
+SHARED_LIMIT = 232448
+MAX_HEADDIM = 256
+
+
+@dataclass(frozen=True)
+class ForwardPlan:
+    """How the forward kernel is compiled and launched; see kernels.sm90_forward.
+
+    Attributes:
+        consumers: warpgroups that compute, of 64 queries each.
+        block_n: keys in a block.
+        stages: blocks of keys, and of values, that shared memory holds.
+        scheduler: ONE_TILE, ROUND_ROBIN or DYNAMIC.
+        q_slots: tiles of queries that shared memory holds.
+        out_halves: 0: results leave through the queries' buffer, 1: through one of their own, 2:
+            through one of half the width, in two steps.
+        early: start the next tile's first product before storing a tile.
+        ping_pong: consumers take turns in starting products.
+        skip: consumers leave out the last blocks of keys that none of their rows sees.
+        section_bytes: keys and values of the heads that are worked on at a time; 0: one head.
+    """
+
+    consumers: int
+    block_n: int
+    stages: int
+    scheduler: int
+    q_slots: int
+    out_halves: int
+    early: bool = False
+    ping_pong: bool = False
+    skip: bool = False
+    section_bytes: int = 0
+
+    @property
+    def block_m(self) -> int:
+        """Queries in a tile."""
+        return ROWS * self.consumers
+
+    @property
+    def registers(self) -> int:
+        """Registers of a consumer's thread: what the 24 or more of a producer's thread leave."""
+        warpgroups = self.consumers + 1
+        for_all = 65536 // (128 * warpgroups) // 8 * 8 * warpgroups
+        return min(240, (for_all - 24) // self.consumers // 8 * 8)
+
+    def out_columns(self, block_d: int) -> int:
+        """Width of the buffer that results leave through, 0 if it is the queries'."""
+        return block_d // self.out_halves if self.out_halves else 0
+
+    def shared_bytes(self, block_d: int) -> int:
+        """Bytes of shared memory for tiles of 16-bit elements, without barriers."""
+        rows = self.q_slots * self.block_m + 2 * self.stages * self.block_n
+        return 2 * (rows * block_d + self.block_m * self.out_columns(block_d))
+
+
+class ForwardKey(NamedTuple):
+    """What a plan may depend on.
+
+    Attributes:
+        block_d: see :func:`padded_headdim`.
+        masked: whether tiles differ in work: a causal mask or a window.
+        seqlen: keys in a sequence.
+    """
+
+    block_d: int
+    masked: bool
+    seqlen: int
+
+
+def padded_headdim(headdim: int) -> int:
+    """Columns of the kernel's tiles: 64, 128 or 256; those past the head dim are read as 0."""
+    return max(64, 1 << (headdim - 1).bit_length())
+
+
+_L2 = 32 << 20
+# By (block_d, masked): plans from the given number of keys on.
+_Rows = tuple[tuple[int, ForwardPlan], ...]
+_SHORT_64 = ForwardPlan(4, 64, 3, ROUND_ROBIN, 2, 1)
+_LONG_64 = ForwardPlan(3, 128, 2, ROUND_ROBIN, 2, 1, early=True, ping_pong=True)
+_128 = ForwardPlan(2, 128, 2, DYNAMIC, 1, 1, section_bytes=_L2)
+_256 = ForwardPlan(2, 64, 2, DYNAMIC, 1, 2, skip=True, section_bytes=_L2)
+_FORWARD: dict[tuple[int, bool], _Rows] = {
+    (64, False): ((0, _SHORT_64), (2048, _LONG_64)),
+    (64, True): (
+        (0, replace(_SHORT_64, scheduler=DYNAMIC, skip=True, section_bytes=_L2)),
+        (1024, ForwardPlan(2, 128, 3, DYNAMIC, 2, 1, early=True, section_bytes=_L2)),
+        (8192, replace(_LONG_64, scheduler=DYNAMIC, section_bytes=_L2)),
+    ),
+    (128, False): (
+        (0, ForwardPlan(2, 128, 2, ROUND_ROBIN, 2, 1)),
+        (4096, ForwardPlan(2, 128, 2, ONE_TILE, 1, 0, ping_pong=True)),
+    ),
+    (128, True): ((0, _128), (2048, replace(_128, q_slots=2, early=True))),
+    (256, False): (
+        (0, ForwardPlan(2, 64, 2, ROUND_ROBIN, 1, 2)),
+        (2048, ForwardPlan(2, 64, 2, ONE_TILE, 1, 0)),
+    ),
+    (256, True): (
+        (0, _256),
+        (2048, replace(_256, early=True)),
+        (8192, ForwardPlan(2, 64, 2, ONE_TILE, 1, 0, skip=True, section_bytes=_L2)),
+    ),
+}
+
+
+@lru_cache(maxsize=1024)
+def forward_plan(key: ForwardKey) -> ForwardPlan:
+    """The plan for ``key``, a pure function."""
+    rows = _FORWARD[key.block_d, key.masked]
+    return next(plan for start, plan in reversed(rows) if key.seqlen >= start)
+
+
+def forward_plans() -> list[tuple[int, bool, ForwardPlan]]:
+    """Every (block_d, masked, plan) there is."""
+    return [(*key, plan) for key, rows in _FORWARD.items() for _, plan in rows]
+
+
+def heads_at_a_time(plan: ForwardPlan, seqlen_k: int, headdim: int, group: int) -> int:
+    """How many query heads of all sequences are worked on at a time, so that their keys and values
+    (16 bits an element) stay in the L2 cache; whole groups."""
+    return group * max(1, plan.section_bytes // max(4 * seqlen_k * headdim, 1))

@@ -1,0 +1,729 @@
+"""Attention forward for Hopper: TMA and warpgroup MMA in specialised warps.
+
+    out[i] = sum_j exp(score[i, j] - lse[i]) v[j],  lse[i] = log sum_j exp(score[i, j])
+
+A program has one producer warpgroup, whose only task is to ask for tiles of q, k and v, and
+CONSUMERS warpgroups that compute 64 rows each of the same tile of 64 * CONSUMERS queries. They
+meet in rings of shared memory: for each slot a barrier says "full" (TMA has written it) and another
+"empty" (all its readers are done). A consumer keeps scores, probabilities and the unnormalised
+output in registers and walks over the keys that some row of the tile sees, from the last block to
+the first, one step ahead with the first product:
+
+    S = q k[0]^T;  P = softmax step of S
+    for i = 1 ..: start S = q k[i]^T and O += P v[i - 1]; wait for S; softmax step; wait for O
+    O += P v[last]; normalise; store
+
+Tensors are described to TMA with their own bounds in every sequence, so rows past a sequence's end
+are read as 0 and never written, whatever lies there. Scores past the end are masked besides. One
+loop serves masked and unmasked blocks by a branch: two loops would keep P in different registers.
+
+SCHEDULER says how programs find tiles: ONE_TILE (a program computes the tile of its number),
+ROUND_ROBIN (programs stay and take every n-th tile), DYNAMIC (the producer takes the next tile from
+a counter in global memory while the consumers still compute, and tells them through a mailbox;
+the last fetch of a launch sets the counter back to 0).
+"""
+
+import math
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from .gluon_compat import aggregate, scalar_of, tma_load, tma_store
+
+ONE_TILE = gl.constexpr(0)
+ROUND_ROBIN = gl.constexpr(1)
+DYNAMIC = gl.constexpr(2)
+
+LN2 = gl.constexpr(0.6931471805599453)
+# Rows of a consumer: what one warpgroup MMA instruction computes.
+ROWS = gl.constexpr(64)
+# The first hardware barrier that the compiler leaves alone.
+FIRST_BARRIER = gl.constexpr(9)
+
+
+# ---------------------------------------------------------------------------------- shared memory
+@aggregate
+class Ring:
+    """Slots of shared memory that are written and read in turn.
+
+    The n-th use of the ring takes slot n % SLOTS; a slot has LANES independent parts, each with a
+    barrier of its own. Waiting on a barrier names the parity of the use: a barrier counts how
+    often it completed, in one bit.
+    """
+
+    data: gl.shared_memory_descriptor
+    full: gl.shared_memory_descriptor
+    empty: gl.shared_memory_descriptor
+    SLOTS: gl.constexpr
+    LANES: gl.constexpr
+
+    @gluon.constexpr_function
+    def __init__(self, data, full, empty, SLOTS, LANES):
+        self.data = data
+        self.full = full
+        self.empty = empty
+        self.SLOTS = gl.constexpr(SLOTS)
+        self.LANES = gl.constexpr(LANES)
+
+    @gluon.jit
+    def index(self, use, lane):
+        return (use % self.SLOTS) * self.LANES + lane
+
+    @gluon.jit
+    def wait_full(self, use, lane):
+        mbarrier.wait(self.full.index(self.index(use, lane)), (use // self.SLOTS) & 1)
+
+    @gluon.jit
+    def wait_empty(self, use, lane):
+        mbarrier.wait(self.empty.index(self.index(use, lane)), ((use // self.SLOTS) & 1) ^ 1)
+
+    @gluon.jit
+    def release(self, use, lane):
+        """Tell the writer that this warpgroup is done with the slot."""
+        mbarrier.arrive(self.empty.index(self.index(use, lane)), count=1)
+
+
+@gluon.constexpr_function
+def stacked(count, block_type):
+    """The shape of ``count`` blocks."""
+    return [count, *block_type.shape]
+
+
+@gluon.constexpr_function
+def bytes_of(block_type):
+    """Bytes of a block of 16-bit elements."""
+    return 2 * math.prod(block_type.shape)
+
+
+@gluon.jit
+def new_ring(data, SLOTS: gl.constexpr, LANES: gl.constexpr, READERS: gl.constexpr):
+    """A ring of SLOTS * LANES buffers, each read by READERS warpgroups."""
+    COUNT: gl.constexpr = SLOTS * LANES
+    BARRIERS: gl.constexpr = mbarrier.MBarrierLayout()
+    full = gl.allocate_shared_memory(gl.int64, [COUNT, 1], BARRIERS)
+    empty = gl.allocate_shared_memory(gl.int64, [COUNT, 1], BARRIERS)
+    for i in gl.static_range(COUNT):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=READERS)
+    return Ring(data, full, empty, SLOTS, LANES)
+
+
+@gluon.jit
+def buffers_for(desc, COUNT: gl.constexpr):
+    """COUNT buffers for blocks of a descriptor."""
+    return gl.allocate_shared_memory(desc.dtype, stacked(COUNT, desc.block_type), desc.layout)
+
+
+@aggregate
+class Shared:
+    """All shared memory: what the producer and the consumers exchange, and the way out."""
+
+    q: Ring
+    k: Ring
+    v: Ring
+    mailbox: Ring
+    out: gl.shared_memory_descriptor
+
+    @gluon.constexpr_function
+    def __init__(self, q, k, v, mailbox, out):
+        self.q = q
+        self.k = k
+        self.v = v
+        self.mailbox = mailbox
+        self.out = out
+
+
+@gluon.jit
+def load_rows(desc, batch, head, row, ring, use, lane):
+    """Ask for the rows from ``row`` on of one head; the slot's full barrier completes with them."""
+    BYTES: gl.constexpr = bytes_of(desc.block_type)
+    slot = ring.index(use, lane)
+    mbarrier.expect(ring.full.index(slot), BYTES)
+    tma_load(desc, [batch, head, row, 0], ring.full.index(slot), ring.data.index(slot))
+
+
+# -------------------------------------------------------------------------------------------- work
+@aggregate
+class Config:
+    """What is known when the kernel is compiled; see attention_forward_sm90."""
+
+    BLOCK_M: gl.constexpr
+    BLOCK_N: gl.constexpr
+    BLOCK_D: gl.constexpr
+    CONSUMERS: gl.constexpr
+    SCHEDULER: gl.constexpr
+    OUT_COLUMNS: gl.constexpr
+    EARLY: gl.constexpr
+    PING_PONG: gl.constexpr
+    MOST_SKIPPED: gl.constexpr
+    HAS_LEFT: gl.constexpr
+    HAS_RIGHT: gl.constexpr
+
+    @gluon.constexpr_function
+    def __init__(self, BLOCK_N, BLOCK_D, CONSUMERS, SCHEDULER, OUT_COLUMNS, EARLY, PING_PONG, SKIP,
+                 HAS_LEFT, HAS_RIGHT):  # fmt: skip
+        self.BLOCK_M = gl.constexpr(64 * CONSUMERS)
+        self.BLOCK_N = gl.constexpr(BLOCK_N)
+        self.BLOCK_D = gl.constexpr(BLOCK_D)
+        self.CONSUMERS = gl.constexpr(CONSUMERS)
+        self.SCHEDULER = gl.constexpr(SCHEDULER)
+        self.OUT_COLUMNS = gl.constexpr(OUT_COLUMNS)
+        self.EARLY = gl.constexpr(EARLY)
+        self.PING_PONG = gl.constexpr(PING_PONG)
+        # With EARLY, values of the next tile cannot be released before those of this one are used.
+        most = 1 if EARLY else CONSUMERS
+        self.MOST_SKIPPED = gl.constexpr(most if SKIP and HAS_RIGHT else 0)
+        self.HAS_LEFT = gl.constexpr(HAS_LEFT)
+        self.HAS_RIGHT = gl.constexpr(HAS_RIGHT)
+
+
+@aggregate
+class Work:
+    """What is known when the kernel is launched, and the configuration.
+
+    Row i sees the keys from ``first_seen + i`` (with HAS_LEFT) to ``last_seen + i`` (with
+    HAS_RIGHT) that exist.
+    """
+
+    scale_log2: gl.tensor
+    empty_lse: gl.tensor
+    nheads: gl.tensor
+    group: gl.tensor
+    seqlen_q: gl.tensor
+    seqlen_k: gl.tensor
+    first_seen: gl.tensor
+    last_seen: gl.tensor
+    row_tiles: gl.tensor
+    sequences: gl.tensor
+    section: gl.tensor
+    tiles: gl.tensor
+    config: Config
+
+    @gluon.constexpr_function
+    def __init__(self, scale_log2, empty_lse, nheads, group, seqlen_q, seqlen_k, first_seen,
+                 last_seen, row_tiles, sequences, section, tiles, config):  # fmt: skip
+        self.scale_log2 = scale_log2
+        self.empty_lse = empty_lse
+        self.nheads = nheads
+        self.group = group
+        self.seqlen_q = seqlen_q
+        self.seqlen_k = seqlen_k
+        self.first_seen = first_seen
+        self.last_seen = last_seen
+        self.row_tiles = row_tiles
+        self.sequences = sequences
+        self.section = section
+        self.tiles = tiles
+        self.config = config
+
+
+@aggregate
+class Tile:
+    """BLOCK_M queries of one head, and the blocks [first_block, first_block + blocks) of keys.
+
+    There is always at least one block, with ``is_empty`` if no row sees any of its keys.
+    """
+
+    batch: gl.tensor
+    head: gl.tensor
+    first_row: gl.tensor
+    first_block: gl.tensor
+    blocks: gl.tensor
+    is_empty: gl.tensor
+
+    @gluon.constexpr_function
+    def __init__(self, batch, head, first_row, first_block, blocks, is_empty):
+        self.batch = batch
+        self.head = head
+        self.first_row = first_row
+        self.first_block = first_block
+        self.blocks = blocks
+        self.is_empty = is_empty
+
+
+@gluon.jit
+def key_end(work, last_row):
+    """End of the keys that ``last_row`` sees; not past ``seqlen_k``, but maybe negative."""
+    end = work.seqlen_k
+    if work.config.HAS_RIGHT:
+        end = gl.minimum(last_row + work.last_seen + 1, end)
+    return end
+
+
+@gluon.jit
+def tile_at(work, index):
+    """The tile of number ``index``.
+
+    Heads (of all sequences) are taken in sections whose keys and values stay in the L2 cache.
+    Within a section heads run fastest; with a right bound rows run from the last, which has the
+    most work, to the first.
+    """
+    span = work.row_tiles * work.section
+    section = index // span
+    within = index - section * span
+    # An index past the last tile is asked about too, with EARLY: whatever comes out is unused.
+    heads = gl.maximum(gl.minimum(work.section, work.sequences - section * work.section), 1)
+    row_tile = within // heads
+    sequence = section * work.section + within - row_tile * heads
+    if work.config.HAS_RIGHT:
+        row_tile = work.row_tiles - 1 - row_tile
+    batch = sequence // work.nheads
+    head = sequence - batch * work.nheads
+    first_row = row_tile * work.config.BLOCK_M
+    last_row = gl.minimum(first_row + work.config.BLOCK_M, work.seqlen_q) - 1
+    end_block = (key_end(work, last_row) + work.config.BLOCK_N - 1) // work.config.BLOCK_N
+    first_block = gl.to_tensor(0)
+    if work.config.HAS_LEFT:
+        first_block = gl.maximum(first_row + work.first_seen, 0) // work.config.BLOCK_N
+    blocks = end_block - first_block
+    return Tile(batch, head, first_row, first_block, gl.maximum(blocks, 1), blocks <= 0)
+
+
+@gluon.jit
+def blocks_to_skip(work, tile, LANE: gl.constexpr):
+    """How many of the tile's last blocks no row of consumer LANE sees; at least one remains."""
+    skipped = gl.to_tensor(0)
+    if work.config.MOST_SKIPPED > 0:
+        first_row = tile.first_row + LANE * ROWS
+        end = key_end(work, first_row + ROWS - 1)
+        end = gl.where(first_row < work.seqlen_q, end, 0)
+        end_block = (end + work.config.BLOCK_N - 1) // work.config.BLOCK_N
+        unseen = tile.first_block + tile.blocks - end_block
+        most = gl.minimum(tile.blocks - 1, work.config.MOST_SKIPPED)
+        skipped = gl.maximum(gl.minimum(unseen, most), 0)
+    return skipped
+
+
+# ---------------------------------------------------------------------------------------- producer
+@gluon.jit
+def producer(work, shared, q_desc, k_desc, v_desc, counter):
+    """Ask for everything that the consumers read, as slots become empty."""
+    config = work.config
+    index = gl.program_id(0)
+    block_use = 0
+    tile_use = 0
+    while index < work.tiles:
+        tile = tile_at(work, index)
+        key_head = tile.head // work.group
+        next_index = work.tiles
+        for i in range(tile.blocks):
+            row = (tile.first_block + tile.blocks - 1 - i) * config.BLOCK_N
+            # Nobody sees an empty tile's keys: those past the end are zeros, whatever the others.
+            row = gl.where(tile.is_empty, work.seqlen_k, row)
+            shared.k.wait_empty(block_use, 0)
+            load_rows(k_desc, tile.batch, key_head, row, shared.k, block_use, 0)
+            if i == 0:
+                for lane in gl.static_range(config.CONSUMERS):
+                    shared.q.wait_empty(tile_use, lane)
+                    load_rows(q_desc, tile.batch, tile.head, tile.first_row + lane * ROWS,
+                              shared.q, tile_use, lane)  # fmt: skip
+            shared.v.wait_empty(block_use, 0)
+            load_rows(v_desc, tile.batch, key_head, row, shared.v, block_use, 0)
+            block_use += 1
+            if config.SCHEDULER == DYNAMIC:
+                # The first loads are on their way: time to fetch the next tile.
+                if i == gl.minimum(1, tile.blocks - 1):
+                    next_index = fetch_index(work, counter)
+                    announce(next_index, shared.mailbox, tile_use)
+        tile_use += 1
+        if config.SCHEDULER == DYNAMIC:
+            index = next_index
+        else:
+            index += gl.num_programs(0)
+
+
+@gluon.jit
+def fetch_index(work, counter):
+    """The next tile that no program has taken.
+
+    A launch fetches once for each of its tiles: the last fetch leaves the counter at 0.
+    """
+    fetched = gl.atomic_add(counter, 1)
+    if fetched == work.tiles - 1:
+        gl.atomic_xchg(counter, 0)
+    return fetched + gl.num_programs(0)
+
+
+@gluon.jit
+def announce(index, mailbox, use):
+    """Tell the consumers which tile comes after the ``use``-th."""
+    ONE_NUMBER: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    mailbox.wait_empty(use, 0)
+    slot = mailbox.index(use, 0)
+    mailbox.data.index(slot).store(gl.full([1], index, gl.int32, ONE_NUMBER))
+    mbarrier.arrive(mailbox.full.index(slot), count=1)
+
+
+@gluon.jit
+def index_after(work, index, mailbox, use):
+    """The consumers' view of the schedule: the tile after the ``use``-th of this program."""
+    if work.config.SCHEDULER == DYNAMIC:
+        ONE_NUMBER: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+        mailbox.wait_full(use, 0)
+        following = scalar_of(mailbox.data.index(mailbox.index(use, 0)).load(ONE_NUMBER))
+        mailbox.release(use, 0)
+    else:
+        following = index + gl.num_programs(0)
+    return following
+
+
+# ---------------------------------------------------------------------------------------- consumer
+@gluon.constexpr_function
+def barrier_instruction(kind, number):
+    """A hardware barrier between two warpgroups, as an instruction that yields 0."""
+    return f"bar.{kind} {number}, 256; mov.b32 $0, 0;"
+
+
+@gluon.jit
+def take_turn(KIND: gl.constexpr, LANE: gl.constexpr):
+    """Wait for ("sync") or give ("arrive") consumer LANE's turn to start products."""
+    gl.inline_asm_elementwise(barrier_instruction(KIND, FIRST_BARRIER + LANE), "=r", [],
+                              dtype=gl.int32, is_pure=False, pack=1)  # fmt: skip
+
+
+@gluon.jit
+def here(x):
+    """``x``, in a way that keeps the compiler from computing with it anywhere but here.
+
+    Without windows the masks of all tiles are the same: kept in registers between tiles, they
+    would take them from scores.
+    """
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32,
+                                     is_pure=False, pack=1)  # fmt: skip
+
+
+@gluon.jit
+def mask_scores(work, s, first_row, first_key):
+    """-inf where a row does not see a key.
+
+    The registers of a thread hold columns 8a + 2t + c with t the thread's place among four. Taken
+    apart like that, the comparison is with a constant for each register and one or two numbers for
+    each row, so no register holds column numbers.
+    """
+    SCORES: gl.constexpr = s.type.layout
+    BLOCK_N: gl.constexpr = work.config.BLOCK_N
+    parts = s.reshape([ROWS, BLOCK_N // 8, 4, 2])
+    PARTS: gl.constexpr = parts.type.layout
+    A: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, PARTS)))
+    T: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, PARTS)))
+    C: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, PARTS)))
+    R: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, PARTS)))
+    column = gl.arange(0, BLOCK_N // 8, layout=A)[None, :, None, None] * 8
+    column = column + gl.arange(0, 2, layout=C)[None, None, None, :]
+    origin = gl.arange(0, 4, layout=T)[None, None, :, None] * 2 + here(first_key)
+    row = first_row + gl.arange(0, ROWS, layout=R)[:, None, None, None]
+    if work.config.HAS_RIGHT:
+        seen = column <= gl.minimum(row + work.last_seen, work.seqlen_k - 1) - origin
+    else:
+        seen = column <= (work.seqlen_k - 1) - origin
+    if work.config.HAS_LEFT:
+        seen = seen & (column >= row + work.first_seen - origin)
+    parts = gl.where(seen, parts, float("-inf"))
+    return gl.convert_layout(parts.reshape([ROWS, BLOCK_N]), SCORES, assert_trivial=True)
+
+
+@gluon.jit
+def mask_if_needed(work, s, first_row, first_key):
+    """Scores of consumer rows from ``first_row`` on with keys from ``first_key`` on, masked unless
+    every row sees every key."""
+    outside = first_key + work.config.BLOCK_N > key_end(work, first_row)
+    if work.config.HAS_LEFT:
+        outside = outside | (first_key < first_row + ROWS - 1 + work.first_seen)
+    if outside:
+        s = mask_scores(work, s, first_row, first_key)
+    return s
+
+
+@gluon.jit
+def weights_of(work, s, maximum, MAYBE_EMPTY: gl.constexpr):
+    """(exp2 of the scaled scores less the scaled row maximum, that maximum)."""
+    shift = maximum
+    if MAYBE_EMPTY:  # a row that has seen no key yet: every weight is 0, not NaN
+        shift = gl.where(maximum == float("-inf"), 0.0, maximum)
+    shift = shift * work.scale_log2
+    return gl.exp2(s * work.scale_log2 - gl.expand_dims(shift, 1)), shift
+
+
+@gluon.jit
+def partial_sums(p, BLOCK_N: gl.constexpr):
+    """(ROWS, 4): the sums of what each of the four threads that share a row holds."""
+    return gl.sum(gl.sum(p.reshape([ROWS, BLOCK_N // 8, 4, 2]), 3), 1)
+
+
+@gluon.jit
+def scores(work, shared, zeros, tile_use, block_use, LANE: gl.constexpr):
+    """Start q k^T of the slots."""
+    BLOCK_N: gl.constexpr = work.config.BLOCK_N
+    BLOCK_D: gl.constexpr = work.config.BLOCK_D
+    q = shared.q.data.index(shared.q.index(tile_use, LANE)).reshape([ROWS, BLOCK_D])
+    k = shared.k.data.index(shared.k.index(block_use, 0)).reshape([BLOCK_N, BLOCK_D])
+    return warpgroup_mma(q, k.permute([1, 0]), zeros, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def first_scores(work, shared, zeros, tile_use, block_use, skipped, exists, LANE: gl.constexpr):
+    """Start the first product of a tile; blocks that this consumer skips are released unread.
+
+    Without a tile (``exists`` false) it multiplies what lies in shared memory, for nobody.
+    """
+    if exists:
+        if work.config.EARLY:
+            if skipped > 0:
+                shared.k.wait_full(block_use, 0)
+                shared.k.release(block_use, 0)
+        else:
+            for use in range(block_use, block_use + skipped):
+                shared.k.wait_full(use, 0)
+                shared.k.release(use, 0)
+                shared.v.wait_full(use, 0)
+                shared.v.release(use, 0)
+        shared.q.wait_full(tile_use, LANE)
+        shared.k.wait_full(block_use + skipped, 0)
+    return scores(work, shared, zeros, tile_use, block_use + skipped, LANE)
+
+
+@gluon.jit
+def add_values(work, shared, weights, acc, block_use):
+    """Start acc += weights v of the slot."""
+    v = shared.v.data.index(shared.v.index(block_use, 0))
+    v = v.reshape([work.config.BLOCK_N, work.config.BLOCK_D])
+    return warpgroup_mma(weights, v, acc, is_async=True)
+
+
+@gluon.jit
+def store_rows(desc, tile, row, values, buffer, COLUMNS: gl.constexpr):
+    """Write (ROWS, COLUMNS) by TMA through a buffer, or twice as many columns half by half."""
+    if values.shape[1] == COLUMNS:
+        store_columns(desc, tile, row, 0, values, buffer)
+    else:
+        halves = values.reshape([ROWS, 2, COLUMNS]).permute([0, 2, 1])
+        left, right = halves.split()
+        store_columns(desc, tile, row, 0, left, buffer)
+        store_columns(desc, tile, row, COLUMNS, right, buffer)
+
+
+@gluon.jit
+def store_columns(desc, tile, row, column, values, buffer):
+    tma.store_wait(0)  # the buffer's previous store has read it
+    buffer.reshape(values.shape).store(values)
+    fence_async_shared()
+    tma_store(desc, [tile.batch, tile.head, row, column], buffer)
+
+
+@gluon.jit
+def consumer(LANE: gl.constexpr, work, shared, out_desc, lse):
+    """Compute rows [64 * LANE, 64 * LANE + 64) of every tile."""
+    config = work.config
+    BLOCK_N: gl.constexpr = config.BLOCK_N
+    BLOCK_D: gl.constexpr = config.BLOCK_D
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUTPUT, 2)
+    SCORE_ROWS: gl.constexpr = gl.SliceLayout(1, SCORES)
+    OUTPUT_ROWS: gl.constexpr = gl.SliceLayout(1, OUTPUT)
+    MASKED: gl.constexpr = config.HAS_LEFT or config.HAS_RIGHT
+    THROUGH_Q: gl.constexpr = config.OUT_COLUMNS == 0
+    if config.PING_PONG and LANE == config.CONSUMERS - 1:
+        take_turn("arrive", 0)  # consumer 0 goes first
+    zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, SCORES)
+    index = gl.program_id(0)
+    block_use = 0
+    tile_use = 0
+    s = zeros
+    if config.EARLY:
+        tile = tile_at(work, index)
+        skipped = blocks_to_skip(work, tile, LANE)
+        s = first_scores(work, shared, zeros, tile_use, block_use, skipped, True, LANE)
+        s = warpgroup_mma_wait(0, deps=[s])
+        shared.k.release(block_use + skipped, 0)
+    while index < work.tiles:
+        if not config.EARLY:
+            tile = tile_at(work, index)
+            skipped = blocks_to_skip(work, tile, LANE)
+            s = first_scores(work, shared, zeros, tile_use, block_use, skipped, True, LANE)
+            s = warpgroup_mma_wait(0, deps=[s])
+            shared.k.release(block_use + skipped, 0)
+        elif config.MOST_SKIPPED > 0:
+            if skipped > 0:
+                shared.v.wait_full(block_use, 0)
+                shared.v.release(block_use, 0)
+        first_row = tile.first_row + LANE * ROWS
+        if not THROUGH_Q:
+            if tile.blocks - skipped == 1:
+                shared.q.release(tile_use, LANE)
+
+        # The first block.
+        first_key = (tile.first_block + tile.blocks - 1 - skipped) * BLOCK_N
+        s = mask_if_needed(work, s, first_row, first_key)
+        m = gl.max(s, 1)
+        p, shift = weights_of(work, s, m, True)
+        l = partial_sums(p, BLOCK_N)
+        weights = gl.convert_layout(p.to(out_desc.dtype), WEIGHTS)
+        acc = gl.zeros([ROWS, BLOCK_D], gl.float32, OUTPUT)
+
+        # The others: scores of block i and values of block i - 1 at a time.
+        use = block_use + skipped
+        for i in range(skipped + 1, tile.blocks):
+            first_key -= BLOCK_N
+            shared.k.wait_full(use + 1, 0)
+            if config.PING_PONG:
+                take_turn("sync", LANE)
+            s = scores(work, shared, zeros, tile_use, use + 1, LANE)
+            shared.v.wait_full(use, 0)
+            acc = add_values(work, shared, weights, acc, use)
+            if config.PING_PONG:
+                take_turn("arrive", (LANE + 1) % config.CONSUMERS)
+            s = warpgroup_mma_wait(1, deps=[s])
+            shared.k.release(use + 1, 0)
+            if not THROUGH_Q:
+                if i == tile.blocks - 1:
+                    shared.q.release(tile_use, LANE)
+            if MASKED:
+                s = mask_if_needed(work, s, first_row, first_key)
+            m_new = gl.maximum(m, gl.max(s, 1))
+            p, shift = weights_of(work, s, m_new, MASKED)
+            alpha = gl.exp2(m * work.scale_log2 - shift)
+            m = m_new
+            alpha_l = gl.convert_layout(alpha, gl.SliceLayout(1, l.type.layout))
+            l = l * gl.expand_dims(alpha_l, 1) + partial_sums(p, BLOCK_N)
+            acc = warpgroup_mma_wait(0, deps=[acc])
+            shared.v.release(use, 0)
+            acc = acc * gl.expand_dims(gl.convert_layout(alpha, OUTPUT_ROWS), 1)
+            weights = gl.convert_layout(p.to(out_desc.dtype), WEIGHTS)
+            use += 1
+
+        # The last values, under which the next tile's first product may start.
+        block_use += tile.blocks
+        shared.v.wait_full(block_use - 1, 0)
+        acc = add_values(work, shared, weights, acc, block_use - 1)
+        index = index_after(work, index, shared.mailbox, tile_use)
+        if config.EARLY:
+            next_tile = tile_at(work, index)
+            next_skipped = blocks_to_skip(work, next_tile, LANE)
+            s = first_scores(work, shared, zeros, tile_use + 1, block_use, next_skipped,
+                             index < work.tiles, LANE)  # fmt: skip
+            acc = warpgroup_mma_wait(1, deps=[acc])
+        else:
+            acc = warpgroup_mma_wait(0, deps=[acc])
+        shared.v.release(block_use - 1, 0)
+
+        # Normalise and store.
+        total = gl.convert_layout(gl.sum(l, 1), SCORE_ROWS)
+        sees = total > 0.0
+        row = first_row + gl.arange(0, ROWS, SCORE_ROWS)
+        row_lse = gl.where(sees, (m * work.scale_log2 + gl.log2(total)) * LN2, work.empty_lse)
+        row_zero = (tile.batch * work.nheads + tile.head).to(gl.int64) * work.seqlen_q
+        gl.store(lse + row_zero + row, row_lse, mask=row < work.seqlen_q)
+        factor = gl.convert_layout(gl.where(sees, 1.0 / total, 0.0), OUTPUT_ROWS)
+        out = (acc * gl.expand_dims(factor, 1)).to(out_desc.dtype)
+        if THROUGH_Q:
+            # Nobody else reads this part of q, and its products are done.
+            buffer = shared.q.data.index(shared.q.index(tile_use, LANE))
+            store_rows(out_desc, tile, first_row, out, buffer, BLOCK_D)
+            if config.SCHEDULER != ONE_TILE:
+                tma.store_wait(0)
+                shared.q.release(tile_use, LANE)
+        else:
+            store_rows(out_desc, tile, first_row, out, shared.out.index(LANE), config.OUT_COLUMNS)
+        if config.EARLY:
+            s = warpgroup_mma_wait(0, deps=[s])
+            # After the last tile nobody waits for this. A condition here would be merged with the
+            # loop's own, which changes the loop and costs registers.
+            shared.k.release(block_use + next_skipped, 0)
+            tile = next_tile
+            skipped = next_skipped
+        tile_use += 1
+    tma.store_wait(0)
+
+
+# ------------------------------------------------------------------------------------------ kernel
+_NUMBERS = (
+    "nheads", "group", "seqlen_q", "seqlen_k", "window_left", "window_right", "row_tiles",
+    "sequences", "section", "tiles",
+)  # fmt: skip
+
+
+@gluon.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=("lse", "counter"))
+def attention_forward_sm90(
+    q_desc, k_desc, v_desc, out_desc, lse, counter, scale_log2, empty_lse,
+    nheads, group, seqlen_q, seqlen_k, window_left, window_right, row_tiles, sequences, section,
+    tiles,
+    BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
+    Q_SLOTS: gl.constexpr, OUT_COLUMNS: gl.constexpr, SCHEDULER: gl.constexpr,
+    EARLY: gl.constexpr, PING_PONG: gl.constexpr, SKIP: gl.constexpr, REGISTERS: gl.constexpr,
+    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+):  # fmt: skip
+    """See the module's docstring; launched with 4 warps, the producer's.
+
+    Args:
+        q_desc, k_desc, v_desc, out_desc: TMA descriptors of (batch, nheads, seqlen, headdim) with
+            blocks (1, 1, 64, BLOCK_D), (1, 1, BLOCK_N, BLOCK_D) twice and (1, 1, 64, OUT_COLUMNS or
+            BLOCK_D); columns past headdim are read as 0 and not written.
+        lse: (batch, nheads, seqlen_q) float32.
+        counter: one int32, 0 before and after the launch; used with DYNAMIC alone.
+        scale_log2: softmax_scale * log2(e), positive.
+        empty_lse: what lse says of a row that sees no key.
+        group: query heads for each head of keys.
+        row_tiles: tiles of 64 * CONSUMERS queries in a sequence.
+        sequences: batch * nheads; ``section`` of them are worked on at a time.
+        tiles: row_tiles * sequences; the number of programs, or at least that with ONE_TILE.
+        OUT_COLUMNS: width of the buffer that results leave through; 0: through q's buffer.
+        EARLY: start the next tile's first product before storing a tile.
+        PING_PONG: consumers take turns in starting products.
+        SKIP: consumers leave out the last blocks of keys if none of their rows sees them.
+        REGISTERS: of a consumer's thread.
+    """
+    gl.static_assert(not (EARLY and (SCHEDULER == ONE_TILE or OUT_COLUMNS == 0)))
+    gl.static_assert(not (PING_PONG and SKIP))
+    gl.static_assert(CONSUMERS >= 1 and CONSUMERS <= 4)
+    config = Config(BLOCK_N, BLOCK_D, CONSUMERS, SCHEDULER, OUT_COLUMNS, EARLY, PING_PONG, SKIP,
+                    HAS_LEFT, HAS_RIGHT)  # fmt: skip
+    shift = seqlen_k - seqlen_q  # the last query stands at the last key
+    work = Work(scale_log2, empty_lse, nheads, group, seqlen_q, seqlen_k, shift - window_left,
+                shift + window_right, row_tiles, sequences, section, tiles, config)  # fmt: skip
+    q_ring = new_ring(buffers_for(q_desc, Q_SLOTS * CONSUMERS), Q_SLOTS, CONSUMERS, 1)
+    k_ring = new_ring(buffers_for(k_desc, STAGES), STAGES, 1, CONSUMERS)
+    v_ring = new_ring(buffers_for(v_desc, STAGES), STAGES, 1, CONSUMERS)
+    PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    mailbox = new_ring(gl.allocate_shared_memory(gl.int32, [2, 1], PLAIN), 2, 1, CONSUMERS)
+    if OUT_COLUMNS == 0:
+        out_buffer = q_ring.data
+    else:
+        out_buffer = buffers_for(out_desc, CONSUMERS)
+    shared = Shared(q_ring, k_ring, v_ring, mailbox, out_buffer)
+    fence_async_shared()
+    # The lists have to be spelled out: in tuples bound to a name, constants become tensors.
+    R: gl.constexpr = REGISTERS
+    if CONSUMERS == 1:
+        gl.warp_specialize([
+            (producer, (work, shared, q_desc, k_desc, v_desc, counter)),
+            (consumer, (0, work, shared, out_desc, lse)),
+        ], [4], [R])  # fmt: skip
+    elif CONSUMERS == 2:
+        gl.warp_specialize([
+            (producer, (work, shared, q_desc, k_desc, v_desc, counter)),
+            (consumer, (0, work, shared, out_desc, lse)),
+            (consumer, (1, work, shared, out_desc, lse)),
+        ], [4, 4], [R, R])  # fmt: skip
+    elif CONSUMERS == 3:
+        gl.warp_specialize([
+            (producer, (work, shared, q_desc, k_desc, v_desc, counter)),
+            (consumer, (0, work, shared, out_desc, lse)),
+            (consumer, (1, work, shared, out_desc, lse)),
+            (consumer, (2, work, shared, out_desc, lse)),
+        ], [4, 4, 4], [R, R, R])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (producer, (work, shared, q_desc, k_desc, v_desc, counter)),
+            (consumer, (0, work, shared, out_desc, lse)),
+            (consumer, (1, work, shared, out_desc, lse)),
+            (consumer, (2, work, shared, out_desc, lse)),
+            (consumer, (3, work, shared, out_desc, lse)),
+        ], [4, 4, 4, 4], [R, R, R, R])  # fmt: skip

@@ -1,0 +1,188 @@
+"""Compiling the Hopper kernels for sm_90a without a GPU, and what the compiler made of them.
+
+    python tests/compile/sm90.py [--match TEXT]
+
+compiles every plan with every mask that it serves, prints a line for each and fails if one spills
+registers, has its warpgroup MMAs made sequential, or takes too much shared memory. In a process of
+its own: the compiler aborts, without an exception, where it does not know its way.
+"""
+# ruff: noqa: T201
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from contextlib import redirect_stdout
+from dataclasses import dataclass, field
+from io import StringIO
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+from flash_attn.backends.sm90 import launch, plans
+from flash_attn.core.problem import AttentionProblem, Visibility, make_transform
+
+TARGET = GPUTarget("cuda", 90, 32)
+MASKS = {
+    "full": Visibility(),
+    "causal": Visibility(None, 0),
+    "left": Visibility(40, None),
+    "window": Visibility(40, 30),
+}
+_BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+_OPCODE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)")
+
+
+class Case(NamedTuple):
+    """One compilation."""
+
+    plan: plans.ForwardPlan
+    headdim: int
+    mask: str
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def label(self) -> str:
+        plan = self.plan
+        scheduler = ("one", "rr", "dyn")[plan.scheduler]
+        options = [f"{plan.consumers}x{plan.block_n}", f"st{plan.stages}", f"q{plan.q_slots}"]
+        options += [f"o{plan.out_halves}"]
+        options += [name for name in ("early", "ping_pong", "skip") if getattr(plan, name)]
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"d{self.headdim} {self.mask} {scheduler} {' '.join(options)} {dtype}"
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler made of a kernel."""
+
+    spilled: int
+    shared: int
+    seconds: float
+    warnings: list[str]
+    opcodes: Counter[str] = field(repr=False)
+
+    def failures(self, case: Case) -> list[str]:
+        """What makes the kernel unfit."""
+        found = [f"{self.spilled} bytes spilled"] if self.spilled else []
+        if self.shared > plans.SHARED_LIMIT:
+            found.append(f"{self.shared} bytes of shared memory, limit {plans.SHARED_LIMIT}")
+        found += self.warnings
+        plan, block_d = case.plan, plans.padded_headdim(case.headdim)
+        # Of each consumer: one k-step of scores is 16 columns, of values 16 keys; scores appear
+        # before the loop and in it, values in it and after it.
+        products = plan.consumers * 2 * (block_d // 16 + plan.block_n // 16)
+        if self.opcodes["HGMMA"] < products:
+            found.append(f"{self.opcodes['HGMMA']} warpgroup MMAs, expected {products} or more")
+        if not (self.opcodes["UTMALDG"] and self.opcodes["UTMASTG"]):
+            found.append("no TMA")
+        return found
+
+
+def arguments_of(case: Case) -> tuple[JITFunction, tuple[Any, ...], dict[str, Any]]:
+    """The kernel call that the package makes for ``case``."""
+    calls = []
+
+    def record(self: JITFunction, *args: Any, grid: Any, warmup: bool, **keywords: Any) -> None:
+        calls.append((self, args, keywords))
+
+    q = torch.empty(2, 1000, 4, case.headdim, dtype=case.dtype, device="meta")
+    k = torch.empty(2, 1000, 2, case.headdim, dtype=case.dtype, device="meta")
+    problem = AttentionProblem(q, k, k, make_transform(case.headdim), MASKS[case.mask])
+    counter = torch.empty(1, dtype=torch.int32, device="meta")
+    with (
+        mock.patch.object(JITFunction, "run", record),
+        mock.patch.object(launch, "counter_for", return_value=counter),
+        mock.patch.object(launch, "multiprocessors_of", return_value=132),
+    ):
+        launch.forward(problem, None, case.plan)
+    (call,) = calls
+    return call
+
+
+def compile_case(case: Case) -> Compiled:
+    """Compile ``case`` and take the result apart."""
+    kernel, arguments, keywords = arguments_of(case)
+    started = time.perf_counter()
+    backend = make_backend(TARGET)
+    keywords = {"debug": False, **keywords}
+    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, options = binder(*arguments, **keywords)
+    options, signature, constants, attributes = kernel._pack_args(
+        backend, keywords, bound, specialization, options
+    )
+    source = GluonASTSource(kernel, signature, constants, attributes)
+    knobs.nvidia.dump_ptxas_log = True
+    log = StringIO()
+    with redirect_stdout(log):
+        compiled = triton.compile(source, target=TARGET, options=options.__dict__)
+    seconds = round(time.perf_counter() - started, 1)
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log.getvalue())
+    if not spills:
+        raise RuntimeError("no log of the assembler: set TRITON_ALWAYS_COMPILE=1")
+    return Compiled(
+        spilled=sum(int(number) for pair in spills for number in pair),
+        shared=compiled.metadata.shared,
+        seconds=seconds,
+        warnings=[x.strip() for x in log.getvalue().splitlines() if re.search(r"\bC75\d\d\b", x)],
+        opcodes=_opcodes(compiled.asm["cubin"]),
+    )
+
+
+def _opcodes(cubin: bytes) -> Counter[str]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        done = subprocess.run(
+            [str(_BIN / "nvdisasm"), "-c", str(path)], capture_output=True, text=True, check=True
+        )
+    return Counter(_OPCODE.findall(done.stdout))
+
+
+def all_cases() -> list[Case]:
+    """Every plan with the masks it is chosen for; float16 and other head dims where it differs."""
+    cases = []
+    for block_d, masked, plan in plans.forward_plans():
+        masks = ("causal", "left", "window") if masked else ("full",)
+        cases += [Case(plan, block_d, mask) for mask in masks]
+    longest = {(block_d, masked): plan for block_d, masked, plan in plans.forward_plans()}
+    cases += [
+        Case(plan, block_d, "causal" if masked else "full", torch.float16)
+        for (block_d, masked), plan in longest.items()
+    ]
+    return cases
+
+
+def main() -> int:
+    """Compile, print, count what is unfit."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--match", default="", help="only cases whose line contains it")
+    args = parser.parse_args()
+    os.environ["TRITON_ALWAYS_COMPILE"] = "1"  # the assembler's log is not cached
+    unfit = 0
+    cases = [case for case in all_cases() if args.match in case.label]
+    for case in cases:
+        result = compile_case(case)
+        failures = result.failures(case)
+        unfit += bool(failures)
+        print(case.label, f"{result.shared} B {result.seconds} s", "; ".join(failures), flush=True)
+    print(f"triton {triton.__version__}: {len(cases)} kernels, {unfit} unfit", flush=True)
+    return 1 if unfit or not cases else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,51 @@
+"""The Hopper kernels compile without spilling, and their plans are what their tables say."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton exists on Linux only")
+
+from flash_attn.backends.sm90 import plans
+
+_SCRIPT = Path(__file__).with_name("sm90.py")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("block_d", [64, 128, 256])
+def test_every_plan_compiles_without_spilling(block_d: int) -> None:
+    """In a process of its own: the compiler aborts where it does not know its way."""
+    done = subprocess.run(
+        [sys.executable, str(_SCRIPT), "--match", f"d{block_d} "],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"d{block_d} causal" in done.stdout
+
+
+@pytest.mark.parametrize("headdim", [1, 8, 64, 65, 96, 128, 192, 256])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("seqlen", [1, 512, 1024, 2048, 4096, 8192, 2**20])
+def test_every_shape_has_a_plan_that_fits(headdim: int, masked: bool, seqlen: int) -> None:
+    block_d = plans.padded_headdim(headdim)
+    assert block_d >= headdim
+    plan = plans.forward_plan(plans.ForwardKey(block_d, masked, seqlen))
+    assert (block_d, masked, plan) in plans.forward_plans()
+    assert plan.shared_bytes(block_d) <= plans.SHARED_LIMIT - 1024  # barriers, the compiler's own
+    threads = 128 * (plan.consumers + 1)
+    given = plan.registers * plan.consumers + 24
+    assert plan.registers <= 240
+    assert given * 128 <= 65536 // threads // 8 * 8 * threads
+
+
+def test_sections_hold_whole_groups() -> None:
+    plan = plans.forward_plan(plans.ForwardKey(128, True, 1024))
+    assert plans.heads_at_a_time(plan, 1024, 128, 4) == 4 * (plan.section_bytes // (4 * 1024 * 128))
+    assert plans.heads_at_a_time(plan, 2**20, 128, 4) == 4
