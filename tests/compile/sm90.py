@@ -157,14 +157,16 @@ def all_cases() -> list[Case]:
     """Every plan with the masks it is chosen for; float16 and other head dims where it differs."""
     cases = []
     for block_d, masked, plan in plans.forward_plans():
-        masks = ("causal", "left", "window") if masked else ("full",)
-        cases += [Case(plan, block_d, mask) for mask in masks]
+        cases.append(Case(plan, block_d, "causal" if masked else "full"))
+        if masked:
+            window_plan = plans.windowed(plan, block_d)
+            cases += [Case(window_plan, block_d, mask) for mask in ("left", "window")]
     longest = {(block_d, masked): plan for block_d, masked, plan in plans.forward_plans()}
     cases += [
         Case(plan, block_d, "causal" if masked else "full", torch.float16)
         for (block_d, masked), plan in longest.items()
     ]
-    return cases
+    return list(dict.fromkeys(cases))
 
 
 def main() -> int:

@@ -80,8 +80,10 @@ def binding_window(problem: AttentionProblem) -> tuple[int | None, int | None]:
 
 def plan_for(problem: AttentionProblem) -> ForwardPlan:
     """The plan of a problem's forward pass."""
-    masked = binding_window(problem) != (None, None)
-    return forward_plan(ForwardKey(padded_headdim(problem.headdim), masked, problem.k.shape[1]))
+    left, right = binding_window(problem)
+    masked = left is not None or right is not None
+    block_d = padded_headdim(problem.headdim)
+    return forward_plan(ForwardKey(block_d, masked, problem.k.shape[1], left is not None))
 
 
 def forward(

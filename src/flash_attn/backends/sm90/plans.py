@@ -73,11 +73,13 @@ class ForwardKey(NamedTuple):
         block_d: see :func:`padded_headdim`.
         masked: whether tiles differ in work: a causal mask or a window.
         seqlen: keys in a sequence.
+        has_left: whether rows stop seeing keys on their left.
     """
 
     block_d: int
     masked: bool
     seqlen: int
+    has_left: bool = False
 
 
 def padded_headdim(headdim: int) -> int:
@@ -120,7 +122,16 @@ _FORWARD: dict[tuple[int, bool], _Rows] = {
 def forward_plan(key: ForwardKey) -> ForwardPlan:
     """The plan for ``key``, a pure function."""
     rows = _FORWARD[key.block_d, key.masked]
-    return next(plan for start, plan in reversed(rows) if key.seqlen >= start)
+    plan = next(plan for start, plan in reversed(rows) if key.seqlen >= start)
+    return windowed(plan, key.block_d) if key.has_left else plan
+
+
+def windowed(plan: ForwardPlan, block_d: int) -> ForwardPlan:
+    """``plan`` for tiles whose rows also have a first key: more numbers to keep.
+
+    At head dim 256 the compiler of Triton 3.9 has no registers left for both that and ``early``.
+    """
+    return replace(plan, early=False) if block_d == 256 else plan
 
 
 def forward_plans() -> list[tuple[int, bool, ForwardPlan]]:
