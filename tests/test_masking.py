@@ -21,12 +21,19 @@ from flash_attn.core.problem import Visibility
 LIMITS = [None, 0, 1, 2, 5, 9]
 
 
-def _defined(seqlen_q: int, seqlen_k: int, left: int | None, right: int | None) -> list[list[bool]]:
+CHUNKS = [0, 1, 3, 4]
+
+
+def _defined(
+    seqlen_q: int, seqlen_k: int, left: int | None, right: int | None, chunk: int = 0
+) -> list[list[bool]]:
     """The definition, pair by pair."""
 
     def sees(row: int, key: int) -> bool:
-        ahead = key - (row + seqlen_k - seqlen_q)
-        return (left is None or -ahead <= left) and (right is None or ahead <= right)
+        position = row + seqlen_k - seqlen_q
+        ahead = key - position
+        near = (left is None or -ahead <= left) and (right is None or ahead <= right)
+        return near and (chunk == 0 or position // chunk == key // chunk)
 
     return [[sees(row, key) for key in range(seqlen_k)] for row in range(seqlen_q)]
 
@@ -34,9 +41,9 @@ def _defined(seqlen_q: int, seqlen_k: int, left: int | None, right: int | None) 
 @pytest.mark.parametrize("seqlen_k", [0, 1, 2, 5, 8])
 @pytest.mark.parametrize("seqlen_q", [0, 1, 3, 5, 8])
 def test_statements_agree(seqlen_q: int, seqlen_k: int) -> None:
-    for left, right in product(LIMITS, LIMITS):
-        visibility = Visibility(left, right)
-        want = torch.tensor(_defined(seqlen_q, seqlen_k, left, right), dtype=torch.bool)
+    for left, right, chunk in product(LIMITS, LIMITS, CHUNKS):
+        visibility = Visibility(left, right, chunk)
+        want = torch.tensor(_defined(seqlen_q, seqlen_k, left, right, chunk), dtype=torch.bool)
         want = want.view(seqlen_q, seqlen_k)
         assert torch.equal(visible_matrix(seqlen_q, seqlen_k, visibility), want)
         assert count_visible(seqlen_q, seqlen_k, visibility) == int(want.sum())
@@ -57,9 +64,9 @@ def test_known_patterns() -> None:
 
 
 def test_from_window() -> None:
-    assert Visibility.from_window(-1, -1, False) == (None, None)
-    assert Visibility.from_window(-7, 3, False) == (None, 3)
-    assert Visibility.from_window(4, 9, True) == (4, 0)
+    assert Visibility.from_window(-1, -1, False) == (None, None, 0)
+    assert Visibility.from_window(-7, 3, False) == (None, 3, 0)
+    assert Visibility.from_window(4, 9, True, 5) == (4, 0, 5)
     assert Visibility.from_window(-1, 9, True) == Visibility.from_window(-1, 0, False)
 
 

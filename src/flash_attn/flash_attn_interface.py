@@ -32,9 +32,9 @@ from torch import Tensor
 
 from . import raw_ops as flash_attn_gpu
 from .core import autograd, ops, reference
-from .core.autograd import Options, last_dim_contiguous
+from .core.autograd import Options
 from .core.kvcache import attend_with_kvcache, kvcache_problem, lengths_tensor
-from .core.outputs import round_multiple
+from .core.outputs import last_dim_contiguous, round_multiple
 from .core.problem import Visibility, make_transform
 from .core.validate import check_integer, check_number, check_problem, check_tensor
 from .errors import ConstraintError

@@ -80,7 +80,7 @@ def make_library(with_backward=True):
         visibility = Visibility.from_window(window_size_left, window_size_right, is_causal)
         layout = SequenceLayout(cu_q, cu_k, max_seqlen_q=max_q, max_seqlen_k=max_k)
         problem = AttentionProblem(q, k, v, transform, visibility, layout)
-        grads = [grad.to(q.dtype) for grad in reference.gradients(problem, dout)]
+        grads = [grad.to(q.dtype) for grad in reference.gradients(problem, dout)[:3]]
         if cu_q is not None:
             for grad, bounds in zip(grads, (cu_q, cu_k, cu_k), strict=True):
                 grad[int(bounds[-1]) :] = float("nan")

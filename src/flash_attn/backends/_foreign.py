@@ -18,14 +18,15 @@ def window(problem: AttentionProblem) -> tuple[int, int]:
     """(left, right), -1 where there is no limit or one that reaches past all keys."""
     longest = problem.max_seqlen_k
     left, right = (
-        -1 if limit is None or limit >= longest else limit for limit in problem.visibility
+        -1 if limit is None or limit >= longest else limit for limit in problem.visibility[:2]
     )
     return left, right
 
 
 def refused_inputs(problem: AttentionProblem) -> list[str]:
     """What neither library computes as it is defined here."""
-    q, layout, reasons = problem.q, problem.layout, []
+    q, layout = problem.q, problem.layout
+    reasons = [f"does not know {name}" for name in problem.extensions()]
     if not q.is_cuda:
         reasons.append(f"needs GPU tensors, `q` is on {q.device}")
     if q.dtype not in (torch.float16, torch.bfloat16):

@@ -82,7 +82,7 @@ def _blocks(problem: AttentionProblem, part: _Slice, rng_state: Tensor) -> Itera
 def _score_block(
     problem: AttentionProblem, part: _Slice, rng_state: Tensor, rows: slice, keys: slice
 ) -> _Block:
-    transform, (left, right) = problem.transform, problem.visibility
+    transform, (left, right, _) = problem.transform, problem.visibility
     k = _heads_like(problem, part.k[:, keys])
     s = torch.matmul(part.q[:, rows], k.transpose(1, 2)) * transform.softmax_scale
     if transform.softcap > 0.0:
@@ -191,7 +191,7 @@ class CpuBackend:
     def unsupported(self, problem: AttentionProblem, backward: bool) -> list[str]:
         if problem.q.device.type != "cpu":
             return [f"needs CPU tensors, `q` is on {problem.q.device}"]
-        return []
+        return [f"does not know {name}" for name in problem.extensions()]
 
     @torch.no_grad()
     def forward(self, problem: AttentionProblem, out: Tensor | None = None) -> AttentionResult:

@@ -16,11 +16,12 @@ _aten = torch.ops.aten
 def serves(problem: AttentionProblem) -> bool:
     """Whether the kernel computes this problem: no extra feature, and masks that it shares."""
     layout, transform = problem.layout, problem.transform
-    left, right = problem.visibility
+    left, right, _ = problem.visibility
     cu_q, cu_k = layout.cu_seqlens_q, layout.cu_seqlens_k
     cache = (layout.seqused_k, layout.leftpad_k, layout.page_table, layout.cache_batch_idx)
     plain = (
-        all(x is None for x in cache)
+        not problem.extensions()
+        and all(x is None for x in cache)
         and (cu_q is None) == (cu_k is None)
         and transform.softcap == 0.0
         # PyTorch's kernel scales what it has masked already: 0 * -inf is NaN, a negative one +inf.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..core import reference
-from ..core.outputs import softmax_d_shape
+from ..core.outputs import empty_out, softmax_d_shape
 from ..core.problem import AttentionProblem, AttentionResult, BackwardInputs
 
 
@@ -25,23 +25,29 @@ class ReferenceBackend:
     @torch.no_grad()
     def forward(self, problem: AttentionProblem, out: Tensor | None = None) -> AttentionResult:
         result = reference.attention(problem, _dtype(problem))
-        out = torch.empty_like(problem.q) if out is None else out
+        out = empty_out(problem) if out is None else out
         out.copy_(result.out)
         s_dmask = result.s_dmask.to(problem.q.dtype)
         return result._replace(out=out, softmax_lse=result.softmax_lse.float(), s_dmask=s_dmask)
 
     def backward(self, problem: AttentionProblem, inputs: BackwardInputs) -> Tensor:
-        grads = reference.gradients(problem, inputs.dout, _dtype(problem), inputs.rng_state)
-        for target, grad in zip((inputs.dq, inputs.dk, inputs.dv), grads, strict=True):
-            target.copy_(grad)
+        grads = reference.gradients(
+            problem, inputs.dout, _dtype(problem), inputs.rng_state, inputs.dlse
+        )
+        targets = (inputs.dq, inputs.dk, inputs.dv, inputs.dmask)
+        for target, grad in zip(targets, grads[:4], strict=True):
+            if target is not None and grad is not None:
+                target.copy_(grad)
         return _softmax_d(problem, inputs)
 
 
 def _softmax_d(problem: AttentionProblem, inputs: BackwardInputs) -> Tensor:
-    """rowsum(out * dout) in the padded layout of :func:`softmax_d_shape`."""
-    rows = (inputs.out.float() * inputs.dout.float()).sum(-1)
+    """rowsum(out * dout) - dlse, in the padded layout of :func:`softmax_d_shape`."""
+    rows = (inputs.out.float() * inputs.dout.float()).sum(-1).transpose(-1, -2)
+    if inputs.dlse is not None:
+        rows = rows - inputs.dlse
     softmax_d = torch.zeros(softmax_d_shape(problem), device=rows.device)
-    softmax_d[..., : rows.shape[-2]] = rows.transpose(-1, -2)
+    softmax_d[..., : rows.shape[-1]] = rows
     return softmax_d
 
 

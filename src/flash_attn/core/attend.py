@@ -9,7 +9,7 @@ from . import registry
 from .outputs import empty_lse, empty_out, new_s_dmask, softmax_d_shape
 from .problem import AttentionProblem, AttentionResult, BackwardInputs
 from .rng import unused_state
-from .validate import check_backward, check_gradient, check_problem
+from .validate import check_backward, check_gradient, check_out, check_problem
 
 
 def _has_no_pairs(problem: AttentionProblem) -> bool:
@@ -25,13 +25,15 @@ def attend(problem: AttentionProblem, out: Tensor | None = None) -> AttentionRes
         UnsupportedProblemError: no permitted backend computes it.
     """
     check_problem(problem)
+    if out is not None:
+        check_out(out, problem)
     if _has_no_pairs(problem):
         return _empty_result(problem, out)
     return registry.select(problem).forward(problem, out)
 
 
 def attend_backward(problem: AttentionProblem, inputs: BackwardInputs) -> Tensor:
-    """Write the gradients of ``problem`` into ``inputs.dq``, ``dk``, ``dv``; returns softmax_d.
+    """Write the gradients of ``problem`` in place; returns softmax_d, rowsum(out * dout) - dlse.
 
     Raises:
         ConstraintError: an argument is wrong.
@@ -42,14 +44,36 @@ def attend_backward(problem: AttentionProblem, inputs: BackwardInputs) -> Tensor
     check_gradient(inputs.dq, "dq", problem.q)
     check_gradient(inputs.dk, "dk", problem.k)
     check_gradient(inputs.dv, "dv", problem.v)
+    mask, sinks = problem.transform.attn_mask, problem.transform.sinks
+    for name, grad, given in (("dmask", inputs.dmask, mask), ("dsinks", inputs.dsinks, sinks)):
+        if grad is not None and given is not None:
+            check_gradient(grad, name, given)
+    if inputs.dsinks is not None:
+        inputs.dsinks.copy_(_sink_gradient(problem, inputs))
     if _has_no_pairs(problem):
-        for grad in (inputs.dq, inputs.dk, inputs.dv):
-            grad.zero_()
+        for grad in (inputs.dq, inputs.dk, inputs.dv, inputs.dmask):
+            if grad is not None:
+                grad.zero_()
         return torch.zeros(softmax_d_shape(problem), device=problem.q.device)
     return registry.select(problem, backward=True).backward(problem, inputs)
+
+
+def _sink_gradient(problem: AttentionProblem, inputs: BackwardInputs) -> Tensor:
+    """-sum_i exp(sink - lse[i]) (rowsum(out * dout)[i] - dlse[i]), over batch and rows."""
+    sinks = problem.transform.sinks
+    if sinks is None:
+        raise TypeError("the problem has no sinks")
+    delta = (inputs.out.float() * inputs.dout.float()).sum(-1).transpose(-1, -2)
+    if inputs.dlse is not None:
+        delta = delta - inputs.dlse
+    weight = torch.exp(sinks.float()[:, None] - inputs.softmax_lse)
+    grad = -(weight * delta).sum(-1)
+    return grad if problem.is_varlen_q else grad.sum(0)
 
 
 def _empty_result(problem: AttentionProblem, out: Tensor | None) -> AttentionResult:
     out = (empty_out(problem) if out is None else out).zero_()
     lse = empty_lse(problem).fill_(problem.empty_lse)
+    if problem.transform.sinks is not None:
+        lse.copy_(problem.transform.sinks.float()[:, None].expand_as(lse))
     return AttentionResult(out, lse, new_s_dmask(problem), unused_state(problem.q.device))

@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from ..errors import ConstraintError
 from . import ops
+from .outputs import last_dim_contiguous
 
 
 class Options(NamedTuple):
@@ -41,11 +42,6 @@ class Options(NamedTuple):
     @property
     def lengths(self) -> tuple[Any, ...]:
         return (self.cu_seqlens_q, self.cu_seqlens_k, self.max_seqlen_q, self.max_seqlen_k)
-
-
-def last_dim_contiguous(x: Tensor) -> Tensor:
-    """Copy ``x`` only if its last dimension does not lie together."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def run_forward(

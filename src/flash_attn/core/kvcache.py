@@ -18,10 +18,12 @@ from .problem import (
 )
 from .validate import (
     check_device,
+    check_flash_2,
     check_index,
     check_last_stride,
     check_like,
     check_problem,
+    check_same_headdim,
     check_tensor,
     require,
 )
@@ -193,13 +195,15 @@ def kvcache_problem(
     visibility: Visibility,
     num_splits: int,
 ) -> AttentionProblem:
-    """The problem of a cache call, before anything is appended."""
+    """The problem of a FlashAttention-2 cache call, before anything is appended."""
     layout = SequenceLayout(
         seqused_k=cache_seqlens,
         leftpad_k=cache_leftpad,
         page_table=block_table,
         cache_batch_idx=cache_batch_idx,
     )
+    check_flash_2(layout, num_splits)
+    check_same_headdim(q, v_cache)
     return AttentionProblem(
         q, k_cache, v_cache, transform, visibility, layout, num_splits=num_splits
     )

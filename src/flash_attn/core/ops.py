@@ -16,7 +16,7 @@ from .attend import attend, attend_backward
 from .outputs import s_dmask_shape, softmax_d_shape
 from .problem import AttentionProblem, BackwardInputs, SequenceLayout, Visibility, make_transform
 from .rng import new_state, unused_state
-from .validate import check_layout_supported
+from .validate import check_flash_2, check_same_headdim
 
 NAMESPACE = "flash_attn"
 
@@ -65,6 +65,7 @@ def dense_problem(
     return_softmax: bool = False,
 ) -> AttentionProblem:
     """The problem that the dense operators' flat arguments describe."""
+    check_same_headdim(q, v)
     return AttentionProblem(
         q,
         k,
@@ -129,7 +130,8 @@ def varlen_problem(
         max_seqlen_q=max_seqlen_q,
         max_seqlen_k=max_seqlen_k,
     )
-    check_layout_supported(layout, num_splits)
+    check_flash_2(layout, num_splits)
+    check_same_headdim(q, v)
     return AttentionProblem(
         q,
         k,

@@ -13,9 +13,17 @@ def round_multiple(x: int, multiple: int) -> int:
     return (x + multiple - 1) // multiple * multiple
 
 
+def last_dim_contiguous(x: Tensor) -> Tensor:
+    """Copy ``x`` only if its last dimension does not lie together."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def empty_out(problem: AttentionProblem) -> Tensor:
     """An output like q, which keeps q's strides where they are dense."""
-    return torch.empty_like(problem.q)
+    q = problem.q
+    if problem.headdim_v == problem.headdim:
+        return torch.empty_like(q, dtype=problem.result_dtype)
+    return q.new_empty(problem.out_shape, dtype=problem.result_dtype)
 
 
 def empty_lse(problem: AttentionProblem) -> Tensor:

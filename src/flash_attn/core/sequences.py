@@ -35,7 +35,8 @@ class Sequence(NamedTuple):
 
     def lse_index(self, varlen: bool) -> tuple[int | slice, ...]:
         """Where this sequence's (nheads, seqlen_q) block of softmax_lse lies."""
-        return (slice(None), self.q_rows[0]) if varlen else (self.number,)
+        rows = self.q_rows[-1]
+        return (slice(None), rows) if varlen else (self.number, slice(None), rows)
 
 
 def _clamp(value: int, low: int, high: int) -> int:
@@ -56,14 +57,16 @@ def sequences(problem: AttentionProblem) -> Iterator[Sequence]:
     layout, q, k = problem.layout, problem.q, problem.k
     cu_q, cu_k = _as_list(layout.cu_seqlens_q), _as_list(layout.cu_seqlens_k)
     used, pad = _as_list(layout.seqused_k), _as_list(layout.leftpad_k)
+    used_q = _as_list(layout.seqused_q)
     cache_row = _as_list(layout.cache_batch_idx)
     for index in range(problem.batch_size):
+        start, end = (0, q.shape[1]) if cu_q is None else _bounds(cu_q, index, q.shape[0])
+        if used_q is not None:
+            end = start + _clamp(used_q[index], 0, end - start)
+        seqlen_q = end - start
+        q_rows: tuple[int | slice, ...] = (slice(start, end),)
         if cu_q is None:
-            q_rows: tuple[int | slice, ...] = (index, slice(None))
-            seqlen_q = q.shape[1]
-        else:
-            start, end = _bounds(cu_q, index, q.shape[0])
-            q_rows, seqlen_q = (slice(start, end),), end - start
+            q_rows = (index, slice(None) if used_q is None else slice(0, end))
         first, end = 0, problem.max_seqlen_k
         if cu_k is not None:
             first, end = _bounds(cu_k, index, 2**31 if problem.is_paged else k.shape[0])
@@ -74,20 +77,20 @@ def sequences(problem: AttentionProblem) -> Iterator[Sequence]:
         if pad is not None:
             first += _clamp(pad[index], 0, end - first)
         k_rows: tuple[int | slice | Tensor, ...] = (slice(first, end),)
-        if problem.is_paged:
-            k_rows = _paged_rows(problem, index, first, end)
+        table = layout.page_table
+        rows = (k if table is None else table).shape[0]
+        row = index if cache_row is None else _clamp(cache_row[index], 0, rows - 1)
+        if table is not None:
+            k_rows = _paged_rows(problem, table[row], first, end)
         elif cu_k is None:
-            row = index if cache_row is None else _clamp(cache_row[index], 0, k.shape[0] - 1)
             k_rows = (row, slice(first, end))
         yield Sequence(index, q_rows, seqlen_q, k_rows, end - first)
 
 
-def _paged_rows(problem: AttentionProblem, index: int, first: int, end: int) -> tuple[Tensor, ...]:
-    """Page and row within the page of keys ``first`` to ``end``."""
-    table = problem.layout.page_table
-    if table is None:
-        raise TypeError("the problem has no page table")
+def _paged_rows(
+    problem: AttentionProblem, pages: Tensor, first: int, end: int
+) -> tuple[Tensor, ...]:
+    """Page and row within the page of keys ``first`` to ``end`` of a sequence on ``pages``."""
     num_pages, page_size = problem.k.shape[:2]
     keys = torch.arange(first, end, device=problem.k.device)
-    pages = table[index, keys // page_size].long().clamp(0, max(num_pages - 1, 0))
-    return pages, keys % page_size
+    return pages[keys // page_size].long().clamp(0, max(num_pages - 1, 0)), keys % page_size

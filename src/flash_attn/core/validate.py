@@ -13,9 +13,11 @@ from torch import Tensor
 
 from .. import settings
 from ..errors import ConstraintError
-from .problem import AttentionProblem, SequenceLayout
+from .problem import AttentionProblem, SequenceLayout, is_float8
 
 MAX_HEADDIM = 256
+MAX_HEADDIM_V = 512
+MAX_SPLITS = 256
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -76,27 +78,26 @@ def check_index(x: Tensor | None, name: str, q: Tensor, shape: tuple[int | None,
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Dtypes, devices, head counts and head dims of the three tensors fit together."""
-    if q.dtype not in _DTYPES:
+    if q.dtype not in _DTYPES and not is_float8(q.dtype):
         raise ConstraintError(
-            "FlashAttention only support fp16 and bf16 data type (and fp32): `q` has dtype "
-            f"{_name(q.dtype)}; cast it with .to(torch.bfloat16)"
+            "FlashAttention only support fp16 and bf16 data type (and fp32, fp8_e4m3): `q` has "
+            f"dtype {_name(q.dtype)}; cast it with .to(torch.bfloat16)"
         )
     for x, name in ((k, "k"), (v, "v")):
         check_like(x, name, q)
-        if x.shape[-1] != q.shape[-1]:
+    if k.shape[-1] != q.shape[-1]:
+        raise ConstraintError(f"`k` must have head dim {q.shape[-1]} like `q`, found {k.shape[-1]}")
+    if k.shape[:-1] != v.shape[:-1]:
+        raise ConstraintError(
+            f"`v` must have shape {(*k.shape[:-1], v.shape[-1])} like `k`, found {tuple(v.shape)}"
+        )
+    nheads, nheads_k = q.shape[-2], k.shape[-2]
+    for name, x, limit in (("q", q, MAX_HEADDIM), ("v", v, MAX_HEADDIM_V)):
+        if not 1 <= x.shape[-1] <= limit:
             raise ConstraintError(
-                f"`{name}` must have head dim {q.shape[-1]} like `q`, found {x.shape[-1]}"
+                f"FlashAttention only supports head dimension at most {limit}: `{name}` has head "
+                f"dim {x.shape[-1]}"
             )
-    if k.shape != v.shape:
-        raise ConstraintError(
-            f"`v` must have shape {tuple(k.shape)} like `k`, found {tuple(v.shape)}"
-        )
-    headdim, nheads, nheads_k = q.shape[-1], q.shape[-2], k.shape[-2]
-    if not 1 <= headdim <= MAX_HEADDIM:
-        raise ConstraintError(
-            f"FlashAttention only supports head dimension at most {MAX_HEADDIM}: `q` has head dim "
-            f"{headdim}"
-        )
     if nheads_k == 0 or nheads % nheads_k:
         raise ConstraintError(
             "Number of heads in key/value must divide number of heads in query: `q` has "
@@ -152,6 +153,8 @@ def check_problem(problem: AttentionProblem) -> None:
     check_qkv(q, k, v)
     _check_layout(problem)
     _check_scores(problem)
+    _check_mask(problem)
+    _check_extensions(problem)
     if settings.CHECK_INDICES:
         check_contents(problem)
 
@@ -168,21 +171,13 @@ def _check_layout(problem: AttentionProblem) -> None:
     check_index(layout.cu_seqlens_q, "cu_seqlens_q", q, (None,))
     require(batch_size >= 0, "`cu_seqlens_q` must have batch_size + 1 elements, found none")
     check_index(layout.cu_seqlens_k, "cu_seqlens_k", q, (batch_size + 1,))
+    check_index(layout.seqused_q, "seqused_q", q, (batch_size,))
     check_index(layout.seqused_k, "seqused_k", q, (batch_size,))
     check_index(layout.leftpad_k, "leftpad_k", q, (batch_size,))
-    check_index(layout.page_table, "block_table", q, (batch_size, None))
+    rows = batch_size if layout.cache_batch_idx is None else None
+    check_index(layout.page_table, "block_table", q, (rows, None))
     check_index(layout.cache_batch_idx, "cache_batch_idx", q, (batch_size,))
     if layout.page_table is not None:
-        if layout.leftpad_k is not None:
-            raise ConstraintError(
-                "We don't support Paged KV and leftpad_k running at the same time yet: pass either "
-                "`block_table` or `cache_leftpad`"
-            )
-        if layout.cache_batch_idx is not None:
-            raise ConstraintError(
-                "Paged KVcache does not support cache_batch_idx: pass either `block_table` or "
-                "`cache_batch_idx`"
-            )
         if k.shape[1] == 0 and k.shape[0] > 0:
             raise ConstraintError("`k` must have pages of at least one row, found page size 0")
     elif layout.cu_seqlens_k is None and layout.cache_batch_idx is None:
@@ -219,24 +214,119 @@ def _check_scores(problem: AttentionProblem) -> None:
             )
         check_last_stride(slopes, "alibi_slopes")
     splits = problem.num_splits
-    if splits > 128:
-        raise ConstraintError(f"num_splits > 128 not supported: `num_splits` is {splits}")
+    if splits > MAX_SPLITS:
+        raise ConstraintError(f"num_splits > {MAX_SPLITS} not supported: `num_splits` is {splits}")
     require(splits >= 0, f"`num_splits` must be 0 (chosen for you) or positive, found {splits}")
+
+
+def _check_mask(problem: AttentionProblem) -> None:
+    """``attn_mask`` is a bool or floating tensor that broadcasts over the scores."""
+    mask, q = problem.transform.attn_mask, problem.q
+    if mask is None:
+        return
+    shape = "(1 or batch_size, 1 or nheads, 1 or seqlen_q, 1 or seqlen_k)"
+    check_tensor(mask, "attn_mask", 4, shape)
+    check_device(mask, "attn_mask", q)
+    if mask.dtype not in (torch.bool, *_DTYPES):
+        raise ConstraintError(
+            f"`attn_mask` must be bool or floating, found {_name(mask.dtype)}; use "
+            "attn_mask.bool() where it marks the keys to see"
+        )
+    wanted = (
+        (1, problem.batch_size),
+        (1, problem.nheads),
+        (1, problem.max_seqlen_q),
+        (1, problem.max_seqlen_k),
+    )
+    # Lengths of packed sequences are known on the device only: the mask may be larger.
+    packed_k = problem.layout.cu_seqlens_k is not None or problem.is_paged
+    exact = (True, True, not problem.is_varlen_q, not packed_k)
+    for dim, (sizes, is_exact) in enumerate(zip(wanted, exact, strict=True)):
+        size = mask.shape[dim]
+        if size not in sizes and (is_exact or size < sizes[1]):
+            raise ConstraintError(
+                f"`attn_mask` must have shape {shape}, here {tuple(most for _, most in wanted)}, "
+                f"found {tuple(mask.shape)}"
+            )
+
+
+def _check_extensions(problem: AttentionProblem) -> None:
+    """Sinks, a second product, descales, output dtype and hints."""
+    transform, q, qv = problem.transform, problem.q, problem.qv
+    sinks = transform.sinks
+    if sinks is not None:
+        check_tensor(sinks, "s_aux", 1, "(nheads,)")
+        check_device(sinks, "s_aux", q)
+        if sinks.shape[0] != problem.nheads or sinks.dtype not in _DTYPES:
+            raise ConstraintError(
+                f"`s_aux` must be floating of shape {(problem.nheads,)}, found "
+                f"{_name(sinks.dtype)} of shape {tuple(sinks.shape)}"
+            )
+    if qv is not None:
+        check_tensor(qv, "qv", q.dim(), "like `q` with the head dim of `v`")
+        check_like(qv, "qv", q)
+        check_last_stride(qv, "qv")
+        if tuple(qv.shape) != problem.out_shape:
+            raise ConstraintError(
+                f"`qv` must have shape {problem.out_shape}, found {tuple(qv.shape)}"
+            )
+    for name in ("q_descale", "k_descale", "v_descale"):
+        _check_descale(problem, getattr(transform, name), name)
+    if problem.result_dtype not in _DTYPES:
+        raise ConstraintError(
+            f"`out_dtype` must be a floating dtype of 16 bits or more, found "
+            f"{_name(problem.result_dtype)}"
+        )
+    require(
+        isinstance(problem.sm_margin, int) and problem.sm_margin >= 0,
+        f"`sm_margin` must not be negative, found {problem.sm_margin!r}",
+    )
+    chunk = problem.visibility.attention_chunk
+    require(chunk < 2**29, f"`attention_chunk` must be below 2**29, found {chunk}")
+    if is_float8(q.dtype) and problem.dropout_p > 0.0:
+        raise ConstraintError(
+            f"float8 inputs do not support dropout: `dropout_p` is {problem.dropout_p}; set it to 0"
+        )
+
+
+def _check_descale(problem: AttentionProblem, descale: Tensor | None, name: str) -> None:
+    if descale is None:
+        return
+    check_tensor(descale, name, 2, "(batch_size, nheads_k)")
+    check_device(descale, name, problem.q)
+    heads = {problem.nheads_k, problem.nheads if name == "q_descale" else problem.nheads_k}
+    fits = descale.shape[0] == problem.batch_size and descale.shape[1] in heads
+    if not fits or descale.dtype != torch.float32:
+        raise ConstraintError(
+            f"`{name}` must be float32 of shape {(problem.batch_size, problem.nheads_k)}, found "
+            f"{_name(descale.dtype)} of shape {tuple(descale.shape)}"
+        )
+    if not is_float8(problem.q.dtype):
+        raise ConstraintError(
+            f"`{name}` is for float8 inputs: `q` has dtype {_name(problem.q.dtype)}; leave it out"
+        )
 
 
 def check_backward(problem: AttentionProblem, dout: Tensor, out: Tensor, lse: Tensor) -> None:
     """What a backward call adds to a valid problem."""
     layout = problem.layout
-    if layout.page_table is not None or layout.seqused_k is not None:
+    if layout.page_table is not None or layout.cache_batch_idx is not None:
         raise ConstraintError(
             "the backward pass needs plain `k` and `v`: it does not support `block_table` or "
-            "`seqused_k`"
+            "`cache_batch_idx`"
+        )
+    if layout.leftpad_k is not None:
+        raise ConstraintError("the backward pass does not support `leftpad_k`")
+    if problem.qv is not None:
+        raise ConstraintError("the backward pass does not support `qv`: it has no gradient")
+    if is_float8(problem.q.dtype):
+        raise ConstraintError(
+            f"the backward pass does not support float8: `q` has dtype {_name(problem.q.dtype)}"
         )
     for x, name in ((dout, "dout"), (out, "out")):
-        if x.shape != problem.q.shape:
+        if tuple(x.shape) != problem.out_shape:
             raise ConstraintError(
-                f"`{name}` must have shape {tuple(problem.q.shape)} like `q`, found "
-                f"{tuple(x.shape)}"
+                f"`{name}` must have shape {problem.out_shape}, found {tuple(x.shape)}"
             )
         check_like(x, name, problem.q)
         check_last_stride(x, name)
@@ -246,6 +336,17 @@ def check_backward(problem: AttentionProblem, dout: Tensor, out: Tensor, lse: Te
             f"{_name(lse.dtype)} of shape {tuple(lse.shape)}"
         )
     check_device(lse, "softmax_lse", problem.q)
+
+
+def check_out(x: Tensor, problem: AttentionProblem) -> None:
+    """A caller's output buffer fits the problem."""
+    if tuple(x.shape) != problem.out_shape or x.dtype != problem.result_dtype:
+        raise ConstraintError(
+            f"`out` must be {_name(problem.result_dtype)} of shape {problem.out_shape}, found "
+            f"{_name(x.dtype)} of shape {tuple(x.shape)}"
+        )
+    check_device(x, "out", problem.q)
+    check_last_stride(x, "out")
 
 
 def check_gradient(x: Tensor, name: str, like: Tensor) -> None:
@@ -268,6 +369,10 @@ def check_contents(problem: AttentionProblem) -> None:
         if cu is not None:
             _check_cu_seqlens(cu.tolist(), name, total)
     capacity = problem.max_seqlen_k
+    if layout.cu_seqlens_q is None:
+        _check_range(layout.seqused_q, "seqused_q", 0, problem.max_seqlen_q)
+    elif layout.seqused_q is not None:
+        _check_at_most(layout.seqused_q, "seqused_q", layout.cu_seqlens_q.diff(), "cu_seqlens_q")
     if layout.cu_seqlens_k is None:
         _check_range(layout.seqused_k, "cache_seqlens", 0, capacity)
     elif layout.seqused_k is not None:
@@ -275,7 +380,8 @@ def check_contents(problem: AttentionProblem) -> None:
     _check_range(layout.leftpad_k, "cache_leftpad", 0, capacity)
     if layout.leftpad_k is not None and layout.seqused_k is not None:
         _check_at_most(layout.leftpad_k, "cache_leftpad", layout.seqused_k, "cache_seqlens")
-    _check_range(layout.cache_batch_idx, "cache_batch_idx", 0, problem.k.shape[0] - 1)
+    rows = (problem.k if layout.page_table is None else layout.page_table).shape[0]
+    _check_range(layout.cache_batch_idx, "cache_batch_idx", 0, rows - 1)
     _check_pages(problem)
 
 
@@ -316,6 +422,8 @@ def _check_pages(problem: AttentionProblem) -> None:
     lengths = layout.seqused_k
     if lengths is None and layout.cu_seqlens_k is not None:
         lengths = layout.cu_seqlens_k.diff()
+    if layout.cache_batch_idx is not None:
+        table = table[layout.cache_batch_idx.long()]
     pages, page_size = problem.k.shape[:2]
     used = torch.ones_like(table, dtype=torch.bool)
     if lengths is not None:
@@ -329,9 +437,32 @@ def _check_pages(problem: AttentionProblem) -> None:
     )
 
 
-def check_layout_supported(layout: SequenceLayout, num_splits: int) -> None:
-    """FlashAttention-2's rule for packed queries on paged keys."""
-    if layout.page_table is not None and num_splits > 1:
+def check_flash_2(layout: SequenceLayout, num_splits: int) -> None:
+    """FlashAttention-2's own limits, which later interfaces do not have."""
+    if num_splits > 128:
+        raise ConstraintError(f"num_splits > 128 not supported: `num_splits` is {num_splits}")
+    if layout.page_table is None:
+        return
+    if layout.cu_seqlens_q is not None and num_splits > 1:
         raise ConstraintError(
             f"num_splits > 1 is not supported for varlen paged KV: `num_splits` is {num_splits}"
+        )
+    if layout.leftpad_k is not None:
+        raise ConstraintError(
+            "We don't support Paged KV and leftpad_k running at the same time yet: pass either "
+            "`block_table` or `cache_leftpad`"
+        )
+    if layout.cache_batch_idx is not None:
+        raise ConstraintError(
+            "Paged KVcache does not support cache_batch_idx: pass either `block_table` or "
+            "`cache_batch_idx`"
+        )
+
+
+def check_same_headdim(q: Tensor, v: Tensor) -> None:
+    """FlashAttention-2's interface has one head dim for all tensors."""
+    if v.shape[-1:] != q.shape[-1:]:
+        raise ConstraintError(
+            f"`v` must have head dim {q.shape[-1]} like `q`, found {v.shape[-1]}; "
+            "flash_attn_interface.flash_attn_func takes a head dim of v of its own"
         )

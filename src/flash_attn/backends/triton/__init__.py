@@ -19,7 +19,7 @@ class TritonBackend:
     name = "triton"
 
     def unsupported(self, problem: AttentionProblem, backward: bool) -> list[str]:
-        reasons = []
+        reasons = [f"does not know {name}" for name in problem.extensions()]
         if not problem.q.is_cuda and not _INTERPRETED:
             reasons.append(f"needs GPU tensors, `q` is on {problem.q.device}")
         if problem.q.dtype == torch.float64:

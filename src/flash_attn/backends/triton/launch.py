@@ -55,7 +55,7 @@ def needs_wide_offsets(*tensors: Tensor) -> bool:
 
 def facts_of(problem: AttentionProblem) -> Facts:
     """Features and scalars shared by the forward and backward kernels."""
-    (left, right), transform = problem.visibility, problem.transform
+    (left, right, _), transform = problem.visibility, problem.transform
     slopes = transform.alibi_slopes
     dropout = problem.dropout_p > 0.0
     constexprs = {
