@@ -69,7 +69,7 @@ def counter_for(x: Tensor) -> Tensor:
 
 def binding_window(problem: AttentionProblem) -> tuple[int | None, int | None]:
     """The problem's window without the bounds that hide nothing."""
-    left, right = problem.visibility
+    left, right, _ = problem.visibility
     seqlen_q, seqlen_k = problem.q.shape[1], problem.k.shape[1]
     if left is not None and left >= seqlen_k - 1:
         left = None
