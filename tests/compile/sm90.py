@@ -34,7 +34,13 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from flash_attn.backends.sm90 import launch, plans
-from flash_attn.core.problem import AttentionProblem, Visibility, make_transform
+from flash_attn.core.problem import (
+    DENSE,
+    AttentionProblem,
+    SequenceLayout,
+    Visibility,
+    make_transform,
+)
 
 TARGET = GPUTarget("cuda", 90, 32)
 MASKS = {
@@ -42,7 +48,10 @@ MASKS = {
     "causal": Visibility(None, 0),
     "left": Visibility(40, None),
     "window": Visibility(40, 30),
+    "chunk": Visibility(None, 0, 128),
 }
+# What is asked of the kernel besides: a name for each combination that is compiled.
+FEATURES = ("", "packed", "used", "softcap", "sinks", "packed sinks")
 _BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _OPCODE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)")
 
@@ -54,6 +63,8 @@ class Case(NamedTuple):
     headdim: int
     mask: str
     dtype: torch.dtype = torch.bfloat16
+    features: str = ""
+    headdim_v: int = 0  # 0: the head dim
 
     @property
     def label(self) -> str:
@@ -63,7 +74,31 @@ class Case(NamedTuple):
         options += [f"o{plan.out_halves}"]
         options += [name for name in ("early", "ping_pong", "skip") if getattr(plan, name)]
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"d{self.headdim} {self.mask} {scheduler} {' '.join(options)} {dtype}"
+        options += [f"v{self.headdim_v}"] if self.headdim_v else []
+        options += [dtype, self.features]
+        return f"d{self.headdim} {self.mask} {scheduler} {' '.join(options)}"
+
+    @property
+    def problem(self) -> AttentionProblem:
+        """A problem that asks for it all."""
+        headdim_v = self.headdim_v or self.headdim
+        places = (2, 1000) if "packed" not in self.features else (2000,)
+        q = torch.empty(*places, 4, self.headdim, dtype=self.dtype, device="meta")
+        k = torch.empty(*places, 2, self.headdim, dtype=self.dtype, device="meta")
+        v = torch.empty(*places, 2, headdim_v, dtype=self.dtype, device="meta")
+        transform = make_transform(
+            self.headdim, softcap=20.0 if "softcap" in self.features else 0.0
+        )
+        if "sinks" in self.features:
+            transform = transform._replace(sinks=torch.empty(4, device="meta"))
+        bounds = torch.empty(3, dtype=torch.int32, device="meta")
+        used = torch.empty(2, dtype=torch.int32, device="meta")
+        layout = DENSE
+        if "packed" in self.features:
+            layout = SequenceLayout(bounds, bounds, max_seqlen_q=1000, max_seqlen_k=1000)
+        if "used" in self.features:
+            layout = layout._replace(seqused_q=used, seqused_k=used)
+        return AttentionProblem(q, k, v, transform, MASKS[self.mask], layout)
 
 
 @dataclass(frozen=True)
@@ -100,16 +135,13 @@ def arguments_of(case: Case) -> tuple[JITFunction, tuple[Any, ...], dict[str, An
     def record(self: JITFunction, *args: Any, grid: Any, warmup: bool, **keywords: Any) -> None:
         calls.append((self, args, keywords))
 
-    q = torch.empty(2, 1000, 4, case.headdim, dtype=case.dtype, device="meta")
-    k = torch.empty(2, 1000, 2, case.headdim, dtype=case.dtype, device="meta")
-    problem = AttentionProblem(q, k, k, make_transform(case.headdim), MASKS[case.mask])
     counter = torch.empty(1, dtype=torch.int32, device="meta")
     with (
         mock.patch.object(JITFunction, "run", record),
         mock.patch.object(launch, "counter_for", return_value=counter),
         mock.patch.object(launch, "multiprocessors_of", return_value=132),
     ):
-        launch.forward(problem, None, case.plan)
+        launch.forward(case.problem, None, case.plan)
     (call,) = calls
     return call
 
@@ -166,7 +198,39 @@ def all_cases() -> list[Case]:
         Case(plan, block_d, "causal" if masked else "full", torch.float16)
         for (block_d, masked), plan in longest.items()
     ]
+    cases += feature_cases()
     return list(dict.fromkeys(cases))
+
+
+def feature_cases() -> list[Case]:
+    """Features with the plans that :func:`launch.plan_for` chooses for them, at several lengths."""
+    cases = []
+    for headdim in (64, 128, 256):
+        for features in FEATURES[1:]:
+            for mask in ("full", "causal", "window"):
+                for length in (500, 3000, 9000):
+                    cases.append(planned(headdim, mask, features, length))
+        cases += [planned(headdim, "chunk", features, 3000) for features in ("", "packed")]
+    for headdim, headdim_v in ((64, 128), (64, 256), (128, 64), (256, 128)):
+        cases += [
+            planned(headdim, mask, features, 3000, headdim_v)
+            for mask in ("full", "causal")
+            for features in ("", "packed")
+        ]
+    return cases
+
+
+def planned(headdim: int, mask: str, features: str, length: int, headdim_v: int = 0) -> Case:
+    """The case of a problem with sequences of ``length``."""
+    case = Case(plans.forward_plan(plans.ForwardKey(64, False, 1)), headdim, mask,
+                features=features, headdim_v=headdim_v)  # fmt: skip
+    problem = case.problem
+    long = problem.k.new_empty(2, length, 2, headdim)
+    if problem.is_varlen_q:
+        problem = problem._replace(layout=problem.layout._replace(max_seqlen_k=length))
+    else:
+        problem = problem._replace(q=long, k=long)
+    return case._replace(plan=launch.plan_for(problem))
 
 
 def main() -> int:

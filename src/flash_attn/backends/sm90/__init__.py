@@ -14,7 +14,7 @@ _FEW_QUERIES = 64
 
 
 class Sm90Backend:
-    """Forward passes of float16 and bfloat16 with dense layouts."""
+    """Forward passes of float16 and bfloat16 with dense and packed layouts."""
 
     name = "sm90"
 
@@ -41,8 +41,10 @@ def _tensor_reasons(problem: AttentionProblem) -> list[str]:
         reasons.append(f"computes in float16 and bfloat16, `q` is {problem.q.dtype}")
     if problem.headdim > MAX_HEADDIM:
         reasons.append(f"serves head dims up to {MAX_HEADDIM}, found {problem.headdim}")
+    if problem.headdim_v > MAX_HEADDIM:
+        reasons.append(f"serves head dims of v up to {MAX_HEADDIM}, found {problem.headdim_v}")
     for name, x in (("q", problem.q), ("k", problem.k), ("v", problem.v)):
-        if x.dim() == 4 and x.numel() and not launch.is_describable(x):
+        if x.numel() and not launch.is_describable(x):
             reasons.append(
                 f"needs steps of a multiple of 16 bytes from a 16-byte boundary, `{name}` has "
                 f"strides {x.stride()} and starts at {x.data_ptr() % 16} past one"
@@ -53,15 +55,17 @@ def _tensor_reasons(problem: AttentionProblem) -> list[str]:
 def _feature_reasons(problem: AttentionProblem) -> list[str]:
     layout, transform = problem.layout, problem.transform
     features = {
-        "packed sequences": layout.cu_seqlens_q is not None or layout.cu_seqlens_k is not None,
-        "seqused_k": layout.seqused_k is not None,
+        "packed queries with other keys, or the reverse": (layout.cu_seqlens_q is None)
+        != (layout.cu_seqlens_k is None),
         "leftpad_k": layout.leftpad_k is not None,
         "pages": layout.page_table is not None,
         "cache_batch_idx": layout.cache_batch_idx is not None,
-        "softcap": transform.softcap > 0.0,
         "ALiBi": transform.alibi_slopes is not None,
         "dropout": problem.dropout_p > 0.0,
         "num_splits > 1": problem.num_splits > 1,
+        "attn_mask": transform.attn_mask is not None,
+        "qv": problem.qv is not None,
+        "out_dtype": problem.result_dtype != problem.q.dtype,
     }
     reasons = [f"does not serve {name}" for name, used in features.items() if used]
     if not transform.softmax_scale > 0.0:

@@ -20,13 +20,17 @@ from .plans import (
     ROWS,
     ForwardKey,
     ForwardPlan,
+    dynamic,
     forward_plan,
     heads_at_a_time,
     padded_headdim,
+    with_own_buffer,
 )
 
 # Far beyond any length, yet far enough from 2**31 for sums of positions.
 _NO_WINDOW = 2**29
+# Where the sequences' lengths come from, as in kernels.sm90_forward.
+SHAPES, USED, PACKED = range(3)
 _counters: dict[tuple[int, int], Tensor] = {}
 
 
@@ -39,6 +43,8 @@ def is_describable(x: Tensor) -> bool:
 
 def describe(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """The descriptor of (batch, seqlen, nheads, headdim) by blocks of (rows, columns) of a head."""
+    if x.dim() == 3:  # packed: one long sequence
+        x = x[None]
     batch, seqlen, nheads, headdim = x.shape
     # A dimension of extent 1 is never stepped over, but its step has to be a valid one.
     step_b, step_s, step_h = (
@@ -68,22 +74,48 @@ def counter_for(x: Tensor) -> Tensor:
 
 
 def binding_window(problem: AttentionProblem) -> tuple[int | None, int | None]:
-    """The problem's window without the bounds that hide nothing."""
-    left, right, _ = problem.visibility
-    seqlen_q, seqlen_k = problem.q.shape[1], problem.k.shape[1]
+    """The problem's window without the bounds that hide nothing; chunks are bounds too."""
+    left, right, chunk = problem.visibility
+    seqlen_q, seqlen_k = problem.q.shape[-3], problem.k.shape[-3]
     if left is not None and left >= seqlen_k - 1:
         left = None
     if right is not None and right >= seqlen_q - 1:
         right = None
+    if chunk:
+        left = _NO_WINDOW if left is None else left
+        right = _NO_WINDOW if right is None else right
     return left, right
+
+
+def lengths_of(problem: AttentionProblem) -> int:
+    """Where the kernel finds the sequences' lengths."""
+    layout = problem.layout
+    if layout.cu_seqlens_q is not None:
+        return PACKED
+    used = layout.seqused_q is not None or layout.seqused_k is not None
+    return USED if used else SHAPES
 
 
 def plan_for(problem: AttentionProblem) -> ForwardPlan:
     """The plan of a problem's forward pass."""
     left, right = binding_window(problem)
-    masked = left is not None or right is not None
-    block_d = padded_headdim(problem.headdim)
-    return forward_plan(ForwardKey(block_d, masked, problem.k.shape[1], left is not None))
+    lengths = lengths_of(problem)
+    masked = left is not None or right is not None or lengths != SHAPES
+    block_d, block_dv = padded_headdim(problem.headdim), padded_headdim(problem.headdim_v)
+    key = ForwardKey(max(block_d, block_dv), masked, problem.max_seqlen_k, left is not None)
+    plan = forward_plan(key)
+    plan = with_own_buffer(plan) if block_d != block_dv else plan
+    return dynamic(plan) if lengths != SHAPES else plan
+
+
+def fill_empty(problem: AttentionProblem, out: Tensor, lse: Tensor) -> None:
+    """The results of rows that see no key."""
+    out.zero_()
+    sinks = problem.transform.sinks
+    if sinks is None:
+        lse.fill_(problem.empty_lse)
+    else:
+        lse.copy_(sinks[:, None].expand_as(lse))
 
 
 def forward(
@@ -94,14 +126,13 @@ def forward(
     out = empty_out(problem) if out is None else out
     lse = empty_lse(problem)
     with guard(problem.q):
-        if problem.q.numel() == 0 or problem.k.numel() == 0:
-            out.zero_()
-            lse.fill_(problem.empty_lse)
+        if problem.q.numel() == 0 or problem.k.numel() == 0 or problem.v.numel() == 0:
+            fill_empty(problem, out, lse)
         elif is_describable(out):
             launch_forward(problem, plan or plan_for(problem), out, lse)
         else:
-            rounded = -(-problem.headdim // 8) * 8
-            target = out.new_empty((*out.shape[:-1], rounded))[..., : problem.headdim]
+            rounded = -(-problem.headdim_v // 8) * 8
+            target = out.new_empty((*out.shape[:-1], rounded))[..., : problem.headdim_v]
             launch_forward(problem, plan or plan_for(problem), target, lse)
             out.copy_(target)
     return AttentionResult(out, lse, new_s_dmask(problem), rng.unused_state(device))
@@ -109,58 +140,86 @@ def forward(
 
 def launch_forward(problem: AttentionProblem, plan: ForwardPlan, out: Tensor, lse: Tensor) -> None:
     """The kernel alone: ``out`` describable, ``lse`` contiguous, neither queries nor keys empty."""
-    q, k, v = problem.q, problem.k, problem.v
-    batch, seqlen_q, nheads, headdim = q.shape
-    seqlen_k = k.shape[1]
-    group = nheads // problem.nheads_k
-    block_d = padded_headdim(headdim)
-    out_columns = plan.out_columns(block_d)
+    q, k, v, layout, transform = problem.q, problem.k, problem.v, problem.layout, problem.transform
+    group = problem.nheads // problem.nheads_k
+    block_d, block_dv = padded_headdim(problem.headdim), padded_headdim(problem.headdim_v)
     left, right = binding_window(problem)
-    row_tiles = -(-seqlen_q // plan.block_m)
-    sequences = batch * nheads
-    section = min(heads_at_a_time(plan, seqlen_k, headdim, group), sequences)
+    lengths = lengths_of(problem)
+    row_tiles, sequences = tiles_of(problem, plan)
+    width = (problem.headdim + problem.headdim_v) // 2
+    section = min(heads_at_a_time(plan, problem.max_seqlen_k, width, group), sequences)
     tiles = row_tiles * sequences
     programs = tiles
     if plan.scheduler != ONE_TILE:
         programs = min(tiles, multiprocessors_of(q.device.index or 0))
+    counter = counter_for(q)
+    scale, softcap = transform.softmax_scale, transform.softcap
     attention_forward_sm90[(programs,)](
         describe(q, ROWS, block_d),
         describe(k, plan.block_n, block_d),
-        describe(v, plan.block_n, block_d),
-        describe(out, ROWS, out_columns or block_d),
+        describe(v, plan.block_n, block_dv),
+        describe(out, ROWS, plan.out_columns(block_dv) or block_dv),
         lse,
-        counter_for(q),
-        problem.transform.softmax_scale * math.log2(math.e),
+        counter,
+        lse if transform.sinks is None else transform.sinks,
+        (softcap or scale) * math.log2(math.e),
+        scale / softcap if softcap else 0.0,
         problem.empty_lse,
-        nheads,
+        problem.nheads,
         group,
-        seqlen_q,
-        seqlen_k,
+        q.shape[-3],
+        k.shape[-3],
         _NO_WINDOW if left is None else min(left, _NO_WINDOW),
         _NO_WINDOW if right is None else min(right, _NO_WINDOW),
+        min(problem.visibility.attention_chunk or 1, _NO_WINDOW),
         row_tiles,
         sequences,
         section,
         tiles,
-        **constants(plan, block_d, left is not None, right is not None),
+        problem.batch_size,
+        # Those that are absent are not read.
+        counter if layout.cu_seqlens_q is None else layout.cu_seqlens_q,
+        counter if layout.cu_seqlens_k is None else layout.cu_seqlens_k,
+        counter if layout.seqused_q is None else layout.seqused_q,
+        counter if layout.seqused_k is None else layout.seqused_k,
+        out,
+        out.stride(-3),
+        out.stride(-2),
+        problem.headdim_v,
+        HAS_LEFT=left is not None,
+        HAS_RIGHT=right is not None,
+        HAS_CHUNK=problem.visibility.attention_chunk > 0,
+        HAS_SOFTCAP=softcap > 0.0,
+        HAS_SINKS=transform.sinks is not None,
+        LENGTHS=lengths,
+        HAS_USED_Q=layout.seqused_q is not None,
+        HAS_USED_K=layout.seqused_k is not None,
+        **constants(plan, block_d, block_dv),
     )
 
 
-def constants(plan: ForwardPlan, block_d: int, has_left: bool, has_right: bool) -> dict[str, Any]:
-    """The kernel's compile-time arguments and options."""
+def tiles_of(problem: AttentionProblem, plan: ForwardPlan) -> tuple[int, int]:
+    """(row tiles of a sequence, sequences), as the kernel counts them."""
+    rows = problem.q.shape[-3]
+    if problem.is_varlen_q:
+        return rows // plan.block_m + problem.batch_size + 2, problem.nheads
+    return -(-rows // plan.block_m), problem.batch_size * problem.nheads
+
+
+def constants(plan: ForwardPlan, block_d: int, block_dv: int) -> dict[str, Any]:
+    """What the plan says at compile time."""
     return {
         "BLOCK_N": plan.block_n,
         "BLOCK_D": block_d,
+        "BLOCK_DV": block_dv,
         "CONSUMERS": plan.consumers,
         "STAGES": plan.stages,
         "Q_SLOTS": plan.q_slots,
-        "OUT_COLUMNS": plan.out_columns(block_d),
+        "OUT_COLUMNS": plan.out_columns(block_dv),
         "SCHEDULER": plan.scheduler,
         "EARLY": plan.early,
         "PING_PONG": plan.ping_pong,
         "SKIP": plan.skip,
         "REGISTERS": plan.registers,
-        "HAS_LEFT": has_left,
-        "HAS_RIGHT": has_right,
         "num_warps": 4,
     }

@@ -134,6 +134,17 @@ def windowed(plan: ForwardPlan, block_d: int) -> ForwardPlan:
     return replace(plan, early=False) if block_d == 256 else plan
 
 
+def with_own_buffer(plan: ForwardPlan) -> ForwardPlan:
+    """``plan`` for values of another head dim than the keys': results do not fit q's buffer."""
+    halves = 2 if plan.block_n == 64 and plan.consumers == 2 else 1
+    return plan if plan.out_halves else replace(plan, out_halves=halves)
+
+
+def dynamic(plan: ForwardPlan) -> ForwardPlan:
+    """``plan`` for tiles that only the device knows: the producer has to find them."""
+    return replace(plan, scheduler=DYNAMIC)
+
+
 def forward_plans() -> list[tuple[int, bool, ForwardPlan]]:
     """Every (block_d, masked, plan) there is."""
     return [(*key, plan) for key, rows in _FORWARD.items() for _, plan in rows]
