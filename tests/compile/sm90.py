@@ -206,11 +206,12 @@ def feature_cases() -> list[Case]:
     """Features with the plans that :func:`launch.plan_for` chooses for them, at several lengths."""
     cases = []
     for headdim in (64, 128, 256):
-        for features in FEATURES[1:]:
-            for mask in ("full", "causal", "window"):
-                for length in (500, 3000, 9000):
-                    cases.append(planned(headdim, mask, features, length))
-        cases += [planned(headdim, "chunk", features, 3000) for features in ("", "packed")]
+        for features in ("packed", "used", "packed sinks"):
+            cases += [planned(headdim, mask, features) for mask in ("full", "causal", "window")]
+        for features in ("softcap", "sinks"):
+            for length in (500, 3000, 9000):
+                cases += [planned(headdim, mask, features, length) for mask in ("full", "causal")]
+        cases += [planned(headdim, "chunk", features) for features in ("", "packed")]
     for headdim, headdim_v in ((64, 128), (64, 256), (128, 64), (256, 128)):
         cases += [
             planned(headdim, mask, features, 3000, headdim_v)
@@ -220,7 +221,7 @@ def feature_cases() -> list[Case]:
     return cases
 
 
-def planned(headdim: int, mask: str, features: str, length: int, headdim_v: int = 0) -> Case:
+def planned(headdim: int, mask: str, features: str, length: int = 3000, headdim_v: int = 0) -> Case:
     """The case of a problem with sequences of ``length``."""
     case = Case(plans.forward_plan(plans.ForwardKey(64, False, 1)), headdim, mask,
                 features=features, headdim_v=headdim_v)  # fmt: skip

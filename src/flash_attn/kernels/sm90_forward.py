@@ -20,7 +20,8 @@ loop serves masked and unmasked blocks by a branch: two loops would keep P in di
 With LENGTHS the sequences' places and lengths are known on the device alone: rows behind a sequence
 may hold anything, also NaN. Scores there are masked, values there are set to 0 in shared memory by
 every consumer that is about to use such a block (all write the same), and a tile that ends before
-its 64 rows do is stored by pointers. The producer finds the tile and tells the consumers its numbers.
+its 64 rows do is stored by pointers. The producer finds the tile and tells the consumers its
+numbers. Keys in front of the first row's window are dealt with like those behind a sequence.
 
 SCHEDULER says how programs find tiles: ONE_TILE (a program computes the tile of its number),
 ROUND_ROBIN (programs stay and take every n-th tile), DYNAMIC (the producer takes the next tile from
@@ -463,7 +464,8 @@ def packed_span(work, head, slot):
     rows_k = gl.where((sequence < 0) | (sequence >= places.batch), 0, rows_k)
     # Bounds that do not grow may put a slot before its segment: nobody computes it.
     rows = gl.where(row_tile < 0, 0, rows)
-    return Span(gl.to_tensor(0), head, start, rows, rows_q, k_start, rows_k), gl.maximum(row_tile, 0)
+    span = Span(gl.to_tensor(0), head, start, rows, rows_q, k_start, rows_k)
+    return span, gl.maximum(row_tile, 0)
 
 
 @gluon.jit
@@ -748,8 +750,8 @@ def add_values(work, shared, weights, acc, block_use):
 
 
 @gluon.jit
-def clear_values(work, shared, use, count):
-    """Set the slot's values from row ``count`` on to 0, as no row sees them: NaN may lie there.
+def clear_values(work, shared, use, first, end):
+    """Set the slot's values outside of rows [first, end) to 0: nobody sees them, NaN may lie there.
 
     Every consumer does it for itself, all writing the same.
     """
@@ -757,15 +759,15 @@ def clear_values(work, shared, use, count):
     BLOCK_DV: gl.constexpr = work.config.BLOCK_DV
     STEP: gl.constexpr = 16
     BY_ROW: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
-    if count < BLOCK_N:
+    if (first > 0) | (end < BLOCK_N):
         shared.v.wait_full(use, 0)
         v = shared.v.data.index(shared.v.index(use, 0)).reshape([BLOCK_N, BLOCK_DV])
-        for first in gl.static_range(0, BLOCK_N, STEP):
-            if first + STEP > count:
-                part = v.slice(first, STEP)
-                row = first + gl.arange(0, STEP, layout=gl.SliceLayout(1, BY_ROW))
-                values = part.load(BY_ROW)
-                part.store(gl.where(gl.expand_dims(row < count, 1), values, 0.0))
+        for part in gl.static_range(0, BLOCK_N, STEP):
+            if (part < first) | (part + STEP > end):
+                rows = v.slice(part, STEP)
+                row = part + gl.arange(0, STEP, layout=gl.SliceLayout(1, BY_ROW))
+                inside = (row >= first) & (row < end)
+                rows.store(gl.where(gl.expand_dims(inside, 1), rows.load(BY_ROW), 0.0))
         fence_async_shared()
         group_barrier()
 
@@ -911,7 +913,7 @@ def consumer(LANE: gl.constexpr, work, shared, target, lse, sinks):
         # The others: scores of block i and values of block i - 1 at a time.
         use = block_use + skipped
         if config.LENGTHS != SHAPES:
-            clear_values(work, shared, use, span.rows_k - first_key)
+            clear_values(work, shared, use, 0, span.rows_k - first_key)
         for i in range(skipped + 1, tile.blocks):
             first_key -= BLOCK_N
             shared.k.wait_full(use + 1, 0)
@@ -944,6 +946,9 @@ def consumer(LANE: gl.constexpr, work, shared, target, lse, sinks):
 
         # The last values, under which the next tile's first product may start.
         block_use += tile.blocks
+        if config.HAS_LEFT:
+            first = first_key_of(work, span, 0) - tile.first_block * BLOCK_N
+            clear_values(work, shared, block_use - 1, first, BLOCK_N)
         shared.v.wait_full(block_use - 1, 0)
         acc = add_values(work, shared, weights, acc, block_use - 1)
         if config.LENGTHS != SHAPES:

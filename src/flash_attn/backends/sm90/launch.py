@@ -20,9 +20,9 @@ from .plans import (
     ROWS,
     ForwardKey,
     ForwardPlan,
-    dynamic,
     forward_plan,
     heads_at_a_time,
+    lengths_plan,
     padded_headdim,
     with_own_buffer,
 )
@@ -99,13 +99,13 @@ def lengths_of(problem: AttentionProblem) -> int:
 def plan_for(problem: AttentionProblem) -> ForwardPlan:
     """The plan of a problem's forward pass."""
     left, right = binding_window(problem)
-    lengths = lengths_of(problem)
-    masked = left is not None or right is not None or lengths != SHAPES
     block_d, block_dv = padded_headdim(problem.headdim), padded_headdim(problem.headdim_v)
-    key = ForwardKey(max(block_d, block_dv), masked, problem.max_seqlen_k, left is not None)
-    plan = forward_plan(key)
-    plan = with_own_buffer(plan) if block_d != block_dv else plan
-    return dynamic(plan) if lengths != SHAPES else plan
+    width = max(block_d, block_dv)
+    if lengths_of(problem) != SHAPES:
+        return lengths_plan(width)
+    masked = left is not None or right is not None
+    plan = forward_plan(ForwardKey(width, masked, problem.max_seqlen_k, left is not None))
+    return with_own_buffer(plan) if block_d != block_dv else plan
 
 
 def fill_empty(problem: AttentionProblem, out: Tensor, lse: Tensor) -> None:

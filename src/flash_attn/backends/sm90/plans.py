@@ -140,9 +140,18 @@ def with_own_buffer(plan: ForwardPlan) -> ForwardPlan:
     return plan if plan.out_halves else replace(plan, out_halves=halves)
 
 
-def dynamic(plan: ForwardPlan) -> ForwardPlan:
-    """``plan`` for tiles that only the device knows: the producer has to find them."""
-    return replace(plan, scheduler=DYNAMIC)
+# By block_d: plans for lengths that only the device knows. More numbers describe a tile there: with
+# four warpgroups the compiler of Triton 3.9 runs out of registers.
+_LENGTHS: dict[int, ForwardPlan] = {
+    64: ForwardPlan(2, 128, 3, DYNAMIC, 2, 1, section_bytes=_L2),
+    128: _128,
+    256: _256,
+}
+
+
+def lengths_plan(block_d: int) -> ForwardPlan:
+    """The plan for packed sequences and for used lengths."""
+    return _LENGTHS[block_d]
 
 
 def forward_plans() -> list[tuple[int, bool, ForwardPlan]]:
