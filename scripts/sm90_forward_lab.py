@@ -104,6 +104,14 @@ def variants() -> list[Variant]:
             plain += [replace(x, ping_pong=True) for x in (full, early, single)]
             masked += [replace(x, ping_pong=True) for x in (dynamic, early_dynamic)]
         if headdim == 64:
+            four = ForwardPlan(4, 64, 3, ROUND_ROBIN, 2, 1)
+            plain += [
+                replace(four, scheduler=DYNAMIC),
+                replace(four, stages=2),
+                replace(four, q_slots=1),
+                replace(four, early=True),
+                replace(four, scheduler=ONE_TILE, q_slots=1, out_halves=0),
+            ]
             two = ForwardPlan(2, 128, 3, ROUND_ROBIN, 2, 1, early=True)
             plain += [two, replace(two, ping_pong=True)]
             two = replace(two, scheduler=DYNAMIC, section_bytes=L2)
@@ -152,6 +160,9 @@ SHAPES = (
     Shape(1, 2, 2, 300, 300, 132, headdim=-8),
     Shape(1, 2, 2, 2048, 2048),
 )
+# Tiles with little work in which consumers have no rows.
+STRESSED = (Shape(1, 6, 2, 700, 7, 3), Shape(8, 16, 4, 300, 300), Shape(2, 8, 8, 200, 64, 5))
+STRESS_RUNS = 300
 WINDOWS = ((100, 0), (64, 40), (300, None), (0, 0), (None, 5), (None, 700), (7, 1000))
 
 
@@ -250,6 +261,42 @@ def check_neighbours(variant: Variant) -> list[str]:
         results.append(launch.forward(problem, None, variant.plan).out[::2])
     same = torch.equal(results[0], results[1]) and bool(results[1].isfinite().all())
     return [] if same else ["NaN of a neighbouring sequence got in"]
+
+
+def stress(variant: Variant) -> None:
+    """Run short sequences many times, and say where results differ from those of the reference."""
+    import torch
+
+    from flash_attn.backends.reference import BACKEND as reference
+    from flash_attn.backends.sm90 import launch
+    from flash_attn.core.problem import AttentionProblem, Visibility, make_transform
+
+    bad = []
+    for shape in STRESSED:
+        say(event="stage", at=f"stress {tuple(shape)}")
+        q = random(shape.batch, shape.seqlen_q, shape.nheads, variant.headdim)
+        k, v = (random(shape.batch, shape.seqlen_k, shape.nheads_k, variant.headdim) for _ in "kv")
+        visibility = Visibility(*shape.window) if variant.masked else Visibility()
+        problem = AttentionProblem(q, k, v, make_transform(variant.headdim), visibility)
+        want = reference.forward(problem).out.float()
+        out, lse = padded(q.shape), torch.empty(problem.lse_shape, device="cuda")
+        wrong = torch.zeros(3, *q.shape[:3], dtype=torch.int64, device="cuda")
+        with mock.patch.object(launch, "multiprocessors_of", return_value=shape.programs):
+            for _ in range(STRESS_RUNS):
+                out.fill_(float("nan"))
+                launch.launch_forward(problem, variant.plan, out, lse)
+                nan = out.isnan()
+                off = (out.float() - want).abs() > 0.05
+                wrong += torch.stack([nan.all(-1), nan.any(-1) & ~nan.all(-1), off.any(-1)])
+        for name, counts in zip(("unwritten", "partly NaN", "off"), wrong.cpu(), strict=True):
+            rows = counts.nonzero()
+            if len(rows):
+                tiles = sorted({(b, h, r // 64) for b, r, h in rows.tolist()})
+                bad.append(
+                    f"{tuple(shape)[:6]}: {len(rows)} rows {name}, at most {int(counts.max())} of "
+                    f"{STRESS_RUNS} times; (batch, head, 64 rows): {tiles[:8]} of {len(tiles)}"
+                )
+    say(event="checked", bad=bad)
 
 
 def check(variant: Variant) -> None:
@@ -408,6 +455,8 @@ def work(task: str, names: list[str], seconds: float) -> None:
         compile_all(chosen)
     elif task == "check":
         check(chosen[0])
+    elif task == "stress":
+        stress(chosen[0])
     else:
         timed_cells(chosen, seconds)
     say(event="done")
@@ -457,8 +506,9 @@ def call(task: str, chosen: list[Variant], limit: float, budget: float = 0.0) ->
 class Lab:
     """One session: variants, findings and the clock."""
 
-    def __init__(self, chosen: list[Variant], deadline: float, out: Path | None):
+    def __init__(self, chosen: list[Variant], deadline: float, out: Path | None, task: str):
         self.chosen = chosen
+        self.task = task  # what shows that a variant is right: "check" or "stress"
         self.started = time.monotonic()
         self.deadline = deadline
         self.out = out
@@ -497,7 +547,7 @@ class Lab:
         def one(variant: Variant) -> tuple[Variant, Finding]:
             if self.left() < 90:
                 return variant, Finding("not checked: no time left")
-            return variant, call("check", [variant], CHECK_SECONDS)
+            return variant, call(self.task, [variant], CHECK_SECONDS)
 
         good = []
         with ThreadPoolExecutor(jobs) as pool:
@@ -570,6 +620,8 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="print the variants' names and end")
     parser.add_argument("--no-times", action="store_true", help="compile and check alone")
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) - 3))
+    parser.add_argument("--stress", action="store_true", help="check by many runs of short tiles")
+    parser.add_argument("--checks", type=int, default=0, help="checks at a time; 0: up to 6")
     parser.add_argument("--work", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.work:
@@ -583,9 +635,9 @@ def main() -> int:
     if args.list or not chosen:
         print("\n".join(variant.name for variant in chosen) or f"nothing matches {args.match!r}")
         return 0 if chosen else 2
-    lab = Lab(chosen, args.deadline, args.out)
+    lab = Lab(chosen, args.deadline, args.out, "stress" if args.stress else "check")
     lab.compile(args.jobs)
-    good = lab.check(min(6, args.jobs))
+    good = lab.check(args.checks or min(6, args.jobs))
     lab.save()
     table = {} if args.no_times else lab.time(good)
     lab.save()

@@ -276,7 +276,7 @@ def _plain_forward(
     """Attention as one writes it in PyTorch: products in the dtype, softmax in float32."""
     q, k, v = leaves
     transform, group = problem.transform, problem.nheads // problem.nheads_k
-    out = torch.zeros_like(q)
+    out = q.new_zeros(problem.out_shape)
     for sequence in sequences(problem):
         q_part = q[sequence.q_rows].transpose(0, 1) * transform.softmax_scale
         k_part, v_part = (
@@ -295,7 +295,11 @@ def _plain_forward(
         seen = visible_matrix(seqlen_q, seqlen_k, problem.visibility, s.device)
         dead = ~seen.any(-1, keepdim=True)
         # A finite stand-in keeps rows without keys free of NaN; they are blanked afterwards.
-        p = torch.softmax(s.masked_fill(~seen, -1e30), dim=-1).masked_fill(dead, 0.0)
+        s = s.masked_fill(~seen, -1e30)
+        if transform.sinks is not None:
+            sinks = transform.sinks.float()[:, None, None].expand(-1, seqlen_q, 1)
+            s = torch.cat([s, sinks], dim=-1)
+        p = torch.softmax(s, dim=-1)[..., :seqlen_k].masked_fill(dead, 0.0)
         if problem.dropout_p > 0.0 and rng_state is not None:
             rows = torch.arange(seqlen_q, device=s.device)
             keys = torch.arange(seqlen_k, device=s.device)

@@ -78,9 +78,9 @@ def _absorb(self: Blank, *_others: Any) -> Blank:
     return self
 
 
-for _name in (
-    "add sub mul truediv floordiv and or lt le gt ge eq ne getitem radd rsub rmul rtruediv"
-).split():
+_ABSORBED = ("add", "sub", "mul", "truediv", "floordiv", "and", "or", "lt", "le", "gt", "ge", "eq",
+             "ne", "getitem", "radd", "rsub", "rmul", "rtruediv")  # fmt: skip
+for _name in _ABSORBED:
     setattr(Blank, f"__{_name}__", _absorb)
 BLANK = Blank()
 
@@ -96,7 +96,7 @@ class Array:
         return Array(self.numbers, self.offset + step)
 
     def read(self) -> Any:
-        assert np.all((0 <= self.offset) & (self.offset < len(self.numbers))), "read outside"
+        assert np.all((self.offset >= 0) & (self.offset < len(self.numbers))), "read outside"
         found = self.numbers[self.offset]
         return found if isinstance(found, np.ndarray) else Int(found)
 
@@ -219,7 +219,8 @@ class Machine:
 
     def run(self, arguments: dict[str, Any]) -> None:
         """Launch, and run to the end."""
-        for self.program in range(self.programs):
+        for program in range(self.programs):
+            self.program = program
             self.kernel["attention_forward_sm90"](**arguments)
         for task in self.tasks:
             task.thread.start()
