@@ -106,6 +106,7 @@ def variants() -> list[Variant]:
         if headdim == 64:
             four = ForwardPlan(4, 64, 3, ROUND_ROBIN, 2, 1)
             plain += [
+                four,
                 replace(four, scheduler=DYNAMIC),
                 replace(four, stages=2),
                 replace(four, q_slots=1),

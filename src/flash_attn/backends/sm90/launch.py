@@ -16,6 +16,7 @@ from ...core.outputs import empty_lse, empty_out, new_s_dmask
 from ...core.problem import AttentionProblem, AttentionResult
 from ...kernels.sm90_forward import attention_forward_sm90
 from .plans import (
+    MAX_HEADDIM,
     ONE_TILE,
     ROWS,
     ForwardKey,
@@ -81,6 +82,10 @@ def binding_window(problem: AttentionProblem) -> tuple[int | None, int | None]:
         left = None
     if right is not None and right >= seqlen_q - 1:
         right = None
+    widest = max(padded_headdim(problem.headdim), padded_headdim(problem.headdim_v))
+    if problem.is_varlen_q and widest == MAX_HEADDIM and left is None:
+        # Without a left bound the compiler of Triton 3.9 runs out of registers.
+        left = _NO_WINDOW
     if chunk:
         left = _NO_WINDOW if left is None else left
         right = _NO_WINDOW if right is None else right

@@ -90,15 +90,15 @@ def padded_headdim(headdim: int) -> int:
 _L2 = 32 << 20
 # By (block_d, masked): plans from the given number of keys on.
 _Rows = tuple[tuple[int, ForwardPlan], ...]
-_SHORT_64 = ForwardPlan(4, 64, 3, ROUND_ROBIN, 2, 1)
+_SHORT_64 = ForwardPlan(2, 128, 3, ROUND_ROBIN, 2, 1, early=True)
 _LONG_64 = ForwardPlan(3, 128, 2, ROUND_ROBIN, 2, 1, early=True, ping_pong=True)
 _128 = ForwardPlan(2, 128, 2, DYNAMIC, 1, 1, section_bytes=_L2)
 _256 = ForwardPlan(2, 64, 2, DYNAMIC, 1, 2, skip=True, section_bytes=_L2)
 _FORWARD: dict[tuple[int, bool], _Rows] = {
     (64, False): ((0, _SHORT_64), (2048, _LONG_64)),
     (64, True): (
-        (0, replace(_SHORT_64, scheduler=DYNAMIC, skip=True, section_bytes=_L2)),
-        (1024, ForwardPlan(2, 128, 3, DYNAMIC, 2, 1, early=True, section_bytes=_L2)),
+        (0, ForwardPlan(4, 64, 3, DYNAMIC, 2, 1, skip=True, section_bytes=_L2)),
+        (1024, replace(_SHORT_64, scheduler=DYNAMIC, section_bytes=_L2)),
         (8192, replace(_LONG_64, scheduler=DYNAMIC, section_bytes=_L2)),
     ),
     (128, False): (
@@ -145,7 +145,7 @@ def with_own_buffer(plan: ForwardPlan) -> ForwardPlan:
 _LENGTHS: dict[int, ForwardPlan] = {
     64: ForwardPlan(2, 128, 3, DYNAMIC, 2, 1, section_bytes=_L2),
     128: _128,
-    256: _256,
+    256: replace(_256, skip=False),
 }
 
 
