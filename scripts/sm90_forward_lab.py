@@ -47,7 +47,8 @@ L2 = 32 << 20
 FLUSH_BYTES = 256 << 20
 # Cycles that the GPU idles before each timed launch, so that the host is never what is timed.
 LEAD_CYCLES = 500_000
-CHECK_SECONDS, TIME_SECONDS, COMPILE_SECONDS = 60, 45, 150
+TRIAL = "--trial" in sys.argv
+CHECK_SECONDS, TIME_SECONDS, COMPILE_SECONDS = 40 if TRIAL else 60, 45, 150
 SCHEDULERS = {ONE_TILE: "one", ROUND_ROBIN: "rr", DYNAMIC: "dyn"}
 
 
@@ -71,7 +72,18 @@ class Variant(NamedTuple):
         ]
         parts += [
             short
-            for short, used in (("xt", plan.early), ("pp", plan.ping_pong), ("skip", plan.skip))
+            for short, used in (
+                ("xt", plan.early),
+                ("pp", plan.ping_pong),
+                ("skip", plan.skip),
+                ("pair", plan.paired == 1),
+                ("PAIR", plan.paired == 2),
+                ("slim", plan.slim),
+                ("named", plan.named),
+                ("tree", plan.tree),
+                ("lazy", plan.lazy),
+                ("m1", plan.mail == 1),
+            )
             if used
         ]
         if plan.section_bytes != (L2 if self.masked else 0):
@@ -113,6 +125,107 @@ def variants() -> list[Variant]:
         found += [Variant(headdim, False, plan) for plan in plain]
         found += [Variant(headdim, True, plan) for plan in masked]
     return list(dict.fromkeys(found))
+
+
+def trials() -> list[Variant]:
+    """Plans with parts on trial, beside the best without them."""
+    slim = {"slim": True}
+    named = {**slim, "named": True}
+    tree = {**named, "tree": True}
+    lazy = {**tree, "lazy": True}
+    steps = (slim, named, tree, lazy, {"tree": True}, {"lazy": True})
+    found = []
+
+    def add(headdim: int, masked: bool, *plans: ForwardPlan) -> None:
+        found.extend(Variant(headdim, masked, plan) for plan in plans)
+
+    def dynamic(plan: ForwardPlan) -> ForwardPlan:
+        return replace(plan, scheduler=DYNAMIC, section_bytes=L2)
+
+    def single(plan: ForwardPlan) -> ForwardPlan:
+        return replace(plan, scheduler=ONE_TILE, q_slots=1, out_halves=0, early=False)
+
+    # Head dim 128
+    full = ForwardPlan(2, 128, 2, ROUND_ROBIN, 2, 1)
+    best = replace(full, **lazy)
+    three = replace(best, consumers=3, block_n=64, stages=3, q_slots=1)
+    add(128, False, full, single(full), *(replace(full, **step) for step in steps))
+    add(128, False, replace(best, ping_pong=True), replace(best, early=True), single(best))
+    add(128, False, replace(single(best), ping_pong=True), three, replace(three, ping_pong=True))
+    add(128, False, replace(single(three), stages=4), replace(single(full), **tree))
+    base = replace(dynamic(full), q_slots=1)
+    best = replace(base, **lazy)
+    add(128, True, base, *(replace(base, **step) for step in steps))
+    add(128, True, *(replace(best, section_bytes=x << 20) for x in (4, 8, 16, 128)))
+    pair = replace(best, scheduler=ROUND_ROBIN, paired=1, section_bytes=0)
+    add(128, True, pair, replace(pair, q_slots=2), replace(pair, paired=2))
+    add(128, True, replace(best, q_slots=2, early=True), replace(best, ping_pong=True))
+    add(128, True, replace(best, skip=True), replace(best, skip=True, ping_pong=True))
+    add(128, True, replace(best, mail=1), replace(single(best), skip=True))
+    three = replace(best, consumers=3, block_n=64, stages=3, skip=True)
+    add(128, True, three, replace(three, ping_pong=True))
+    add(128, True, replace(three, scheduler=ROUND_ROBIN, paired=1, section_bytes=0))
+    small = replace(best, block_n=64, stages=4, skip=True)
+    add(128, True, small, replace(small, section_bytes=8 << 20))
+    # Head dim 256
+    full = ForwardPlan(2, 64, 2, ROUND_ROBIN, 1, 2)
+    best = replace(full, **lazy)
+    add(256, False, full, single(full), *(replace(full, **step) for step in steps), single(best))
+    add(256, False, replace(single(full), **tree), replace(single(full), lazy=True))
+    add(256, False, replace(best, ping_pong=True), replace(single(best), ping_pong=True))
+    base = replace(dynamic(full), skip=True)
+    best = replace(base, **lazy)
+    add(256, True, base, replace(single(base)), *(replace(base, **step) for step in steps))
+    add(256, True, *(replace(best, section_bytes=x << 20) for x in (8, 16, 64, 128)))
+    pair = replace(best, scheduler=ROUND_ROBIN, paired=1, section_bytes=0)
+    add(256, True, pair, replace(pair, paired=2), replace(base, scheduler=ROUND_ROBIN, paired=2,
+                                                          section_bytes=0))  # fmt: skip
+    add(256, True, replace(best, mail=1), single(best), replace(best, ping_pong=True))
+    # Head dim 64
+    full = ForwardPlan(3, 128, 2, ROUND_ROBIN, 2, 1, early=True, ping_pong=True)
+    two = ForwardPlan(2, 128, 3, ROUND_ROBIN, 2, 1, early=True)
+    four = ForwardPlan(4, 64, 3, ROUND_ROBIN, 2, 1)
+    best, best_two, best_four = (replace(x, **lazy) for x in (full, two, four))
+    add(64, False, full, two, *(replace(full, **step) for step in steps))
+    add(64, False, best_two, best_four, replace(best, early=False), replace(two, **tree))
+    add(64, False, replace(best, ping_pong=False))
+    three = replace(dynamic(full))
+    two, four = dynamic(two), replace(dynamic(four), skip=True)
+    best, best_two, best_four = (replace(x, **lazy) for x in (three, two, four))
+    add(64, True, three, two, four, best, best_two, best_four)
+    add(64, True, *(replace(two, **step) for step in steps))
+    add(64, True, replace(best, skip=True), replace(best, skip=True, early=False))
+    add(64, True, replace(three, skip=True, early=False), replace(best_two, early=False))
+    add(64, True, replace(best_two, ping_pong=True), replace(best_two, skip=True))
+    add(64, True, *(replace(best_four, section_bytes=x << 20) for x in (4, 8, 16)))
+    add(64, True, *(replace(best_two, section_bytes=x << 20) for x in (8, 16)))
+    fixed = {"scheduler": ROUND_ROBIN, "paired": 1, "section_bytes": 0}
+    add(64, True, replace(best_two, **fixed), replace(best_four, **fixed))
+    return list(dict.fromkeys(found))
+
+
+def kernel_of(variant: Variant) -> Variant:
+    """The variant that stands for all with the same kernel."""
+    return variant._replace(plan=replace(variant.plan, section_bytes=0, paired=min(
+        variant.plan.paired, 1)))  # fmt: skip
+
+
+def traced() -> list[tuple[Variant, tuple[int, ...]]]:
+    """What is traced, at which lengths."""
+    found = {variant.name: variant for variant in trials()}
+    wanted = {
+        "128c dyn 2x128 st2 q1 o1": (512, 1024, 4096),
+        "128c dyn 2x128 st2 q1 o1 slim named tree lazy": (512, 1024, 4096),
+        "128c dyn 2x128 st2 q1 o1 slim named tree lazy L2:8M": (512,),
+        "128f rr 2x128 st2 q2 o1": (512, 4096),
+        "128f rr 2x128 st2 q2 o1 slim named tree lazy": (512, 4096),
+        "256c dyn 2x64 st2 q1 o2 skip": (512, 4096),
+        "256c one 2x64 st2 q1 o0 skip": (4096,),
+        "256f one 2x64 st2 q1 o0": (4096,),
+        "64c dyn 2x128 st3 q2 o1 xt": (1024, 4096),
+        "64c dyn 4x64 st3 q2 o1 skip": (512,),
+    }
+    return [(found[name], lengths) for name, lengths in wanted.items()]
 
 
 # ------------------------------------------------------------------------------------- worker side
@@ -260,7 +373,7 @@ def check(variant: Variant) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     bad = []
     shapes = list(SHAPES)
-    if variant.masked:
+    if variant.masked and not TRIAL:
         shapes += [Shape(2, 4, 2, 517, 700, 5, window=window) for window in WINDOWS]
         shapes += [Shape(1, 2, 2, 700, 300, 3, window=window) for window in WINDOWS[:4]]
     for shape in shapes:
@@ -295,6 +408,7 @@ def bound(variant: Variant, seqlen: int) -> tuple[Any, Callable[[], None]]:
 
 def compile_all(chosen: list[Variant]) -> None:
     """Compile without launching; what is compiled here is found in the cache later."""
+    import torch
     from triton.runtime.jit import JITFunction
 
     from flash_attn.backends.sm90 import launch
@@ -308,13 +422,72 @@ def compile_all(chosen: list[Variant]) -> None:
         say(event="compiled", registers=compiled.n_regs, spills=compiled.n_spills)
         return compiled
 
-    windows = ((None, 0), (40, None), (40, 30), (None, None))
+    windows: Any = ((None, 0), (40, None), (40, 30), (None, None))
+    if TRIAL:
+        windows = ((None, 0), (None, None))
     with mock.patch.object(JITFunction, "run", only_compile):
         for variant in chosen:
             problem, _ = bound(variant, 512)[0]
+            if TRIAL:
+                launch.launch_forward(problem._replace(visibility=Visibility(None, 0 if variant.masked else None)), variant.plan, problem.q, torch.empty(problem.lse_shape, device="cuda"))
+                continue
             for window in windows if variant.masked else windows[-1:]:
                 visible = problem._replace(visibility=Visibility(*window))
                 launch.forward(visible, None, variant.plan)
+        if TRIAL:
+            for variant, _ in traced():
+                if variant in chosen:
+                    launch_traced(variant, 512)
+
+
+def launch_traced(variant: Variant, seqlen: int, times: int = 1) -> Any:
+    """What the traced kernel wrote at its last launch: (programs, consumers, 66, 16) int32."""
+    import torch
+
+    from flash_attn.backends.sm90 import launch
+
+    (problem, out), run = bound(variant, seqlen)
+    lse = torch.empty(problem.lse_shape, device="cuda")
+    programs = -(-seqlen // variant.plan.block_m) * problem.q.shape[0] * problem.q.shape[2]
+    if variant.plan.scheduler != ONE_TILE:
+        programs = min(programs, 132)
+    trace = torch.zeros(programs, variant.plan.consumers, 66, 16, dtype=torch.int32, device="cuda")
+    for _ in range(times - 1):
+        run()
+    launch.launch_forward(problem, variant.plan, out, lse, trace)
+    return trace
+
+
+PHASES = "scores softmax loop wait_k wait_v wait_s last mail pv out".split()
+
+
+def trace() -> None:
+    """Say where the time of traced kernels goes."""
+    import torch
+
+    for variant, lengths in traced():
+        for seqlen in lengths:
+            data = launch_traced(variant, seqlen, 20).cpu()
+            torch.cuda.synchronize()
+            head = data[:, :, 0].double()
+            begin, end = head[..., 0].min(), head[..., 2].max()
+            spread = (head[..., 0] - begin).mean().item(), (end - head[..., 2]).mean().item()
+            life = head[..., 2] - head[..., 0]
+            rate = ((head[..., 3] - head[..., 1]) % 2**32 / life.clamp_min(1)).median().item()
+            tiles = data[:, :, 1:].flatten(0, 2).double()
+            tiles = tiles[tiles[:, 0] > 0]
+            blocks = tiles[:, 0].mean().item()
+            mean = tiles.mean(0)
+            steps = max(blocks - 1, 1e-9)
+            text = [f"{name} {mean[i + 1].item() / (steps if 1 < i < 6 else 1):.0f}"
+                    for i, name in enumerate(PHASES)]  # fmt: skip
+            say(
+                event="trace",
+                text=f"{variant.name} S={seqlen}: {(end - begin).item() / 1e3:.1f} us, begins "
+                f"+{spread[0]:.0f} ends -{spread[1]:.0f} ns, {rate:.2f} GHz, tiles/program "
+                f"{head[..., 4].mean().item():.1f} blocks {blocks:.1f}; cycles a tile (loop, "
+                f"wait_*: a block): {' '.join(text)}",
+            )
 
 
 def timed_cells(chosen: list[Variant], seconds: float) -> None:
@@ -402,10 +575,12 @@ def time_in_turns(runs: dict[str, Callable[[], Any]], seconds: float) -> dict[st
 
 def work(task: str, names: list[str], seconds: float) -> None:
     """What a worker process does."""
-    by_name = {variant.name: variant for variant in variants()}
+    by_name = {variant.name: variant for variant in (trials() if TRIAL else variants())}
     chosen = [by_name[name] for name in names]
     if task == "compile":
         compile_all(chosen)
+    elif task == "trace":
+        trace()
     elif task == "check":
         check(chosen[0])
     else:
@@ -429,7 +604,8 @@ def call(task: str, chosen: list[Variant], limit: float, budget: float = 0.0) ->
     """Run a worker for at most ``limit`` seconds."""
     names = json.dumps([variant.name for variant in chosen])
     process = subprocess.Popen(
-        [sys.executable, str(Path(__file__).resolve()), "--work", task, names, str(budget)],
+        [sys.executable, str(Path(__file__).resolve()), "--work", task, names, str(budget)]
+        + ["--trial"] * TRIAL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -480,7 +656,8 @@ class Lab:
 
     def compile(self, jobs: int) -> None:
         """Fill the compiler's cache."""
-        shares = [self.chosen[i::jobs] for i in range(min(jobs, len(self.chosen)))]
+        chosen = list({kernel_of(x): x for x in reversed(self.chosen)}.values())
+        shares = [chosen[i::jobs] for i in range(min(jobs, len(chosen)))]
         limit = min(COMPILE_SECONDS, self.left())
         with ThreadPoolExecutor(len(shares)) as pool:
             findings = list(pool.map(lambda share: call("compile", share, limit), shares))
@@ -495,13 +672,16 @@ class Lab:
         """The variants that are right."""
 
         def one(variant: Variant) -> tuple[Variant, Finding]:
-            if self.left() < 90:
+            if self.left() < (80 if TRIAL else 90):
                 return variant, Finding("not checked: no time left")
             return variant, call("check", [variant], CHECK_SECONDS)
 
         good = []
+        distinct = self.chosen
+        if TRIAL:
+            distinct = list({kernel_of(x): x for x in reversed(self.chosen)}.values())
         with ThreadPoolExecutor(jobs) as pool:
-            for variant, found in pool.map(one, self.chosen):
+            for variant, found in pool.map(one, distinct):
                 bad = [text for message in found.all("checked") for text in message["bad"]]
                 errors = found.all("error")
                 worst = max((message["relative"] for message in errors), default=math.nan)
@@ -513,7 +693,16 @@ class Lab:
                 for text in bad[:3]:
                     self.log("    ", text)
                 self.record["checks"][variant.name] = {"state": found.state, "bad": bad}
-        return good
+        right = {kernel_of(x) for x in good}
+        return [x for x in self.chosen if kernel_of(x) in right]
+
+    def trace(self) -> None:
+        """Print where traced kernels spend their time."""
+        found = call("trace", [], 40)
+        self.log("traced:", found.state)
+        self.record["trace"] = [message["text"] for message in found.all("trace")]
+        for text in self.record["trace"]:
+            print(text, flush=True)
 
     def time(self, good: list[Variant]) -> dict[tuple[int, bool], dict[str, dict[int, float]]]:
         """TFLOP/s by (head dim, masked), name and length."""
@@ -570,6 +759,7 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="print the variants' names and end")
     parser.add_argument("--no-times", action="store_true", help="compile and check alone")
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) - 3))
+    parser.add_argument("--trial", action="store_true", help="parts on trial instead of plans")
     parser.add_argument("--work", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.work:
@@ -579,14 +769,17 @@ def main() -> int:
             traceback.print_exc()
             return 1
         return 0
-    chosen = [variant for variant in variants() if args.match in variant.name]
+    chosen = trials() if TRIAL else variants()
+    chosen = [variant for variant in chosen if args.match in variant.name]
     if args.list or not chosen:
         print("\n".join(variant.name for variant in chosen) or f"nothing matches {args.match!r}")
         return 0 if chosen else 2
     lab = Lab(chosen, args.deadline, args.out)
     lab.compile(args.jobs)
-    good = lab.check(min(6, args.jobs))
+    good = lab.check(min(13 if TRIAL else 6, args.jobs))
     lab.save()
+    if TRIAL:
+        lab.trace()
     table = {} if args.no_times else lab.time(good)
     lab.save()
     print_table(table)

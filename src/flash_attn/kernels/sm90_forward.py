@@ -45,7 +45,7 @@ LN2 = gl.constexpr(0.6931471805599453)
 # Rows of a consumer: what one warpgroup MMA instruction computes.
 ROWS = gl.constexpr(64)
 # The first hardware barrier that the compiler leaves alone.
-FIRST_BARRIER = gl.constexpr(9)
+FIRST_BARRIER = gl.constexpr(8)
 
 
 # ---------------------------------------------------------------------------------- shared memory
@@ -63,14 +63,19 @@ class Ring:
     empty: gl.shared_memory_descriptor
     SLOTS: gl.constexpr
     LANES: gl.constexpr
+    NAMED: gl.constexpr
+    PARTIES: gl.constexpr
 
     @gluon.constexpr_function
-    def __init__(self, data, full, empty, SLOTS, LANES):
+    def __init__(self, data, full, empty, SLOTS, LANES, NAMED=0, PARTIES=0):
         self.data = data
         self.full = full
         self.empty = empty
         self.SLOTS = gl.constexpr(SLOTS)
         self.LANES = gl.constexpr(LANES)
+        # With NAMED, slot 0's hardware barrier; the threads that meet there.
+        self.NAMED = gl.constexpr(NAMED)
+        self.PARTIES = gl.constexpr(PARTIES)
 
     @gluon.jit
     def index(self, use, lane):
@@ -82,12 +87,31 @@ class Ring:
 
     @gluon.jit
     def wait_empty(self, use, lane):
-        mbarrier.wait(self.empty.index(self.index(use, lane)), ((use // self.SLOTS) & 1) ^ 1)
+        if self.NAMED:
+            if use >= self.SLOTS:
+                hardware_barrier("sync", self.NAMED + use % self.SLOTS, self.PARTIES)
+        else:
+            mbarrier.wait(self.empty.index(self.index(use, lane)), ((use // self.SLOTS) & 1) ^ 1)
 
     @gluon.jit
     def release(self, use, lane):
         """Tell the writer that this warpgroup is done with the slot."""
-        mbarrier.arrive(self.empty.index(self.index(use, lane)), count=1)
+        if self.NAMED:
+            hardware_barrier("arrive", self.NAMED + use % self.SLOTS, self.PARTIES)
+        else:
+            mbarrier.arrive(self.empty.index(self.index(use, lane)), count=1)
+
+
+@gluon.constexpr_function
+def barrier_text(kind, parties):
+    return f"bar.{kind} $1, {parties}; mov.b32 $0, 0;"
+
+
+@gluon.jit
+def hardware_barrier(KIND: gl.constexpr, number, PARTIES: gl.constexpr):
+    """Meet ("sync") at a numbered barrier of the hardware, or only be counted ("arrive")."""
+    gl.inline_asm_elementwise(barrier_text(KIND, PARTIES), "=r,r", [number], dtype=gl.int32,
+                              is_pure=False, pack=1)  # fmt: skip
 
 
 @gluon.constexpr_function
@@ -103,7 +127,8 @@ def bytes_of(block_type):
 
 
 @gluon.jit
-def new_ring(data, SLOTS: gl.constexpr, LANES: gl.constexpr, READERS: gl.constexpr):
+def new_ring(data, SLOTS: gl.constexpr, LANES: gl.constexpr, READERS: gl.constexpr,
+             NAMED: gl.constexpr = 0, PARTIES: gl.constexpr = 0):
     """A ring of SLOTS * LANES buffers, each read by READERS warpgroups."""
     COUNT: gl.constexpr = SLOTS * LANES
     BARRIERS: gl.constexpr = mbarrier.MBarrierLayout()
@@ -112,7 +137,7 @@ def new_ring(data, SLOTS: gl.constexpr, LANES: gl.constexpr, READERS: gl.constex
     for i in gl.static_range(COUNT):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=READERS)
-    return Ring(data, full, empty, SLOTS, LANES)
+    return Ring(data, full, empty, SLOTS, LANES, NAMED, PARTIES)
 
 
 @gluon.jit
@@ -165,10 +190,15 @@ class Config:
     MOST_SKIPPED: gl.constexpr
     HAS_LEFT: gl.constexpr
     HAS_RIGHT: gl.constexpr
+    PAIRED: gl.constexpr
+    SLIM: gl.constexpr
+    TREE: gl.constexpr
+    LAZY: gl.constexpr
+    TRACE: gl.constexpr
 
     @gluon.constexpr_function
     def __init__(self, BLOCK_N, BLOCK_D, CONSUMERS, SCHEDULER, OUT_COLUMNS, EARLY, PING_PONG, SKIP,
-                 HAS_LEFT, HAS_RIGHT):  # fmt: skip
+                 HAS_LEFT, HAS_RIGHT, PAIRED, SLIM, TREE, LAZY, TRACE):  # fmt: skip
         self.BLOCK_M = gl.constexpr(64 * CONSUMERS)
         self.BLOCK_N = gl.constexpr(BLOCK_N)
         self.BLOCK_D = gl.constexpr(BLOCK_D)
@@ -182,6 +212,11 @@ class Config:
         self.MOST_SKIPPED = gl.constexpr(most if SKIP and HAS_RIGHT else 0)
         self.HAS_LEFT = gl.constexpr(HAS_LEFT)
         self.HAS_RIGHT = gl.constexpr(HAS_RIGHT)
+        self.PAIRED = gl.constexpr(PAIRED)
+        self.SLIM = gl.constexpr(SLIM)
+        self.TREE = gl.constexpr(TREE)
+        self.LAZY = gl.constexpr(LAZY)
+        self.TRACE = gl.constexpr(TRACE)
 
 
 @aggregate
@@ -204,11 +239,12 @@ class Work:
     sequences: gl.tensor
     section: gl.tensor
     tiles: gl.tensor
+    trace: gl.tensor
     config: Config
 
     @gluon.constexpr_function
     def __init__(self, scale_log2, empty_lse, nheads, group, seqlen_q, seqlen_k, first_seen,
-                 last_seen, row_tiles, sequences, section, tiles, config):  # fmt: skip
+                 last_seen, row_tiles, sequences, section, tiles, trace, config):  # fmt: skip
         self.scale_log2 = scale_log2
         self.empty_lse = empty_lse
         self.nheads = nheads
@@ -221,6 +257,7 @@ class Work:
         self.sequences = sequences
         self.section = section
         self.tiles = tiles
+        self.trace = trace
         self.config = config
 
 
@@ -265,14 +302,22 @@ def tile_at(work, index):
     Within a section heads run fastest; with a right bound rows run from the last, which has the
     most work, to the first.
     """
-    span = work.row_tiles * work.section
+    row_count = work.row_tiles
+    side = gl.to_tensor(0)
+    if work.config.PAIRED:
+        row_count = (row_count + 1) // 2
+        side = index % 2
+        index = index // 2
+    span = row_count * work.section
     section = index // span
     within = index - section * span
     # An index past the last tile is asked about too, with EARLY: whatever comes out is unused.
     heads = gl.maximum(gl.minimum(work.section, work.sequences - section * work.section), 1)
     row_tile = within // heads
     sequence = section * work.section + within - row_tile * heads
-    if work.config.HAS_RIGHT:
+    if work.config.PAIRED:
+        row_tile = gl.where(side == 0, work.row_tiles - 1 - row_tile, row_tile)
+    elif work.config.HAS_RIGHT:
         row_tile = work.row_tiles - 1 - row_tile
     batch = sequence // work.nheads
     head = sequence - batch * work.nheads
@@ -284,6 +329,24 @@ def tile_at(work, index):
         first_block = gl.maximum(first_row + work.first_seen, 0) // work.config.BLOCK_N
     blocks = end_block - first_block
     return Tile(batch, head, first_row, first_block, gl.maximum(blocks, 1), blocks <= 0)
+
+
+@gluon.jit
+def first_index(work):
+    """The first tile of this program."""
+    index = gl.program_id(0)
+    if work.config.PAIRED:
+        index = 2 * index
+    return index
+
+
+@gluon.jit
+def step_from(work, index):
+    """The tile after ``index`` in a fixed schedule; with PAIRED a pair's other tile comes next."""
+    step = gl.num_programs(0)
+    if work.config.PAIRED:
+        step = gl.where(index % 2 == 0, 1, 2 * step - 1)
+    return index + step
 
 
 @gluon.jit
@@ -306,7 +369,7 @@ def blocks_to_skip(work, tile, LANE: gl.constexpr):
 def producer(work, shared, q_desc, k_desc, v_desc, counter):
     """Ask for everything that the consumers read, as slots become empty."""
     config = work.config
-    index = gl.program_id(0)
+    index = first_index(work)
     block_use = 0
     tile_use = 0
     while index < work.tiles:
@@ -327,16 +390,28 @@ def producer(work, shared, q_desc, k_desc, v_desc, counter):
             shared.v.wait_empty(block_use, 0)
             load_rows(v_desc, tile.batch, key_head, row, shared.v, block_use, 0)
             block_use += 1
-            if config.SCHEDULER == DYNAMIC:
+            if config.SCHEDULER == DYNAMIC and not config.SLIM:
                 # The first loads are on their way: time to fetch the next tile.
                 if i == gl.minimum(1, tile.blocks - 1):
                     next_index = fetch_index(work, counter)
                     announce(next_index, shared.mailbox, tile_use)
-        tile_use += 1
-        if config.SCHEDULER == DYNAMIC:
+        if config.SCHEDULER == DYNAMIC and not config.SLIM:
             index = next_index
         else:
-            index += gl.num_programs(0)
+            index = index_after(work, index, shared.mailbox, tile_use)
+        tile_use += 1
+
+
+@gluon.jit
+def scheduler(work, mailbox, counter):
+    """Fetch tiles, as many ahead as the mailbox has slots."""
+    index = gl.program_id(0)
+    use = 0
+    while index < work.tiles:
+        mailbox.wait_empty(use, 0)
+        index = fetch_index(work, counter)
+        announce(index, mailbox, use)
+        use += 1
 
 
 @gluon.jit
@@ -345,9 +420,9 @@ def fetch_index(work, counter):
 
     A launch fetches once for each of its tiles: the last fetch leaves the counter at 0.
     """
-    fetched = gl.atomic_add(counter, 1)
+    fetched = gl.atomic_add(counter, 1, sem="relaxed")
     if fetched == work.tiles - 1:
-        gl.atomic_xchg(counter, 0)
+        gl.atomic_xchg(counter, 0, sem="relaxed")
     return fetched + gl.num_programs(0)
 
 
@@ -370,7 +445,7 @@ def index_after(work, index, mailbox, use):
         following = scalar_of(mailbox.data.index(mailbox.index(use, 0)).load(ONE_NUMBER))
         mailbox.release(use, 0)
     else:
-        following = index + gl.num_programs(0)
+        following = step_from(work, index)
     return following
 
 
@@ -439,6 +514,67 @@ def mask_if_needed(work, s, first_row, first_key):
     if outside:
         s = mask_scores(work, s, first_row, first_key)
     return s
+
+
+@gluon.jit
+def now():
+    return gl.inline_asm_elementwise("mov.u32 $0, %clock;", "=r", [], dtype=gl.int32,
+                                     is_pure=False, pack=1)  # fmt: skip
+
+
+@gluon.jit
+def nanoseconds():
+    return gl.inline_asm_elementwise("mov.u32 $0, %globaltimer_lo;", "=r", [], dtype=gl.int32,
+                                     is_pure=False, pack=1)  # fmt: skip
+
+
+@gluon.jit
+def row_maximum(work, s):
+    """(ROWS,): the largest score of each row."""
+    if work.config.TREE:
+        BLOCK_N: gl.constexpr = work.config.BLOCK_N
+        parts = s.reshape([ROWS, BLOCK_N // 8, 4, 2])
+        largest = gl.max(gl.max(gl.max(parts, 1), 2), 1)
+        return gl.convert_layout(largest, gl.SliceLayout(1, s.type.layout), assert_trivial=True)
+    else:
+        return gl.max(s, 1)
+
+
+@gluon.constexpr_function
+def warp_flag(lane):
+    return f"changed_{lane}"
+
+
+@gluon.constexpr_function
+def declare_flag(lane):
+    return f".reg .pred changed_{lane}; mov.b32 $0, 0;"
+
+
+@gluon.constexpr_function
+def read_flag(lane):
+    return f"selp.b32 $0, 1, 0, changed_{lane};"
+
+
+@gluon.constexpr_function
+def settle_text(lane):
+    return f"""{{
+        .reg .pred a, b;
+        setp.gt.f32 a, $4, $6;
+        setp.gt.f32 b, $5, $7;
+        selp.f32 $0, $4, $2, a;
+        selp.f32 $1, $5, $3, b;
+        or.pred a, a, b;
+        vote.sync.any.pred changed_{lane}, a, 0xffffffff;
+    }}"""
+
+
+@gluon.jit
+def settle_maximum(m, m_new, limit, LANE: gl.constexpr):
+    """``m_new`` where it is above ``limit``, else ``m``; notes whether any row of the warp moved."""
+    return gl.inline_asm_elementwise(
+        settle_text(LANE), "=f,=f,f,f,f,f,f,f", [m, m_new, limit], dtype=gl.float32,
+        is_pure=False, pack=2,
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -532,8 +668,16 @@ def consumer(LANE: gl.constexpr, work, shared, out_desc, lse):
     THROUGH_Q: gl.constexpr = config.OUT_COLUMNS == 0
     if config.PING_PONG and LANE == config.CONSUMERS - 1:
         take_turn("arrive", 0)  # consumer 0 goes first
+    if config.LAZY:
+        gl.inline_asm_elementwise(declare_flag(LANE), "=r", [], dtype=gl.int32, is_pure=False,
+                                  pack=1)  # fmt: skip
+        most_growth = 8.0 / work.scale_log2
     zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, SCORES)
-    index = gl.program_id(0)
+    index = first_index(work)
+    if config.TRACE:
+        record = work.trace + (gl.program_id(0) * config.CONSUMERS + LANE) * (66 * 16)
+        gl.store(record, nanoseconds())
+        gl.store(record + 1, now())
     block_use = 0
     tile_use = 0
     s = zeros
@@ -544,6 +688,8 @@ def consumer(LANE: gl.constexpr, work, shared, out_desc, lse):
         s = warpgroup_mma_wait(0, deps=[s])
         shared.k.release(block_use + skipped, 0)
     while index < work.tiles:
+        if config.TRACE:
+            at_top = now()
         if not config.EARLY:
             tile = tile_at(work, index)
             skipped = blocks_to_skip(work, tile, LANE)
@@ -554,6 +700,16 @@ def consumer(LANE: gl.constexpr, work, shared, out_desc, lse):
             if skipped > 0:
                 shared.v.wait_full(block_use, 0)
                 shared.v.release(block_use, 0)
+        if config.TRACE:
+            at_scores = now()
+            wait_k = 0
+            wait_v = 0
+            wait_s = 0
+        if config.PING_PONG:
+            # Consumers that skip blocks still take their turns.
+            for _ in range(skipped):
+                take_turn("sync", LANE)
+                take_turn("arrive", (LANE + 1) % config.CONSUMERS)
         first_row = tile.first_row + LANE * ROWS
         if not THROUGH_Q:
             if tile.blocks - skipped == 1:
@@ -562,7 +718,7 @@ def consumer(LANE: gl.constexpr, work, shared, out_desc, lse):
         # The first block.
         first_key = (tile.first_block + tile.blocks - 1 - skipped) * BLOCK_N
         s = mask_if_needed(work, s, first_row, first_key)
-        m = gl.max(s, 1)
+        m = row_maximum(work, s)
         p, shift = weights_of(work, s, m, True)
         l = partial_sums(p, BLOCK_N)
         weights = gl.convert_layout(p.to(out_desc.dtype), WEIGHTS)
@@ -570,40 +726,77 @@ def consumer(LANE: gl.constexpr, work, shared, out_desc, lse):
 
         # The others: scores of block i and values of block i - 1 at a time.
         use = block_use + skipped
+        if config.TRACE:
+            at_loop = now()
         for i in range(skipped + 1, tile.blocks):
             first_key -= BLOCK_N
+            if config.TRACE:
+                wait_k -= now()
             shared.k.wait_full(use + 1, 0)
+            if config.TRACE:
+                wait_k += now()
             if config.PING_PONG:
                 take_turn("sync", LANE)
             s = scores(work, shared, zeros, tile_use, use + 1, LANE)
+            if config.TRACE:
+                wait_v -= now()
             shared.v.wait_full(use, 0)
+            if config.TRACE:
+                wait_v += now()
             acc = add_values(work, shared, weights, acc, use)
             if config.PING_PONG:
                 take_turn("arrive", (LANE + 1) % config.CONSUMERS)
+            if config.TRACE:
+                wait_s -= now()
             s = warpgroup_mma_wait(1, deps=[s])
+            if config.TRACE:
+                wait_s += now()
             shared.k.release(use + 1, 0)
             if not THROUGH_Q:
                 if i == tile.blocks - 1:
                     shared.q.release(tile_use, LANE)
             if MASKED:
                 s = mask_if_needed(work, s, first_row, first_key)
-            m_new = gl.maximum(m, gl.max(s, 1))
-            p, shift = weights_of(work, s, m_new, MASKED)
-            alpha = gl.exp2(m * work.scale_log2 - shift)
-            m = m_new
-            alpha_l = gl.convert_layout(alpha, gl.SliceLayout(1, l.type.layout))
-            l = l * gl.expand_dims(alpha_l, 1) + partial_sums(p, BLOCK_N)
-            acc = warpgroup_mma_wait(0, deps=[acc])
-            shared.v.release(use, 0)
-            acc = acc * gl.expand_dims(gl.convert_layout(alpha, OUTPUT_ROWS), 1)
+            m_new = gl.maximum(m, row_maximum(work, s))
+            if config.LAZY:
+                m_new = settle_maximum(m, m_new, m + most_growth, LANE)
+                p, shift = weights_of(work, s, m_new, MASKED)
+                sums = partial_sums(p, BLOCK_N)
+                acc = warpgroup_mma_wait(0, deps=[acc])
+                shared.v.release(use, 0)
+                changed = gl.inline_asm_elementwise(read_flag(LANE), "=r", [], dtype=gl.int32,
+                                                    is_pure=False, pack=1)  # fmt: skip
+                if changed != 0:
+                    alpha = gl.exp2(m * work.scale_log2 - shift)
+                    alpha_l = gl.convert_layout(alpha, gl.SliceLayout(1, l.type.layout))
+                    l = l * gl.expand_dims(alpha_l, 1)
+                    acc = acc * gl.expand_dims(gl.convert_layout(alpha, OUTPUT_ROWS), 1)
+                l = l + sums
+                m = m_new
+            else:
+                p, shift = weights_of(work, s, m_new, MASKED)
+                alpha = gl.exp2(m * work.scale_log2 - shift)
+                m = m_new
+                alpha_l = gl.convert_layout(alpha, gl.SliceLayout(1, l.type.layout))
+                l = l * gl.expand_dims(alpha_l, 1) + partial_sums(p, BLOCK_N)
+                acc = warpgroup_mma_wait(0, deps=[acc])
+                shared.v.release(use, 0)
+                acc = acc * gl.expand_dims(gl.convert_layout(alpha, OUTPUT_ROWS), 1)
             weights = gl.convert_layout(p.to(out_desc.dtype), WEIGHTS)
             use += 1
 
         # The last values, under which the next tile's first product may start.
+        if config.TRACE:
+            at_end = now()
+            traced = tile.blocks - skipped
         block_use += tile.blocks
         shared.v.wait_full(block_use - 1, 0)
         acc = add_values(work, shared, weights, acc, block_use - 1)
+        if config.TRACE:
+            at_mail = now()
         index = index_after(work, index, shared.mailbox, tile_use)
+        if config.TRACE:
+            at_index = now()
         if config.EARLY:
             next_tile = tile_at(work, index)
             next_skipped = blocks_to_skip(work, next_tile, LANE)
@@ -613,6 +806,8 @@ def consumer(LANE: gl.constexpr, work, shared, out_desc, lse):
         else:
             acc = warpgroup_mma_wait(0, deps=[acc])
         shared.v.release(block_use - 1, 0)
+        if config.TRACE:
+            at_values = now()
 
         # Normalise and store.
         total = gl.convert_layout(gl.sum(l, 1), SCORE_ROWS)
@@ -639,8 +834,26 @@ def consumer(LANE: gl.constexpr, work, shared, out_desc, lse):
             shared.k.release(block_use + next_skipped, 0)
             tile = next_tile
             skipped = next_skipped
+        if config.TRACE:
+            if tile_use < 64:
+                at = record + 16 * (tile_use + 1)
+                gl.store(at, traced)
+                gl.store(at + 1, at_scores - at_top)
+                gl.store(at + 2, at_loop - at_scores)
+                gl.store(at + 3, at_end - at_loop)
+                gl.store(at + 4, wait_k)
+                gl.store(at + 5, wait_v)
+                gl.store(at + 6, wait_s)
+                gl.store(at + 7, at_mail - at_end)
+                gl.store(at + 8, at_index - at_mail)
+                gl.store(at + 9, at_values - at_index)
+                gl.store(at + 10, now() - at_values)
         tile_use += 1
     tma.store_wait(0)
+    if config.TRACE:
+        gl.store(record + 2, nanoseconds())
+        gl.store(record + 3, now())
+        gl.store(record + 4, tile_use)
 
 
 # ------------------------------------------------------------------------------------------ kernel
@@ -650,15 +863,17 @@ _NUMBERS = (
 )  # fmt: skip
 
 
-@gluon.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=("lse", "counter"))
+@gluon.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=("lse", "counter", "trace"))
 def attention_forward_sm90(
-    q_desc, k_desc, v_desc, out_desc, lse, counter, scale_log2, empty_lse,
+    q_desc, k_desc, v_desc, out_desc, lse, counter, trace, scale_log2, empty_lse,
     nheads, group, seqlen_q, seqlen_k, window_left, window_right, row_tiles, sequences, section,
     tiles,
     BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
     Q_SLOTS: gl.constexpr, OUT_COLUMNS: gl.constexpr, SCHEDULER: gl.constexpr,
     EARLY: gl.constexpr, PING_PONG: gl.constexpr, SKIP: gl.constexpr, REGISTERS: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+    PAIRED: gl.constexpr, SLIM: gl.constexpr, TREE: gl.constexpr, LAZY: gl.constexpr,
+    NAMED: gl.constexpr, MAIL: gl.constexpr, TRACE: gl.constexpr,
 ):  # fmt: skip
     """See the module's docstring; launched with 4 warps, the producer's.
 
@@ -681,18 +896,23 @@ def attention_forward_sm90(
         REGISTERS: of a consumer's thread.
     """
     gl.static_assert(not (EARLY and (SCHEDULER == ONE_TILE or OUT_COLUMNS == 0)))
-    gl.static_assert(not (PING_PONG and SKIP))
     gl.static_assert(CONSUMERS >= 1 and CONSUMERS <= 4)
+    gl.static_assert(not NAMED or FIRST_BARRIER + (CONSUMERS if PING_PONG else 0) <= 16 - 2 * STAGES)
+    gl.static_assert(not PAIRED or SCHEDULER == ROUND_ROBIN)
     config = Config(BLOCK_N, BLOCK_D, CONSUMERS, SCHEDULER, OUT_COLUMNS, EARLY, PING_PONG, SKIP,
-                    HAS_LEFT, HAS_RIGHT)  # fmt: skip
+                    HAS_LEFT, HAS_RIGHT, PAIRED, SLIM, TREE, LAZY, TRACE)  # fmt: skip
     shift = seqlen_k - seqlen_q  # the last query stands at the last key
     work = Work(scale_log2, empty_lse, nheads, group, seqlen_q, seqlen_k, shift - window_left,
-                shift + window_right, row_tiles, sequences, section, tiles, config)  # fmt: skip
+                shift + window_right, row_tiles, sequences, section, tiles, trace, config)  # fmt: skip
     q_ring = new_ring(buffers_for(q_desc, Q_SLOTS * CONSUMERS), Q_SLOTS, CONSUMERS, 1)
-    k_ring = new_ring(buffers_for(k_desc, STAGES), STAGES, 1, CONSUMERS)
-    v_ring = new_ring(buffers_for(v_desc, STAGES), STAGES, 1, CONSUMERS)
+    PARTIES: gl.constexpr = 128 * CONSUMERS + (32 if SLIM else 128)
+    K_NAMED: gl.constexpr = 16 - STAGES if NAMED else 0
+    V_NAMED: gl.constexpr = 16 - 2 * STAGES if NAMED else 0
+    k_ring = new_ring(buffers_for(k_desc, STAGES), STAGES, 1, CONSUMERS, K_NAMED, PARTIES)
+    v_ring = new_ring(buffers_for(v_desc, STAGES), STAGES, 1, CONSUMERS, V_NAMED, PARTIES)
     PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    mailbox = new_ring(gl.allocate_shared_memory(gl.int32, [2, 1], PLAIN), 2, 1, CONSUMERS)
+    READERS: gl.constexpr = CONSUMERS + (1 if SLIM else 0)
+    mailbox = new_ring(gl.allocate_shared_memory(gl.int32, [MAIL, 1], PLAIN), MAIL, 1, READERS)
     if OUT_COLUMNS == 0:
         out_buffer = q_ring.data
     else:
@@ -701,7 +921,64 @@ def attention_forward_sm90(
     fence_async_shared()
     # The lists have to be spelled out: in tuples bound to a name, constants become tensors.
     R: gl.constexpr = REGISTERS
-    if CONSUMERS == 1:
+    if SLIM:
+        if CONSUMERS == 1 and SCHEDULER == DYNAMIC:
+            gl.warp_specialize([
+                (consumer, (0, work, shared, out_desc, lse)),
+                (producer, (work, shared, q_desc, k_desc, v_desc, counter)),
+                (scheduler, (work, shared.mailbox, counter)),
+            ], [1, 1], [24, 24])  # fmt: skip
+        elif CONSUMERS == 1:
+            gl.warp_specialize([
+                (consumer, (0, work, shared, out_desc, lse)),
+                (producer, (work, shared, q_desc, k_desc, v_desc, counter)),
+            ], [1], [24])  # fmt: skip
+        elif CONSUMERS == 2 and SCHEDULER == DYNAMIC:
+            gl.warp_specialize([
+                (consumer, (0, work, shared, out_desc, lse)),
+                (consumer, (1, work, shared, out_desc, lse)),
+                (producer, (work, shared, q_desc, k_desc, v_desc, counter)),
+                (scheduler, (work, shared.mailbox, counter)),
+            ], [4, 1, 1], [R, 24, 24])  # fmt: skip
+        elif CONSUMERS == 2:
+            gl.warp_specialize([
+                (consumer, (0, work, shared, out_desc, lse)),
+                (consumer, (1, work, shared, out_desc, lse)),
+                (producer, (work, shared, q_desc, k_desc, v_desc, counter)),
+            ], [4, 1], [R, 24])  # fmt: skip
+        elif CONSUMERS == 3 and SCHEDULER == DYNAMIC:
+            gl.warp_specialize([
+                (consumer, (0, work, shared, out_desc, lse)),
+                (consumer, (1, work, shared, out_desc, lse)),
+                (consumer, (2, work, shared, out_desc, lse)),
+                (producer, (work, shared, q_desc, k_desc, v_desc, counter)),
+                (scheduler, (work, shared.mailbox, counter)),
+            ], [4, 4, 1, 1], [R, R, 24, 24])  # fmt: skip
+        elif CONSUMERS == 3:
+            gl.warp_specialize([
+                (consumer, (0, work, shared, out_desc, lse)),
+                (consumer, (1, work, shared, out_desc, lse)),
+                (consumer, (2, work, shared, out_desc, lse)),
+                (producer, (work, shared, q_desc, k_desc, v_desc, counter)),
+            ], [4, 4, 1], [R, R, 24])  # fmt: skip
+        elif CONSUMERS == 4 and SCHEDULER == DYNAMIC:
+            gl.warp_specialize([
+                (consumer, (0, work, shared, out_desc, lse)),
+                (consumer, (1, work, shared, out_desc, lse)),
+                (consumer, (2, work, shared, out_desc, lse)),
+                (consumer, (3, work, shared, out_desc, lse)),
+                (producer, (work, shared, q_desc, k_desc, v_desc, counter)),
+                (scheduler, (work, shared.mailbox, counter)),
+            ], [4, 4, 4, 1, 1], [R, R, R, 24, 24])  # fmt: skip
+        elif CONSUMERS == 4:
+            gl.warp_specialize([
+                (consumer, (0, work, shared, out_desc, lse)),
+                (consumer, (1, work, shared, out_desc, lse)),
+                (consumer, (2, work, shared, out_desc, lse)),
+                (consumer, (3, work, shared, out_desc, lse)),
+                (producer, (work, shared, q_desc, k_desc, v_desc, counter)),
+            ], [4, 4, 4, 1], [R, R, R, 24])  # fmt: skip
+    elif CONSUMERS == 1:
         gl.warp_specialize([
             (producer, (work, shared, q_desc, k_desc, v_desc, counter)),
             (consumer, (0, work, shared, out_desc, lse)),

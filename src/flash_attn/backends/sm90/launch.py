@@ -107,7 +107,13 @@ def forward(
     return AttentionResult(out, lse, new_s_dmask(problem), rng.unused_state(device))
 
 
-def launch_forward(problem: AttentionProblem, plan: ForwardPlan, out: Tensor, lse: Tensor) -> None:
+def launch_forward(
+    problem: AttentionProblem,
+    plan: ForwardPlan,
+    out: Tensor,
+    lse: Tensor,
+    trace: Tensor | None = None,
+) -> None:
     """The kernel alone: ``out`` describable, ``lse`` contiguous, neither queries nor keys empty."""
     q, k, v = problem.q, problem.k, problem.v
     batch, seqlen_q, nheads, headdim = q.shape
@@ -121,7 +127,12 @@ def launch_forward(problem: AttentionProblem, plan: ForwardPlan, out: Tensor, ls
     section = min(heads_at_a_time(plan, seqlen_k, headdim, group), sequences)
     tiles = row_tiles * sequences
     programs = tiles
-    if plan.scheduler != ONE_TILE:
+    if plan.paired:
+        programs = (row_tiles + 1) // 2 * sequences
+        tiles = 2 * programs
+        if plan.paired == 1:
+            programs = min(programs, multiprocessors_of(q.device.index or 0))
+    elif plan.scheduler != ONE_TILE:
         programs = min(tiles, multiprocessors_of(q.device.index or 0))
     attention_forward_sm90[(programs,)](
         describe(q, ROWS, block_d),
@@ -130,6 +141,7 @@ def launch_forward(problem: AttentionProblem, plan: ForwardPlan, out: Tensor, ls
         describe(out, ROWS, out_columns or block_d),
         lse,
         counter_for(q),
+        lse if trace is None else trace,
         problem.transform.softmax_scale * math.log2(math.e),
         problem.empty_lse,
         nheads,
@@ -142,6 +154,7 @@ def launch_forward(problem: AttentionProblem, plan: ForwardPlan, out: Tensor, ls
         sequences,
         section,
         tiles,
+        TRACE=trace is not None,
         **constants(plan, block_d, left is not None, right is not None),
     )
 
@@ -160,6 +173,12 @@ def constants(plan: ForwardPlan, block_d: int, has_left: bool, has_right: bool) 
         "PING_PONG": plan.ping_pong,
         "SKIP": plan.skip,
         "REGISTERS": plan.registers,
+        "PAIRED": plan.paired > 0,
+        "SLIM": plan.slim,
+        "TREE": plan.tree,
+        "LAZY": plan.lazy,
+        "NAMED": plan.named,
+        "MAIL": plan.mail,
         "HAS_LEFT": has_left,
         "HAS_RIGHT": has_right,
         "num_warps": 4,

@@ -43,6 +43,12 @@ class ForwardPlan:
     ping_pong: bool = False
     skip: bool = False
     section_bytes: int = 0
+    paired: int = 0
+    slim: bool = False
+    tree: bool = False
+    lazy: bool = False
+    named: bool = False
+    mail: int = 2
 
     @property
     def block_m(self) -> int:
