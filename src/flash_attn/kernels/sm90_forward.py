@@ -13,6 +13,13 @@ the first, one step ahead with the first product:
     for i = 1 ..: start S = q k[i]^T and O += P v[i - 1]; wait for S; softmax step; wait for O
     O += P v[last]; normalise; store
 
+The softmax step subtracts from a row's scores a reference m, the largest score so far, but m stays
+as it is while weights exp(score - m) stay below 2^MOST_GROWTH; only when m moves are O and the row
+sums l rescaled, by the warps that hold such a row. Any m is exact: out = O / l and lse = m + log l
+hold with the same m in all three. What m is for is that nothing overflows, and nothing does:
+weights up to 256 fit float16 (65504), their sums are float32, and rounding of floating weights is
+relative. Weights are never smaller than with the largest score, so no more of them vanish.
+
 Tensors are described to TMA with their own bounds in every sequence, so rows past a sequence's end
 are read as 0 and never written, whatever lies there. Scores past the end are masked besides. One
 loop serves masked and unmasked blocks by a branch: two loops would keep P in different registers.
@@ -42,6 +49,8 @@ ROUND_ROBIN = gl.constexpr(1)
 DYNAMIC = gl.constexpr(2)
 
 LN2 = gl.constexpr(0.6931471805599453)
+# Weights grow to 2 to this power before their row's reference moves.
+MOST_GROWTH = gl.constexpr(8.0)
 # Rows of a consumer: what one warpgroup MMA instruction computes.
 ROWS = gl.constexpr(64)
 # The first hardware barrier that the compiler leaves alone.
@@ -63,19 +72,14 @@ class Ring:
     empty: gl.shared_memory_descriptor
     SLOTS: gl.constexpr
     LANES: gl.constexpr
-    NAMED: gl.constexpr
-    PARTIES: gl.constexpr
 
     @gluon.constexpr_function
-    def __init__(self, data, full, empty, SLOTS, LANES, NAMED=0, PARTIES=0):
+    def __init__(self, data, full, empty, SLOTS, LANES):
         self.data = data
         self.full = full
         self.empty = empty
         self.SLOTS = gl.constexpr(SLOTS)
         self.LANES = gl.constexpr(LANES)
-        # With NAMED, slot 0's hardware barrier; the threads that meet there.
-        self.NAMED = gl.constexpr(NAMED)
-        self.PARTIES = gl.constexpr(PARTIES)
 
     @gluon.jit
     def index(self, use, lane):
@@ -87,31 +91,12 @@ class Ring:
 
     @gluon.jit
     def wait_empty(self, use, lane):
-        if self.NAMED:
-            if use >= self.SLOTS:
-                hardware_barrier("sync", self.NAMED + use % self.SLOTS, self.PARTIES)
-        else:
-            mbarrier.wait(self.empty.index(self.index(use, lane)), ((use // self.SLOTS) & 1) ^ 1)
+        mbarrier.wait(self.empty.index(self.index(use, lane)), ((use // self.SLOTS) & 1) ^ 1)
 
     @gluon.jit
     def release(self, use, lane):
         """Tell the writer that this warpgroup is done with the slot."""
-        if self.NAMED:
-            hardware_barrier("arrive", self.NAMED + use % self.SLOTS, self.PARTIES)
-        else:
-            mbarrier.arrive(self.empty.index(self.index(use, lane)), count=1)
-
-
-@gluon.constexpr_function
-def barrier_text(kind, parties):
-    return f"bar.{kind} $1, {parties}; mov.b32 $0, 0;"
-
-
-@gluon.jit
-def hardware_barrier(KIND: gl.constexpr, number, PARTIES: gl.constexpr):
-    """Meet ("sync") at a numbered barrier of the hardware, or only be counted ("arrive")."""
-    gl.inline_asm_elementwise(barrier_text(KIND, PARTIES), "=r,r", [number], dtype=gl.int32,
-                              is_pure=False, pack=1)  # fmt: skip
+        mbarrier.arrive(self.empty.index(self.index(use, lane)), count=1)
 
 
 @gluon.constexpr_function
@@ -127,8 +112,7 @@ def bytes_of(block_type):
 
 
 @gluon.jit
-def new_ring(data, SLOTS: gl.constexpr, LANES: gl.constexpr, READERS: gl.constexpr,
-             NAMED: gl.constexpr = 0, PARTIES: gl.constexpr = 0):
+def new_ring(data, SLOTS: gl.constexpr, LANES: gl.constexpr, READERS: gl.constexpr):
     """A ring of SLOTS * LANES buffers, each read by READERS warpgroups."""
     COUNT: gl.constexpr = SLOTS * LANES
     BARRIERS: gl.constexpr = mbarrier.MBarrierLayout()
@@ -137,7 +121,7 @@ def new_ring(data, SLOTS: gl.constexpr, LANES: gl.constexpr, READERS: gl.constex
     for i in gl.static_range(COUNT):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=READERS)
-    return Ring(data, full, empty, SLOTS, LANES, NAMED, PARTIES)
+    return Ring(data, full, empty, SLOTS, LANES)
 
 
 @gluon.jit
@@ -192,13 +176,13 @@ class Config:
     HAS_RIGHT: gl.constexpr
     PAIRED: gl.constexpr
     SLIM: gl.constexpr
+    LATE: gl.constexpr
     TREE: gl.constexpr
-    LAZY: gl.constexpr
     TRACE: gl.constexpr
 
     @gluon.constexpr_function
     def __init__(self, BLOCK_N, BLOCK_D, CONSUMERS, SCHEDULER, OUT_COLUMNS, EARLY, PING_PONG, SKIP,
-                 HAS_LEFT, HAS_RIGHT, PAIRED, SLIM, TREE, LAZY, TRACE):  # fmt: skip
+                 HAS_LEFT, HAS_RIGHT, PAIRED, SLIM, LATE, TREE, TRACE):  # fmt: skip
         self.BLOCK_M = gl.constexpr(64 * CONSUMERS)
         self.BLOCK_N = gl.constexpr(BLOCK_N)
         self.BLOCK_D = gl.constexpr(BLOCK_D)
@@ -214,8 +198,8 @@ class Config:
         self.HAS_RIGHT = gl.constexpr(HAS_RIGHT)
         self.PAIRED = gl.constexpr(PAIRED)
         self.SLIM = gl.constexpr(SLIM)
+        self.LATE = gl.constexpr(LATE)
         self.TREE = gl.constexpr(TREE)
-        self.LAZY = gl.constexpr(LAZY)
         self.TRACE = gl.constexpr(TRACE)
 
 
@@ -238,13 +222,15 @@ class Work:
     row_tiles: gl.tensor
     sequences: gl.tensor
     section: gl.tensor
+    in_sections: gl.tensor
     tiles: gl.tensor
     trace: gl.tensor
     config: Config
 
     @gluon.constexpr_function
     def __init__(self, scale_log2, empty_lse, nheads, group, seqlen_q, seqlen_k, first_seen,
-                 last_seen, row_tiles, sequences, section, tiles, trace, config):  # fmt: skip
+                 last_seen, row_tiles, sequences, section, in_sections, tiles,
+                 trace, config):  # fmt: skip
         self.scale_log2 = scale_log2
         self.empty_lse = empty_lse
         self.nheads = nheads
@@ -256,6 +242,7 @@ class Work:
         self.row_tiles = row_tiles
         self.sequences = sequences
         self.section = section
+        self.in_sections = in_sections
         self.tiles = tiles
         self.trace = trace
         self.config = config
@@ -300,7 +287,8 @@ def tile_at(work, index):
 
     Heads (of all sequences) are taken in sections whose keys and values stay in the L2 cache.
     Within a section heads run fastest; with a right bound rows run from the last, which has the
-    most work, to the first.
+    most work, to the first. Small sections spread the memory's work, but end with few light tiles
+    to share out: from head ``in_sections`` on the rest is one section.
     """
     row_count = work.row_tiles
     side = gl.to_tensor(0)
@@ -309,12 +297,14 @@ def tile_at(work, index):
         side = index % 2
         index = index // 2
     span = row_count * work.section
-    section = index // span
-    within = index - section * span
+    first_head = gl.minimum(index // span * work.section, work.in_sections)
+    last_head = first_head + work.section
+    last_head = gl.where(first_head == work.in_sections, work.sequences, last_head)
+    within = index - first_head * row_count
     # An index past the last tile is asked about too, with EARLY: whatever comes out is unused.
-    heads = gl.maximum(gl.minimum(work.section, work.sequences - section * work.section), 1)
+    heads = gl.maximum(gl.minimum(last_head, work.sequences) - first_head, 1)
     row_tile = within // heads
-    sequence = section * work.section + within - row_tile * heads
+    sequence = first_head + within - row_tile * heads
     if work.config.PAIRED:
         row_tile = gl.where(side == 0, work.row_tiles - 1 - row_tile, row_tile)
     elif work.config.HAS_RIGHT:
@@ -391,8 +381,12 @@ def producer(work, shared, q_desc, k_desc, v_desc, counter):
             load_rows(v_desc, tile.batch, key_head, row, shared.v, block_use, 0)
             block_use += 1
             if config.SCHEDULER == DYNAMIC and not config.SLIM:
-                # The first loads are on their way: time to fetch the next tile.
-                if i == gl.minimum(1, tile.blocks - 1):
+                # The first loads are on their way: time to fetch the next tile. Later, and it is
+                # known better who will be free first; but then the fetch is waited for.
+                at = gl.minimum(1, tile.blocks - 1)
+                if config.LATE:
+                    at = gl.maximum(tile.blocks - 2, 0)
+                if i == at:
                     next_index = fetch_index(work, counter)
                     announce(next_index, shared.mailbox, tile_use)
         if config.SCHEDULER == DYNAMIC and not config.SLIM:
@@ -404,7 +398,7 @@ def producer(work, shared, q_desc, k_desc, v_desc, counter):
 
 @gluon.jit
 def scheduler(work, mailbox, counter):
-    """Fetch tiles, as many ahead as the mailbox has slots."""
+    """Fetch tiles, one ahead of the consumers."""
     index = gl.program_id(0)
     use = 0
     while index < work.tiles:
@@ -540,19 +534,16 @@ def row_maximum(work, s):
         return gl.max(s, 1)
 
 
-@gluon.constexpr_function
-def warp_flag(lane):
-    return f"changed_{lane}"
-
-
+# Whether a row of the warp moved is a bit that the language has no value for: one a warp, which a
+# branch can read without a vote of its own. It lives in a predicate register that is declared once.
 @gluon.constexpr_function
 def declare_flag(lane):
-    return f".reg .pred changed_{lane}; mov.b32 $0, 0;"
+    return f".reg .pred moved_{lane}; mov.b32 $0, 0;"
 
 
 @gluon.constexpr_function
 def read_flag(lane):
-    return f"selp.b32 $0, 1, 0, changed_{lane};"
+    return f"selp.b32 $0, 1, 0, moved_{lane};"
 
 
 @gluon.constexpr_function
@@ -564,17 +555,28 @@ def settle_text(lane):
         selp.f32 $0, $4, $2, a;
         selp.f32 $1, $5, $3, b;
         or.pred a, a, b;
-        vote.sync.any.pred changed_{lane}, a, 0xffffffff;
+        vote.sync.any.pred moved_{lane}, a, 0xffffffff;
     }}"""
 
 
 @gluon.jit
 def settle_maximum(m, m_new, limit, LANE: gl.constexpr):
-    """``m_new`` where it is above ``limit``, else ``m``; notes whether any row of the warp moved."""
+    """``m_new`` where it is above ``limit``, else ``m``; notes whether a row of the warp moved.
+
+    A thread holds two rows, and both are settled at once.
+    """
     return gl.inline_asm_elementwise(
         settle_text(LANE), "=f,=f,f,f,f,f,f,f", [m, m_new, limit], dtype=gl.float32,
         is_pure=False, pack=2,
     )  # fmt: skip
+
+
+@gluon.jit
+def warp_has_moved(LANE: gl.constexpr):
+    """What the last settle_maximum of this consumer noted; may differ between warps."""
+    moved = gl.inline_asm_elementwise(read_flag(LANE), "=r", [], dtype=gl.int32, is_pure=False,
+                                      pack=1)  # fmt: skip
+    return moved != 0
 
 
 @gluon.jit
@@ -668,10 +670,9 @@ def consumer(LANE: gl.constexpr, work, shared, out_desc, lse):
     THROUGH_Q: gl.constexpr = config.OUT_COLUMNS == 0
     if config.PING_PONG and LANE == config.CONSUMERS - 1:
         take_turn("arrive", 0)  # consumer 0 goes first
-    if config.LAZY:
-        gl.inline_asm_elementwise(declare_flag(LANE), "=r", [], dtype=gl.int32, is_pure=False,
-                                  pack=1)  # fmt: skip
-        most_growth = 8.0 / work.scale_log2
+    gl.inline_asm_elementwise(declare_flag(LANE), "=r", [], dtype=gl.int32, is_pure=False,
+                              pack=1)  # fmt: skip
+    most_growth = MOST_GROWTH / work.scale_log2
     zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, SCORES)
     index = first_index(work)
     if config.TRACE:
@@ -758,30 +759,18 @@ def consumer(LANE: gl.constexpr, work, shared, out_desc, lse):
             if MASKED:
                 s = mask_if_needed(work, s, first_row, first_key)
             m_new = gl.maximum(m, row_maximum(work, s))
-            if config.LAZY:
-                m_new = settle_maximum(m, m_new, m + most_growth, LANE)
-                p, shift = weights_of(work, s, m_new, MASKED)
-                sums = partial_sums(p, BLOCK_N)
-                acc = warpgroup_mma_wait(0, deps=[acc])
-                shared.v.release(use, 0)
-                changed = gl.inline_asm_elementwise(read_flag(LANE), "=r", [], dtype=gl.int32,
-                                                    is_pure=False, pack=1)  # fmt: skip
-                if changed != 0:
-                    alpha = gl.exp2(m * work.scale_log2 - shift)
-                    alpha_l = gl.convert_layout(alpha, gl.SliceLayout(1, l.type.layout))
-                    l = l * gl.expand_dims(alpha_l, 1)
-                    acc = acc * gl.expand_dims(gl.convert_layout(alpha, OUTPUT_ROWS), 1)
-                l = l + sums
-                m = m_new
-            else:
-                p, shift = weights_of(work, s, m_new, MASKED)
+            m_new = settle_maximum(m, m_new, m + most_growth, LANE)
+            p, shift = weights_of(work, s, m_new, MASKED)
+            sums = partial_sums(p, BLOCK_N)
+            acc = warpgroup_mma_wait(0, deps=[acc])
+            shared.v.release(use, 0)
+            if warp_has_moved(LANE):
                 alpha = gl.exp2(m * work.scale_log2 - shift)
-                m = m_new
                 alpha_l = gl.convert_layout(alpha, gl.SliceLayout(1, l.type.layout))
-                l = l * gl.expand_dims(alpha_l, 1) + partial_sums(p, BLOCK_N)
-                acc = warpgroup_mma_wait(0, deps=[acc])
-                shared.v.release(use, 0)
+                l = l * gl.expand_dims(alpha_l, 1)
                 acc = acc * gl.expand_dims(gl.convert_layout(alpha, OUTPUT_ROWS), 1)
+            l = l + sums
+            m = m_new
             weights = gl.convert_layout(p.to(out_desc.dtype), WEIGHTS)
             use += 1
 
@@ -859,7 +848,7 @@ def consumer(LANE: gl.constexpr, work, shared, out_desc, lse):
 # ------------------------------------------------------------------------------------------ kernel
 _NUMBERS = (
     "nheads", "group", "seqlen_q", "seqlen_k", "window_left", "window_right", "row_tiles",
-    "sequences", "section", "tiles",
+    "sequences", "section", "in_sections", "tiles",
 )  # fmt: skip
 
 
@@ -867,13 +856,13 @@ _NUMBERS = (
 def attention_forward_sm90(
     q_desc, k_desc, v_desc, out_desc, lse, counter, trace, scale_log2, empty_lse,
     nheads, group, seqlen_q, seqlen_k, window_left, window_right, row_tiles, sequences, section,
-    tiles,
+    in_sections, tiles,
     BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
     Q_SLOTS: gl.constexpr, OUT_COLUMNS: gl.constexpr, SCHEDULER: gl.constexpr,
     EARLY: gl.constexpr, PING_PONG: gl.constexpr, SKIP: gl.constexpr, REGISTERS: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
-    PAIRED: gl.constexpr, SLIM: gl.constexpr, TREE: gl.constexpr, LAZY: gl.constexpr,
-    NAMED: gl.constexpr, MAIL: gl.constexpr, TRACE: gl.constexpr,
+    PAIRED: gl.constexpr, SLIM: gl.constexpr, LATE: gl.constexpr, TREE: gl.constexpr,
+    TRACE: gl.constexpr,
 ):  # fmt: skip
     """See the module's docstring; launched with 4 warps, the producer's.
 
@@ -887,31 +876,38 @@ def attention_forward_sm90(
         empty_lse: what lse says of a row that sees no key.
         group: query heads for each head of keys.
         row_tiles: tiles of 64 * CONSUMERS queries in a sequence.
-        sequences: batch * nheads; ``section`` of them are worked on at a time.
+        sequences: batch * nheads; ``section`` of them are worked on at a time, of the first
+            ``in_sections`` (a multiple, or not below ``sequences``), and then the others at once.
         tiles: row_tiles * sequences; the number of programs, or at least that with ONE_TILE.
         OUT_COLUMNS: width of the buffer that results leave through; 0: through q's buffer.
         EARLY: start the next tile's first product before storing a tile.
         PING_PONG: consumers take turns in starting products.
         SKIP: consumers leave out the last blocks of keys if none of their rows sees them.
+        PAIRED: with ROUND_ROBIN, tiles are taken in pairs that have the same work together.
+        SLIM: the producer is one warp, and the counter has a warp of its own.
+        LATE: with DYNAMIC, fetch a tile under the end of the tile before, not under its start.
+        TREE: the maximum of a row over two chains in place of one.
+        TRACE: write to ``trace`` where the time goes; without, it is not used.
         REGISTERS: of a consumer's thread.
     """
     gl.static_assert(not (EARLY and (SCHEDULER == ONE_TILE or OUT_COLUMNS == 0)))
     gl.static_assert(CONSUMERS >= 1 and CONSUMERS <= 4)
-    gl.static_assert(not NAMED or FIRST_BARRIER + (CONSUMERS if PING_PONG else 0) <= 16 - 2 * STAGES)
     gl.static_assert(not PAIRED or SCHEDULER == ROUND_ROBIN)
+    gl.static_assert(not LATE or (SCHEDULER == DYNAMIC and not SLIM))
     config = Config(BLOCK_N, BLOCK_D, CONSUMERS, SCHEDULER, OUT_COLUMNS, EARLY, PING_PONG, SKIP,
-                    HAS_LEFT, HAS_RIGHT, PAIRED, SLIM, TREE, LAZY, TRACE)  # fmt: skip
+                    HAS_LEFT, HAS_RIGHT, PAIRED, SLIM, LATE, TREE, TRACE)  # fmt: skip
     shift = seqlen_k - seqlen_q  # the last query stands at the last key
     work = Work(scale_log2, empty_lse, nheads, group, seqlen_q, seqlen_k, shift - window_left,
-                shift + window_right, row_tiles, sequences, section, tiles, trace, config)  # fmt: skip
+                shift + window_right, row_tiles, sequences, section, in_sections, tiles, trace,
+                config)  # fmt: skip
     q_ring = new_ring(buffers_for(q_desc, Q_SLOTS * CONSUMERS), Q_SLOTS, CONSUMERS, 1)
-    PARTIES: gl.constexpr = 128 * CONSUMERS + (32 if SLIM else 128)
-    K_NAMED: gl.constexpr = 16 - STAGES if NAMED else 0
-    V_NAMED: gl.constexpr = 16 - 2 * STAGES if NAMED else 0
-    k_ring = new_ring(buffers_for(k_desc, STAGES), STAGES, 1, CONSUMERS, K_NAMED, PARTIES)
-    v_ring = new_ring(buffers_for(v_desc, STAGES), STAGES, 1, CONSUMERS, V_NAMED, PARTIES)
+    k_ring = new_ring(buffers_for(k_desc, STAGES), STAGES, 1, CONSUMERS)
+    v_ring = new_ring(buffers_for(v_desc, STAGES), STAGES, 1, CONSUMERS)
     PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     READERS: gl.constexpr = CONSUMERS + (1 if SLIM else 0)
+    # A tile that is taken early is taken without knowing who will be free first. A producer that
+    # takes tiles itself must not wait for the mail to be read, though.
+    MAIL: gl.constexpr = 1 if SLIM else 2
     mailbox = new_ring(gl.allocate_shared_memory(gl.int32, [MAIL, 1], PLAIN), MAIL, 1, READERS)
     if OUT_COLUMNS == 0:
         out_buffer = q_ring.data

@@ -22,6 +22,7 @@ from .plans import (
     ForwardPlan,
     forward_plan,
     heads_at_a_time,
+    heads_in_sections,
     padded_headdim,
 )
 
@@ -130,8 +131,7 @@ def launch_forward(
     if plan.paired:
         programs = (row_tiles + 1) // 2 * sequences
         tiles = 2 * programs
-        if plan.paired == 1:
-            programs = min(programs, multiprocessors_of(q.device.index or 0))
+        programs = min(programs, multiprocessors_of(q.device.index or 0))
     elif plan.scheduler != ONE_TILE:
         programs = min(tiles, multiprocessors_of(q.device.index or 0))
     attention_forward_sm90[(programs,)](
@@ -153,6 +153,7 @@ def launch_forward(
         row_tiles,
         sequences,
         section,
+        heads_in_sections(plan, seqlen_k, headdim, group, sequences),
         tiles,
         TRACE=trace is not None,
         **constants(plan, block_d, left is not None, right is not None),
@@ -173,12 +174,10 @@ def constants(plan: ForwardPlan, block_d: int, has_left: bool, has_right: bool) 
         "PING_PONG": plan.ping_pong,
         "SKIP": plan.skip,
         "REGISTERS": plan.registers,
-        "PAIRED": plan.paired > 0,
+        "PAIRED": plan.paired,
         "SLIM": plan.slim,
+        "LATE": plan.late,
         "TREE": plan.tree,
-        "LAZY": plan.lazy,
-        "NAMED": plan.named,
-        "MAIL": plan.mail,
         "HAS_LEFT": has_left,
         "HAS_RIGHT": has_right,
         "num_warps": 4,
