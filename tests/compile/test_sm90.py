@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -49,3 +50,12 @@ def test_sections_hold_whole_groups() -> None:
     plan = plans.forward_plan(plans.ForwardKey(128, True, 1024))
     assert plans.heads_at_a_time(plan, 1024, 128, 4) == 4 * (plan.section_bytes // (4 * 1024 * 128))
     assert plans.heads_at_a_time(plan, 2**20, 128, 4) == 4
+
+
+def test_the_last_heads_may_be_one_section() -> None:
+    plan = plans.ForwardPlan(2, 128, 2, plans.DYNAMIC, 1, 1, section_bytes=8 << 20)
+    assert plans.heads_in_sections(plan, 1024, 128, 1, 250) == 250
+    plan = replace(plan, last_bytes=32 << 20)  # 16 heads a section, 64 in the last
+    assert plans.heads_in_sections(plan, 1024, 128, 1, 250) == (250 - 64) // 16 * 16
+    assert plans.heads_in_sections(plan, 1024, 128, 1, 60) == 0
+    assert plans.heads_in_sections(plan, 1024, 128, 4, 1000) == (1000 - 256) // 64 * 64

@@ -2,7 +2,7 @@
 
     out[i] = sum_j exp(score[i, j] - lse[i]) v[j],  lse[i] = log sum_j exp(score[i, j])
 
-A program has one producer warpgroup, whose only task is to ask for tiles of q, k and v, and
+A program has one producer warpgroup (one warp with SLIM), whose only task is to ask for tiles of q, k and v, and
 CONSUMERS warpgroups that compute 64 rows each of the same tile of 64 * CONSUMERS queries. They
 meet in rings of shared memory: for each slot a barrier says "full" (TMA has written it) and another
 "empty" (all its readers are done). A consumer keeps scores, probabilities and the unnormalised
@@ -12,6 +12,13 @@ the first, one step ahead with the first product:
     S = q k[0]^T;  P = softmax step of S
     for i = 1 ..: start S = q k[i]^T and O += P v[i - 1]; wait for S; softmax step; wait for O
     O += P v[last]; normalise; store
+
+The softmax step subtracts from a row's scores a reference m, the largest score so far, but m stays
+as it is while weights exp(score - m) stay below 2^MOST_GROWTH; only when m moves are O and the row
+sums l rescaled, by the warps that hold such a row. Any m is exact: out = O / l and lse = m + log l
+hold with the same m in all three. What m is for is that nothing overflows, and nothing does:
+weights up to 256 fit float16 (65504), their sums are float32, and rounding of floating weights is
+relative. Weights are never smaller than with the largest score, so no more of them vanish.
 
 Tensors are described to TMA with their own bounds in every sequence, so rows past a sequence's end
 are read as 0 and never written, whatever lies there. Scores past the end are masked besides. One
@@ -56,10 +63,12 @@ PACKED = gl.constexpr(2)
 # Numbers that describe a tile, see announce_tile, and bounds that are searched at a time.
 RECORD = gl.constexpr(8)
 SEARCHED = gl.constexpr(128)
+# Weights grow to 2 to this power before their row's reference moves.
+MOST_GROWTH = gl.constexpr(8.0)
 # Rows of a consumer: what one warpgroup MMA instruction computes.
 ROWS = gl.constexpr(64)
 # The first hardware barrier that the compiler leaves alone.
-FIRST_BARRIER = gl.constexpr(9)
+FIRST_BARRIER = gl.constexpr(8)
 
 
 # ---------------------------------------------------------------------------------- shared memory
@@ -184,11 +193,16 @@ class Config:
     HAS_SOFTCAP: gl.constexpr
     HAS_SINKS: gl.constexpr
     LENGTHS: gl.constexpr
+    PAIRED: gl.constexpr
+    SLIM: gl.constexpr
+    LATE: gl.constexpr
+    TREE: gl.constexpr
+    TRACE: gl.constexpr
 
     @gluon.constexpr_function
     def __init__(self, BLOCK_N, BLOCK_D, BLOCK_DV, CONSUMERS, SCHEDULER, OUT_COLUMNS, EARLY,
                  PING_PONG, SKIP, HAS_LEFT, HAS_RIGHT, HAS_CHUNK, HAS_SOFTCAP, HAS_SINKS,
-                 LENGTHS):  # fmt: skip
+                 LENGTHS, PAIRED, SLIM, LATE, TREE, TRACE):  # fmt: skip
         self.BLOCK_M = gl.constexpr(64 * CONSUMERS)
         self.BLOCK_N = gl.constexpr(BLOCK_N)
         self.BLOCK_D = gl.constexpr(BLOCK_D)
@@ -207,6 +221,11 @@ class Config:
         self.HAS_SOFTCAP = gl.constexpr(HAS_SOFTCAP)
         self.HAS_SINKS = gl.constexpr(HAS_SINKS)
         self.LENGTHS = gl.constexpr(LENGTHS)
+        self.PAIRED = gl.constexpr(PAIRED)
+        self.SLIM = gl.constexpr(SLIM)
+        self.LATE = gl.constexpr(LATE)
+        self.TREE = gl.constexpr(TREE)
+        self.TRACE = gl.constexpr(TRACE)
 
 
 @aggregate
@@ -252,14 +271,16 @@ class Work:
     row_tiles: gl.tensor
     sequences: gl.tensor
     section: gl.tensor
+    in_sections: gl.tensor
     tiles: gl.tensor
+    trace: gl.tensor
     places: Sequences
     config: Config
 
     @gluon.constexpr_function
     def __init__(self, scale_log2, cap_scale, empty_lse, nheads, group, seqlen_q, seqlen_k,
-                 window_left, window_right, chunk, row_tiles, sequences, section, tiles, places,
-                 config):  # fmt: skip
+                 window_left, window_right, chunk, row_tiles, sequences, section, in_sections,
+                 tiles, trace, places, config):  # fmt: skip
         self.scale_log2 = scale_log2
         self.cap_scale = cap_scale
         self.empty_lse = empty_lse
@@ -273,7 +294,9 @@ class Work:
         self.row_tiles = row_tiles
         self.sequences = sequences
         self.section = section
+        self.in_sections = in_sections
         self.tiles = tiles
+        self.trace = trace
         self.places = places
         self.config = config
 
@@ -379,16 +402,27 @@ def place_of(work, index):
 
     Heads (of all sequences) are taken in sections whose keys and values stay in the L2 cache.
     Within a section heads run fastest; with a right bound rows run from the last, which has the
-    most work, to the first.
+    most work, to the first. Small sections spread the memory's work, but end with few light tiles
+    to share out: from head ``in_sections`` on the rest is one section.
     """
-    span = work.row_tiles * work.section
-    section = index // span
-    within = index - section * span
+    row_count = work.row_tiles
+    side = gl.to_tensor(0)
+    if work.config.PAIRED:
+        row_count = (row_count + 1) // 2
+        side = index % 2
+        index = index // 2
+    span = row_count * work.section
+    first_head = gl.minimum(index // span * work.section, work.in_sections)
+    last_head = first_head + work.section
+    last_head = gl.where(first_head == work.in_sections, work.sequences, last_head)
+    within = index - first_head * row_count
     # An index past the last tile is asked about too, with EARLY: whatever comes out is unused.
-    heads = gl.maximum(gl.minimum(work.section, work.sequences - section * work.section), 1)
+    heads = gl.maximum(gl.minimum(last_head, work.sequences) - first_head, 1)
     row_tile = within // heads
-    sequence = section * work.section + within - row_tile * heads
-    if work.config.HAS_RIGHT:
+    sequence = first_head + within - row_tile * heads
+    if work.config.PAIRED:
+        row_tile = gl.where(side == 0, work.row_tiles - 1 - row_tile, row_tile)
+    elif work.config.HAS_RIGHT:
         row_tile = work.row_tiles - 1 - row_tile
     batch = sequence // work.nheads
     return batch, sequence - batch * work.nheads, row_tile
@@ -469,6 +503,24 @@ def packed_span(work, head, slot):
 
 
 @gluon.jit
+def first_index(work):
+    """The first tile of this program."""
+    index = gl.program_id(0)
+    if work.config.PAIRED:
+        index = 2 * index
+    return index
+
+
+@gluon.jit
+def step_from(work, index):
+    """The tile after ``index`` in a fixed schedule; with PAIRED a pair's other tile comes next."""
+    step = gl.num_programs(0)
+    if work.config.PAIRED:
+        step = gl.where(index % 2 == 0, 1, 2 * step - 1)
+    return index + step
+
+
+@gluon.jit
 def blocks_to_skip(work, tile, LANE: gl.constexpr):
     """How many of the tile's last blocks no row of consumer LANE sees; at least one remains."""
     skipped = gl.to_tensor(0)
@@ -488,7 +540,7 @@ def blocks_to_skip(work, tile, LANE: gl.constexpr):
 def producer(work, shared, q_desc, k_desc, v_desc, counter):
     """Ask for everything that the consumers read, as slots become empty."""
     config = work.config
-    index = gl.program_id(0)
+    index = first_index(work)
     block_use = 0
     tile_use = 0
     if config.LENGTHS != SHAPES:
@@ -516,21 +568,37 @@ def producer(work, shared, q_desc, k_desc, v_desc, counter):
             shared.v.wait_empty(block_use, 0)
             load_rows(v_desc, span.batch, key_head, row, shared.v, block_use, 0)
             block_use += 1
-            if config.SCHEDULER == DYNAMIC:
-                # The first loads are on their way: time to fetch the next tile.
-                if i == gl.minimum(1, tile.blocks - 1):
+            if config.SCHEDULER == DYNAMIC and not config.SLIM:
+                # The first loads are on their way: time to fetch the next tile. Later, and it is
+                # known better who will be free first; but then the fetch is waited for.
+                at = gl.minimum(1, tile.blocks - 1)
+                if config.LATE:
+                    at = gl.maximum(tile.blocks - 2, 0)
+                if i == at:
                     next_index = fetch_index(work, counter)
                     if config.LENGTHS == SHAPES:
                         announce(next_index, shared.mailbox, tile_use)
                     else:
                         next_index, next_tile = tile_with_rows(work, counter, next_index)
                         announce_tile(next_index, next_tile, shared.mailbox, tile_use + 1)
-        tile_use += 1
-        if config.SCHEDULER == DYNAMIC:
+        if config.SCHEDULER == DYNAMIC and not config.SLIM:
             index = next_index
             tile = next_tile
         else:
-            index += gl.num_programs(0)
+            index = index_after(work, index, shared.mailbox, tile_use)
+        tile_use += 1
+
+
+@gluon.jit
+def scheduler(work, mailbox, counter):
+    """Fetch tiles, one ahead of the consumers."""
+    index = gl.program_id(0)
+    use = 0
+    while index < work.tiles:
+        mailbox.wait_empty(use, 0)
+        index = fetch_index(work, counter)
+        announce(index, mailbox, use)
+        use += 1
 
 
 @gluon.jit
@@ -539,9 +607,9 @@ def fetch_index(work, counter):
 
     A launch fetches once for each of its tiles: the last fetch leaves the counter at 0.
     """
-    fetched = gl.atomic_add(counter, 1)
+    fetched = gl.atomic_add(counter, 1, sem="relaxed")
     if fetched == work.tiles - 1:
-        gl.atomic_xchg(counter, 0)
+        gl.atomic_xchg(counter, 0, sem="relaxed")
     return fetched + gl.num_programs(0)
 
 
@@ -617,7 +685,7 @@ def index_after(work, index, mailbox, use):
         following = get(mailbox, mailbox.index(use, 0))
         mailbox.release(use, 0)
     else:
-        following = index + gl.num_programs(0)
+        following = step_from(work, index)
     return following
 
 
@@ -691,6 +759,75 @@ def capped(work, s):
     if work.config.HAS_SOFTCAP:
         s = 1.0 - 2.0 / (1.0 + gl.exp2(s * (2.0 * LOG2E * work.cap_scale)))
     return s
+
+
+@gluon.jit
+def now():
+    return gl.inline_asm_elementwise("mov.u32 $0, %clock;", "=r", [], dtype=gl.int32,
+                                     is_pure=False, pack=1)  # fmt: skip
+
+
+@gluon.jit
+def nanoseconds():
+    return gl.inline_asm_elementwise("mov.u32 $0, %globaltimer_lo;", "=r", [], dtype=gl.int32,
+                                     is_pure=False, pack=1)  # fmt: skip
+
+
+@gluon.jit
+def row_maximum(work, s):
+    """(ROWS,): the largest score of each row."""
+    if work.config.TREE:
+        BLOCK_N: gl.constexpr = work.config.BLOCK_N
+        parts = s.reshape([ROWS, BLOCK_N // 8, 4, 2])
+        largest = gl.max(gl.max(gl.max(parts, 1), 2), 1)
+        return gl.convert_layout(largest, gl.SliceLayout(1, s.type.layout), assert_trivial=True)
+    else:
+        return gl.max(s, 1)
+
+
+# Whether a row of the warp moved is a bit that the language has no value for: one a warp, which a
+# branch can read without a vote of its own. It lives in a predicate register that is declared once.
+@gluon.constexpr_function
+def declare_flag(lane):
+    return f".reg .pred moved_{lane}; mov.b32 $0, 0;"
+
+
+@gluon.constexpr_function
+def read_flag(lane):
+    return f"selp.b32 $0, 1, 0, moved_{lane};"
+
+
+@gluon.constexpr_function
+def settle_text(lane):
+    return f"""{{
+        .reg .pred a, b;
+        setp.gt.f32 a, $4, $6;
+        setp.gt.f32 b, $5, $7;
+        selp.f32 $0, $4, $2, a;
+        selp.f32 $1, $5, $3, b;
+        or.pred a, a, b;
+        vote.sync.any.pred moved_{lane}, a, 0xffffffff;
+    }}"""
+
+
+@gluon.jit
+def settle_maximum(m, m_new, limit, LANE: gl.constexpr):
+    """``m_new`` where it is above ``limit``, else ``m``; notes whether a row of the warp moved.
+
+    A thread holds two rows, and both are settled at once.
+    """
+    return gl.inline_asm_elementwise(
+        settle_text(LANE), "=f,=f,f,f,f,f,f,f", [m, m_new, limit], dtype=gl.float32,
+        is_pure=False, pack=2,
+    )  # fmt: skip
+
+
+@gluon.jit
+def warp_has_moved(LANE: gl.constexpr):
+    """What the last settle_maximum of this consumer noted; may differ between warps."""
+    moved = gl.inline_asm_elementwise(read_flag(LANE), "=r", [], dtype=gl.int32, is_pure=False,
+                                      pack=1)  # fmt: skip
+    return moved != 0
 
 
 @gluon.jit
@@ -869,8 +1006,15 @@ def consumer(LANE: gl.constexpr, work, shared, target, lse, sinks):
     DTYPE: gl.constexpr = target.desc.dtype
     if config.PING_PONG and LANE == config.CONSUMERS - 1:
         take_turn("arrive", 0)  # consumer 0 goes first
+    gl.inline_asm_elementwise(declare_flag(LANE), "=r", [], dtype=gl.int32, is_pure=False,
+                              pack=1)  # fmt: skip
+    most_growth = MOST_GROWTH / work.scale_log2
     zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, SCORES)
-    index = gl.program_id(0)
+    index = first_index(work)
+    if config.TRACE:
+        record = work.trace + (gl.program_id(0) * config.CONSUMERS + LANE) * (66 * 16)
+        gl.store(record, nanoseconds())
+        gl.store(record + 1, now())
     block_use = 0
     tile_use = 0
     s = zeros
@@ -884,6 +1028,8 @@ def consumer(LANE: gl.constexpr, work, shared, target, lse, sinks):
         s = warpgroup_mma_wait(0, deps=[s])
         shared.k.release(block_use + skipped, 0)
     while index < work.tiles:
+        if config.TRACE:
+            at_top = now()
         if not config.EARLY:
             if config.LENGTHS == SHAPES:
                 tile = tile_at(work, index)
@@ -895,6 +1041,16 @@ def consumer(LANE: gl.constexpr, work, shared, target, lse, sinks):
             if skipped > 0:
                 shared.v.wait_full(block_use, 0)
                 shared.v.release(block_use, 0)
+        if config.TRACE:
+            at_scores = now()
+            wait_k = 0
+            wait_v = 0
+            wait_s = 0
+        if config.PING_PONG:
+            # Consumers that skip blocks still take their turns.
+            for _ in range(skipped):
+                take_turn("sync", LANE)
+                take_turn("arrive", (LANE + 1) % config.CONSUMERS)
         span = tile.span
         first_row = tile.first_row + LANE * ROWS
         if not THROUGH_Q:
@@ -904,7 +1060,7 @@ def consumer(LANE: gl.constexpr, work, shared, target, lse, sinks):
         # The first block.
         first_key = (tile.first_block + tile.blocks - 1 - skipped) * BLOCK_N
         s = mask_if_needed(work, span, capped(work, s), first_row, first_key)
-        m = gl.max(s, 1)
+        m = row_maximum(work, s)
         p, shift = weights_of(work, s, m, True)
         l = partial_sums(p, BLOCK_N)
         weights = gl.convert_layout(p.to(DTYPE), WEIGHTS)
@@ -914,17 +1070,31 @@ def consumer(LANE: gl.constexpr, work, shared, target, lse, sinks):
         use = block_use + skipped
         if config.LENGTHS != SHAPES:
             clear_values(work, shared, use, 0, span.rows_k - first_key)
+        if config.TRACE:
+            at_loop = now()
         for i in range(skipped + 1, tile.blocks):
             first_key -= BLOCK_N
+            if config.TRACE:
+                wait_k -= now()
             shared.k.wait_full(use + 1, 0)
+            if config.TRACE:
+                wait_k += now()
             if config.PING_PONG:
                 take_turn("sync", LANE)
             s = scores(work, shared, zeros, tile_use, use + 1, LANE)
+            if config.TRACE:
+                wait_v -= now()
             shared.v.wait_full(use, 0)
+            if config.TRACE:
+                wait_v += now()
             acc = add_values(work, shared, weights, acc, use)
             if config.PING_PONG:
                 take_turn("arrive", (LANE + 1) % config.CONSUMERS)
+            if config.TRACE:
+                wait_s -= now()
             s = warpgroup_mma_wait(1, deps=[s])
+            if config.TRACE:
+                wait_s += now()
             shared.k.release(use + 1, 0)
             if not THROUGH_Q:
                 if i == tile.blocks - 1:
@@ -932,31 +1102,42 @@ def consumer(LANE: gl.constexpr, work, shared, target, lse, sinks):
             s = capped(work, s)
             if MASKED:
                 s = mask_if_needed(work, span, s, first_row, first_key)
-            m_new = gl.maximum(m, gl.max(s, 1))
+            m_new = gl.maximum(m, row_maximum(work, s))
+            m_new = settle_maximum(m, m_new, m + most_growth, LANE)
             p, shift = weights_of(work, s, m_new, MASKED)
-            alpha = gl.exp2(m * work.scale_log2 - shift)
-            m = m_new
-            alpha_l = gl.convert_layout(alpha, gl.SliceLayout(1, l.type.layout))
-            l = l * gl.expand_dims(alpha_l, 1) + partial_sums(p, BLOCK_N)
+            sums = partial_sums(p, BLOCK_N)
             acc = warpgroup_mma_wait(0, deps=[acc])
             shared.v.release(use, 0)
-            acc = acc * gl.expand_dims(gl.convert_layout(alpha, OUTPUT_ROWS), 1)
+            if warp_has_moved(LANE):
+                alpha = gl.exp2(m * work.scale_log2 - shift)
+                alpha_l = gl.convert_layout(alpha, gl.SliceLayout(1, l.type.layout))
+                l = l * gl.expand_dims(alpha_l, 1)
+                acc = acc * gl.expand_dims(gl.convert_layout(alpha, OUTPUT_ROWS), 1)
+            l = l + sums
+            m = m_new
             weights = gl.convert_layout(p.to(DTYPE), WEIGHTS)
             use += 1
 
         # The last values, under which the next tile's first product may start.
+        if config.TRACE:
+            at_end = now()
+            traced = tile.blocks - skipped
         block_use += tile.blocks
         if config.HAS_LEFT:
             first = first_key_of(work, span, 0) - tile.first_block * BLOCK_N
             clear_values(work, shared, block_use - 1, first, BLOCK_N)
         shared.v.wait_full(block_use - 1, 0)
         acc = add_values(work, shared, weights, acc, block_use - 1)
+        if config.TRACE:
+            at_mail = now()
         if config.LENGTHS != SHAPES:
             index, next_tile = announced_tile(work, shared.mailbox, tile_use + 1)
         else:
             index = index_after(work, index, shared.mailbox, tile_use)
             if config.EARLY:
                 next_tile = tile_at(work, index)
+        if config.TRACE:
+            at_index = now()
         if config.EARLY:
             next_skipped = blocks_to_skip(work, next_tile, LANE)
             s = first_scores(work, shared, zeros, tile_use + 1, block_use, next_skipped,
@@ -965,6 +1146,8 @@ def consumer(LANE: gl.constexpr, work, shared, target, lse, sinks):
         else:
             acc = warpgroup_mma_wait(0, deps=[acc])
         shared.v.release(block_use - 1, 0)
+        if config.TRACE:
+            at_values = now()
 
         # Normalise and store.
         total = gl.convert_layout(gl.sum(l, 1), SCORE_ROWS)
@@ -996,32 +1179,52 @@ def consumer(LANE: gl.constexpr, work, shared, target, lse, sinks):
             skipped = next_skipped
         if config.EARLY or config.LENGTHS != SHAPES:
             tile = next_tile
+        if config.TRACE:
+            if tile_use < 64:
+                at = record + 16 * (tile_use + 1)
+                gl.store(at, traced)
+                gl.store(at + 1, at_scores - at_top)
+                gl.store(at + 2, at_loop - at_scores)
+                gl.store(at + 3, at_end - at_loop)
+                gl.store(at + 4, wait_k)
+                gl.store(at + 5, wait_v)
+                gl.store(at + 6, wait_s)
+                gl.store(at + 7, at_mail - at_end)
+                gl.store(at + 8, at_index - at_mail)
+                gl.store(at + 9, at_values - at_index)
+                gl.store(at + 10, now() - at_values)
         tile_use += 1
     tma.store_wait(0)
+    if config.TRACE:
+        gl.store(record + 2, nanoseconds())
+        gl.store(record + 3, now())
+        gl.store(record + 4, tile_use)
 
 
 # ------------------------------------------------------------------------------------------ kernel
 _NUMBERS = (
     "nheads", "group", "seqlen_q", "seqlen_k", "window_left", "window_right", "chunk", "row_tiles",
-    "sequences", "section", "tiles", "batch", "step_row", "step_head", "columns",
+    "sequences", "section", "in_sections", "tiles", "batch", "step_row", "step_head", "columns",
 )  # fmt: skip
 _POINTERS = (
-    "lse", "counter", "sinks", "cu_seqlens_q", "cu_seqlens_k", "used_q", "used_k",
+    "lse", "counter", "trace", "sinks", "cu_seqlens_q", "cu_seqlens_k", "used_q", "used_k",
 )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_POINTERS)
 def attention_forward_sm90(
-    q_desc, k_desc, v_desc, out_desc, lse, counter, sinks, scale_log2, cap_scale, empty_lse,
+    q_desc, k_desc, v_desc, out_desc, lse, counter, trace, sinks, scale_log2, cap_scale, empty_lse,
     nheads, group, seqlen_q, seqlen_k, window_left, window_right, chunk, row_tiles, sequences,
-    section, tiles, batch, cu_seqlens_q, cu_seqlens_k, used_q, used_k, out, step_row, step_head,
-    columns,
+    section, in_sections, tiles, batch, cu_seqlens_q, cu_seqlens_k, used_q, used_k, out, step_row,
+    step_head, columns,
     BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, CONSUMERS: gl.constexpr,
     STAGES: gl.constexpr, Q_SLOTS: gl.constexpr, OUT_COLUMNS: gl.constexpr,
     SCHEDULER: gl.constexpr, EARLY: gl.constexpr, PING_PONG: gl.constexpr, SKIP: gl.constexpr,
     REGISTERS: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
     HAS_CHUNK: gl.constexpr, HAS_SOFTCAP: gl.constexpr, HAS_SINKS: gl.constexpr,
     LENGTHS: gl.constexpr, HAS_USED_Q: gl.constexpr, HAS_USED_K: gl.constexpr,
+    PAIRED: gl.constexpr, SLIM: gl.constexpr, LATE: gl.constexpr, TREE: gl.constexpr,
+    TRACE: gl.constexpr,
 ):  # fmt: skip
     """See the module's docstring; launched with 4 warps, the producer's.
 
@@ -1041,7 +1244,9 @@ def attention_forward_sm90(
         chunk: positions in a chunk with HAS_CHUNK, which needs HAS_LEFT and HAS_RIGHT.
         row_tiles: tiles of 64 * CONSUMERS queries in a sequence; with PACKED
             seqlen_q // (64 * CONSUMERS) + batch + 2, see packed_span.
-        sequences: batch * nheads, with PACKED nheads; ``section`` of them are worked on at a time.
+        sequences: batch * nheads, with PACKED nheads; ``section`` of them are worked on at a time,
+            of the first ``in_sections`` (a multiple, or not below ``sequences``), and then the
+            others at once.
         tiles: row_tiles * sequences; the number of programs, or at least that with ONE_TILE.
         batch: sequences of the batch, with LENGTHS.
         cu_seqlens_q, cu_seqlens_k: (batch + 1,) int32 with PACKED.
@@ -1052,31 +1257,42 @@ def attention_forward_sm90(
         EARLY: start the next tile's first product before storing a tile.
         PING_PONG: consumers take turns in starting products.
         SKIP: consumers leave out the last blocks of keys if none of their rows sees them.
+        PAIRED: with ROUND_ROBIN, tiles are taken in pairs that have the same work together.
+        SLIM: the producer is one warp, and the counter has a warp of its own.
+        LATE: with DYNAMIC, fetch a tile under the end of the tile before, not under its start.
+        TREE: the maximum of a row over two chains in place of one.
+        TRACE: write to ``trace`` where the time goes; without, it is not used.
         REGISTERS: of a consumer's thread.
         LENGTHS: SHAPES, USED (with HAS_USED_Q, HAS_USED_K or both) or PACKED.
     """
     gl.static_assert(not (EARLY and (SCHEDULER == ONE_TILE or OUT_COLUMNS == 0)))
-    gl.static_assert(not (PING_PONG and SKIP))
-    gl.static_assert(CONSUMERS >= 1 and CONSUMERS <= 4)
+    # With four consumers results were wrong now and then: docs/lab/hopper-forward.md.
+    gl.static_assert(CONSUMERS >= 1 and CONSUMERS <= 3)
     gl.static_assert(OUT_COLUMNS > 0 or BLOCK_D == BLOCK_DV)
-    gl.static_assert(LENGTHS == SHAPES or SCHEDULER == DYNAMIC)
+    gl.static_assert(LENGTHS == SHAPES or (SCHEDULER == DYNAMIC and not SLIM))
     gl.static_assert(not HAS_CHUNK or (HAS_LEFT and HAS_RIGHT))
+    gl.static_assert(not PAIRED or SCHEDULER == ROUND_ROBIN)
+    gl.static_assert(not LATE or (SCHEDULER == DYNAMIC and not SLIM))
     config = Config(BLOCK_N, BLOCK_D, BLOCK_DV, CONSUMERS, SCHEDULER, OUT_COLUMNS, EARLY, PING_PONG,
-                    SKIP, HAS_LEFT, HAS_RIGHT, HAS_CHUNK, HAS_SOFTCAP, HAS_SINKS,
-                    LENGTHS)  # fmt: skip
+                    SKIP, HAS_LEFT, HAS_RIGHT, HAS_CHUNK, HAS_SOFTCAP, HAS_SINKS, LENGTHS, PAIRED,
+                    SLIM, LATE, TREE, TRACE)  # fmt: skip
     places = Sequences(batch, cu_seqlens_q, cu_seqlens_k, used_q, used_k, HAS_USED_Q, HAS_USED_K)
     work = Work(scale_log2, cap_scale, empty_lse, nheads, group, seqlen_q, seqlen_k, window_left,
-                window_right, chunk, row_tiles, sequences, section, tiles, places,
-                config)  # fmt: skip
+                window_right, chunk, row_tiles, sequences, section, in_sections, tiles, trace,
+                places, config)  # fmt: skip
     target = Destination(out_desc, out, step_row, step_head, columns)
     q_ring = new_ring(buffers_for(q_desc, Q_SLOTS * CONSUMERS), Q_SLOTS, CONSUMERS, 1)
     k_ring = new_ring(buffers_for(k_desc, STAGES), STAGES, 1, CONSUMERS)
     v_ring = new_ring(buffers_for(v_desc, STAGES), STAGES, 1, CONSUMERS)
     if SCHEDULER == DYNAMIC:
         PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-        NUMBERS: gl.constexpr = 2 if LENGTHS == SHAPES else 2 * RECORD
+        READERS: gl.constexpr = CONSUMERS + (1 if SLIM else 0)
+        # A tile that is taken early is taken without knowing who will be free first. A producer
+        # that takes tiles itself must not wait for the mail to be read, though.
+        MAIL: gl.constexpr = 1 if SLIM else 2
+        NUMBERS: gl.constexpr = MAIL if LENGTHS == SHAPES else MAIL * RECORD
         numbers = gl.allocate_shared_memory(gl.int32, [NUMBERS, 1], PLAIN)
-        mailbox = new_ring(numbers, 2, 1, CONSUMERS)
+        mailbox = new_ring(numbers, MAIL, 1, READERS)
     else:
         mailbox = q_ring  # never asked
     if OUT_COLUMNS == 0:
@@ -1087,29 +1303,43 @@ def attention_forward_sm90(
     fence_async_shared()
     # The lists have to be spelled out: in tuples bound to a name, constants become tensors.
     R: gl.constexpr = REGISTERS
-    if CONSUMERS == 1:
-        gl.warp_specialize([
-            (producer, (work, shared, q_desc, k_desc, v_desc, counter)),
-            (consumer, (0, work, shared, target, lse, sinks)),
-        ], [4], [R])  # fmt: skip
-    elif CONSUMERS == 2:
-        gl.warp_specialize([
-            (producer, (work, shared, q_desc, k_desc, v_desc, counter)),
-            (consumer, (0, work, shared, target, lse, sinks)),
-            (consumer, (1, work, shared, target, lse, sinks)),
-        ], [4, 4], [R, R])  # fmt: skip
-    elif CONSUMERS == 3:
+    if SLIM:
+        if CONSUMERS == 1 and SCHEDULER == DYNAMIC:
+            gl.warp_specialize([
+                (consumer, (0, work, shared, target, lse, sinks)),
+                (producer, (work, shared, q_desc, k_desc, v_desc, counter)),
+                (scheduler, (work, shared.mailbox, counter)),
+            ], [1, 1], [24, 24])  # fmt: skip
+        elif CONSUMERS == 1:
+            gl.warp_specialize([
+                (consumer, (0, work, shared, target, lse, sinks)),
+                (producer, (work, shared, q_desc, k_desc, v_desc, counter)),
+            ], [1], [24])  # fmt: skip
+        elif CONSUMERS == 2 and SCHEDULER == DYNAMIC:
+            gl.warp_specialize([
+                (consumer, (0, work, shared, target, lse, sinks)),
+                (consumer, (1, work, shared, target, lse, sinks)),
+                (producer, (work, shared, q_desc, k_desc, v_desc, counter)),
+                (scheduler, (work, shared.mailbox, counter)),
+            ], [4, 1, 1], [R, 24, 24])  # fmt: skip
+        elif CONSUMERS == 2:
+            gl.warp_specialize([
+                (consumer, (0, work, shared, target, lse, sinks)),
+                (consumer, (1, work, shared, target, lse, sinks)),
+                (producer, (work, shared, q_desc, k_desc, v_desc, counter)),
+            ], [4, 1], [R, 24])  # fmt: skip
+        elif CONSUMERS == 3 and SCHEDULER == DYNAMIC:
+            gl.warp_specialize([
+                (consumer, (0, work, shared, target, lse, sinks)),
+                (consumer, (1, work, shared, target, lse, sinks)),
+                (consumer, (2, work, shared, target, lse, sinks)),
+                (producer, (work, shared, q_desc, k_desc, v_desc, counter)),
+                (scheduler, (work, shared.mailbox, counter)),
+            ], [4, 4, 1, 1], [R, R, 24, 24])  # fmt: skip
+        else:
         gl.warp_specialize([
             (producer, (work, shared, q_desc, k_desc, v_desc, counter)),
             (consumer, (0, work, shared, target, lse, sinks)),
             (consumer, (1, work, shared, target, lse, sinks)),
             (consumer, (2, work, shared, target, lse, sinks)),
         ], [4, 4, 4], [R, R, R])  # fmt: skip
-    else:
-        gl.warp_specialize([
-            (producer, (work, shared, q_desc, k_desc, v_desc, counter)),
-            (consumer, (0, work, shared, target, lse, sinks)),
-            (consumer, (1, work, shared, target, lse, sinks)),
-            (consumer, (2, work, shared, target, lse, sinks)),
-            (consumer, (3, work, shared, target, lse, sinks)),
-        ], [4, 4, 4, 4], [R, R, R, R])  # fmt: skip

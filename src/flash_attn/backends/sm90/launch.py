@@ -23,6 +23,7 @@ from .plans import (
     ForwardPlan,
     forward_plan,
     heads_at_a_time,
+    heads_in_sections,
     lengths_plan,
     padded_headdim,
     with_own_buffer,
@@ -143,7 +144,13 @@ def forward(
     return AttentionResult(out, lse, new_s_dmask(problem), rng.unused_state(device))
 
 
-def launch_forward(problem: AttentionProblem, plan: ForwardPlan, out: Tensor, lse: Tensor) -> None:
+def launch_forward(
+    problem: AttentionProblem,
+    plan: ForwardPlan,
+    out: Tensor,
+    lse: Tensor,
+    trace: Tensor | None = None,
+) -> None:
     """The kernel alone: ``out`` describable, ``lse`` contiguous, neither queries nor keys empty."""
     q, k, v, layout, transform = problem.q, problem.k, problem.v, problem.layout, problem.transform
     group = problem.nheads // problem.nheads_k
@@ -155,7 +162,11 @@ def launch_forward(problem: AttentionProblem, plan: ForwardPlan, out: Tensor, ls
     section = min(heads_at_a_time(plan, problem.max_seqlen_k, width, group), sequences)
     tiles = row_tiles * sequences
     programs = tiles
-    if plan.scheduler != ONE_TILE:
+    if plan.paired:
+        programs = (row_tiles + 1) // 2 * sequences
+        tiles = 2 * programs
+        programs = min(programs, multiprocessors_of(q.device.index or 0))
+    elif plan.scheduler != ONE_TILE:
         programs = min(tiles, multiprocessors_of(q.device.index or 0))
     counter = counter_for(q)
     scale, softcap = transform.softmax_scale, transform.softcap
@@ -166,6 +177,7 @@ def launch_forward(problem: AttentionProblem, plan: ForwardPlan, out: Tensor, ls
         describe(out, ROWS, plan.out_columns(block_dv) or block_dv),
         lse,
         counter,
+        lse if trace is None else trace,
         lse if transform.sinks is None else transform.sinks,
         (softcap or scale) * math.log2(math.e),
         scale / softcap if softcap else 0.0,
@@ -180,6 +192,7 @@ def launch_forward(problem: AttentionProblem, plan: ForwardPlan, out: Tensor, ls
         row_tiles,
         sequences,
         section,
+        heads_in_sections(plan, problem.max_seqlen_k, width, group, sequences),
         tiles,
         problem.batch_size,
         # Those that are absent are not read.
@@ -199,6 +212,7 @@ def launch_forward(problem: AttentionProblem, plan: ForwardPlan, out: Tensor, ls
         LENGTHS=lengths,
         HAS_USED_Q=layout.seqused_q is not None,
         HAS_USED_K=layout.seqused_k is not None,
+        TRACE=trace is not None,
         **constants(plan, block_d, block_dv),
     )
 
@@ -226,5 +240,9 @@ def constants(plan: ForwardPlan, block_d: int, block_dv: int) -> dict[str, Any]:
         "PING_PONG": plan.ping_pong,
         "SKIP": plan.skip,
         "REGISTERS": plan.registers,
+        "PAIRED": plan.paired,
+        "SLIM": plan.slim,
+        "LATE": plan.late,
+        "TREE": plan.tree,
         "num_warps": 4,
     }

@@ -31,6 +31,11 @@ class ForwardPlan:
         ping_pong: consumers take turns in starting products.
         skip: consumers leave out the last blocks of keys that none of their rows sees.
         section_bytes: keys and values of the heads that are worked on at a time; 0: one head.
+        last_bytes: keys and values of the last heads, all worked on at a time; 0: as the others.
+        paired: with ROUND_ROBIN, tiles are taken in pairs that have the same work together.
+        slim: the producer is one warp, and the counter has a warp of its own.
+        late: with DYNAMIC, fetch a tile under the end of the tile before, not under its start.
+        tree: the maximum of a row over two chains in place of one.
     """
 
     consumers: int
@@ -43,6 +48,11 @@ class ForwardPlan:
     ping_pong: bool = False
     skip: bool = False
     section_bytes: int = 0
+    last_bytes: int = 0
+    paired: bool = False
+    slim: bool = False
+    late: bool = False
+    tree: bool = False
 
     @property
     def block_m(self) -> int:
@@ -162,4 +172,20 @@ def forward_plans() -> list[tuple[int, bool, ForwardPlan]]:
 def heads_at_a_time(plan: ForwardPlan, seqlen_k: int, headdim: int, group: int) -> int:
     """How many query heads of all sequences are worked on at a time, so that their keys and values
     (16 bits an element) stay in the L2 cache; whole groups."""
-    return group * max(1, plan.section_bytes // max(4 * seqlen_k * headdim, 1))
+    return heads_in(plan.section_bytes, seqlen_k, headdim, group)
+
+
+def heads_in_sections(
+    plan: ForwardPlan, seqlen_k: int, headdim: int, group: int, sequences: int
+) -> int:
+    """How many of ``sequences`` query heads come in sections; the others are one section."""
+    if not plan.last_bytes:
+        return sequences
+    section = heads_at_a_time(plan, seqlen_k, headdim, group)
+    last = min(sequences, heads_in(plan.last_bytes, seqlen_k, headdim, group))
+    return (sequences - last) // section * section
+
+
+def heads_in(size: int, seqlen_k: int, headdim: int, group: int) -> int:
+    """Query heads whose keys and values take ``size`` bytes; whole groups, at least one."""
+    return group * max(1, size // max(4 * seqlen_k * headdim, 1))
