@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import registry
-from .outputs import empty_lse, empty_out, new_s_dmask, softmax_d_shape
+from .outputs import empty_out, lse_without_keys, new_s_dmask, softmax_d_shape
 from .problem import AttentionProblem, AttentionResult, BackwardInputs
 from .rng import unused_state
 from .validate import check_backward, check_gradient, check_out, check_problem
@@ -73,7 +73,5 @@ def _sink_gradient(problem: AttentionProblem, inputs: BackwardInputs) -> Tensor:
 
 def _empty_result(problem: AttentionProblem, out: Tensor | None) -> AttentionResult:
     out = (empty_out(problem) if out is None else out).zero_()
-    lse = empty_lse(problem).fill_(problem.empty_lse)
-    if problem.transform.sinks is not None:
-        lse.copy_(problem.transform.sinks.float()[:, None].expand_as(lse))
+    lse = lse_without_keys(problem)
     return AttentionResult(out, lse, new_s_dmask(problem), unused_state(problem.q.device))
