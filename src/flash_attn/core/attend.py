@@ -47,7 +47,7 @@ def attend_backward(problem: AttentionProblem, inputs: BackwardInputs) -> Tensor
     mask, sinks = problem.transform.attn_mask, problem.transform.sinks
     for name, grad, given in (("dmask", inputs.dmask, mask), ("dsinks", inputs.dsinks, sinks)):
         if grad is not None and given is not None:
-            check_gradient(grad, name, given)
+            check_gradient(grad, name, given, any_strides=True)
     if inputs.dsinks is not None:
         inputs.dsinks.copy_(_sink_gradient(problem, inputs))
     if _has_no_pairs(problem):
@@ -63,10 +63,13 @@ def _sink_gradient(problem: AttentionProblem, inputs: BackwardInputs) -> Tensor:
     sinks = problem.transform.sinks
     if sinks is None:
         raise TypeError("the problem has no sinks")
-    delta = (inputs.out.float() * inputs.dout.float()).sum(-1).transpose(-1, -2)
+    # Rows that see no key, those of no sequence among them, have `out` 0, whatever is in `dout`.
+    product = inputs.out.float() * inputs.dout.float()
+    delta = product.masked_fill_(inputs.out == 0, 0.0).sum(-1).transpose(-1, -2)
     if inputs.dlse is not None:
         delta = delta - inputs.dlse
-    weight = torch.exp(sinks.float()[:, None] - inputs.softmax_lse)
+    lse = inputs.softmax_lse
+    weight = torch.exp(sinks.float()[:, None] - lse).masked_fill_(lse == -torch.inf, 0.0)
     grad = -(weight * delta).sum(-1)
     return grad if problem.is_varlen_q else grad.sum(0)
 
