@@ -359,23 +359,23 @@ class CpuBackend:
         Rows that fall outside the cache are not written.
         """
         table, cache_row = problem.layout.page_table, problem.layout.cache_batch_idx
-        k, v = problem.k, problem.v
-        if is_float8(k.dtype):  # its bytes: index tensors do not take float8
-            k, v, k_new, v_new = (x.view(torch.uint8) for x in (k, v, k_new, v_new))
+        capacity = problem.max_seqlen_k
         for index in range(k_new.shape[0]):
-            row = index if cache_row is None else int(cache_row[index])
-            if not 0 <= row < (k if table is None else table).shape[0]:
-                continue
             rows = int(at[index]) + torch.arange(k_new.shape[1])
-            fits = ((rows >= 0) & (rows < problem.max_seqlen_k)).nonzero()[:, 0]
+            fits = (rows >= 0) & (rows < capacity)
             rows = rows[fits]
-            where = (torch.full_like(rows, row), rows)
             if table is not None:
-                pages = table[row, rows // k.shape[1]].long()
-                valid = (pages >= 0) & (pages < k.shape[0])
-                fits, where = fits[valid], (pages[valid], rows[valid] % k.shape[1])
-            k[where] = k_new[index][fits]
-            v[where] = v_new[index][fits]
+                pages = table[index, rows // problem.k.shape[1]].long()
+                valid = (pages >= 0) & (pages < problem.k.shape[0])
+                fits = fits.nonzero()[:, 0][valid]
+                where = (pages[valid], rows[valid] % problem.k.shape[1])
+            else:
+                row = index if cache_row is None else int(cache_row[index])
+                if not 0 <= row < problem.k.shape[0]:
+                    continue
+                where = (torch.full_like(rows, row), rows)
+            problem.k[where] = k_new[index][fits]
+            problem.v[where] = v_new[index][fits]
 
 
 BACKEND = CpuBackend()

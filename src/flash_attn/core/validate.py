@@ -323,6 +323,11 @@ def check_backward(problem: AttentionProblem, dout: Tensor, out: Tensor, lse: Te
         raise ConstraintError(
             f"the backward pass does not support float8: `q` has dtype {_name(problem.q.dtype)}"
         )
+    if problem.result_dtype != problem.q.dtype:
+        raise ConstraintError(
+            f"the backward pass needs an output like `q`: `out_dtype` is "
+            f"{_name(problem.result_dtype)}, `q` has dtype {_name(problem.q.dtype)}; leave it out"
+        )
     for x, name in ((dout, "dout"), (out, "out")):
         if tuple(x.shape) != problem.out_shape:
             raise ConstraintError(
