@@ -32,6 +32,7 @@ from torch import Tensor
 
 from . import raw_ops as flash_attn_gpu
 from .core import autograd, ops, reference
+from .core.arguments import autocast, check_tensors, length_bound, window_pair
 from .core.autograd import Options
 from .core.kvcache import attend_with_kvcache, kvcache_problem, lengths_tensor
 from .core.outputs import last_dim_contiguous, round_multiple
@@ -72,35 +73,6 @@ def _get_block_size_n(
     return 2**30
 
 
-def _window(window_size: Sequence[int] | Tensor) -> tuple[int, int]:
-    try:
-        left, right = window_size
-    except (TypeError, ValueError):
-        raise ConstraintError(
-            f"`window_size` must be (left, right), found {window_size!r}"
-        ) from None
-    return check_integer(left, "window_size"), check_integer(right, "window_size")
-
-
-def _length_bound(max_seqlen: int | Tensor, rows: int) -> int:
-    """``max_seqlen`` as a host number. One on a GPU is not read, which would synchronise: all
-    rows are a bound as well, and no result depends on it."""
-    if isinstance(max_seqlen, Tensor):
-        return rows if max_seqlen.is_cuda else check_integer(max_seqlen, "max_seqlen")
-    return check_integer(max_seqlen, "max_seqlen")
-
-
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Under torch.autocast, float32 tensors become the autocast dtype, like a matrix product's."""
-    device_type = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device_type):
-        return tensors  # meta tensors
-    if not torch.is_autocast_enabled(device_type):
-        return tensors
-    dtype = torch.get_autocast_dtype(device_type)
-    return tuple(x.to(dtype) if x.dtype == torch.float32 else x for x in tensors)
-
-
 def _options(
     headdim: int,
     dropout_p: float,
@@ -113,7 +85,7 @@ def _options(
     **lengths: Any,
 ) -> Options:
     scale = headdim**-0.5 if softmax_scale is None else softmax_scale
-    left, right = _window(window_size)
+    left, right = window_pair(window_size)
     if not isinstance(alibi_slopes, (Tensor, type(None))):
         found = type(alibi_slopes).__name__
         raise ConstraintError(f"`alibi_slopes` must be a torch.Tensor or None, found {found}")
@@ -132,15 +104,6 @@ def _options(
 
 def _format(result: tuple[Tensor, Tensor, Tensor], return_attn_probs: bool) -> Any:
     return result if return_attn_probs else result[0]
-
-
-def _check_tensors(**tensors: Tensor) -> None:
-    """Only what must hold to reach the operators, which check everything else."""
-    for name, x in tensors.items():
-        if not isinstance(x, Tensor):
-            raise ConstraintError(f"`{name}` must be a torch.Tensor, found {type(x).__name__}")
-        if x.dim() < 1 or x.shape[-1] == 0:
-            raise ConstraintError(f"`{name}` must have a head dim, found shape {tuple(x.shape)}")
 
 
 def flash_attn_func(
@@ -174,8 +137,8 @@ def flash_attn_func(
     Returns:
         ``out`` like q, or the tuple. Details and errors: the module's docstring.
     """
-    _check_tensors(q=q, k=k, v=v)
-    q, k, v = _autocast(q, k, v)
+    check_tensors(q=q, k=k, v=v)
+    q, k, v = autocast(q, k, v)
     options = _options(
         q.shape[-1], dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
         deterministic,
@@ -200,7 +163,7 @@ def flash_attn_qkvpacked_func(
     """
     check_tensor(qkv, "qkv", 5, "(batch_size, seqlen, 3, nheads, headdim)")
     _check_packed(qkv, "qkv", 3)
-    (qkv,) = _autocast(qkv)
+    (qkv,) = autocast(qkv)
     options = _options(
         qkv.shape[-1], dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
         deterministic,
@@ -222,10 +185,10 @@ def flash_attn_kvpacked_func(
     return_attn_probs: bool = False,
 ) -> Any:
     """:func:`flash_attn_func` on q and kv (batch_size, seqlen_k, 2, nheads_k, headdim)."""
-    _check_tensors(q=q)
+    check_tensors(q=q)
     check_tensor(kv, "kv", 5, "(batch_size, seqlen_k, 2, nheads_k, headdim)")
     _check_packed(kv, "kv", 2)
-    q, kv = _autocast(q, kv)
+    q, kv = autocast(q, kv)
     options = _options(
         q.shape[-1], dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
         deterministic,
@@ -240,7 +203,7 @@ def _check_packed(x: Tensor, name: str, count: int) -> None:
             f"`{name}` must have {count} in its third dimension from the end, found shape "
             f"{tuple(x.shape)}"
         )
-    _check_tensors(**{name: x})
+    check_tensors(**{name: x})
 
 
 def flash_attn_varlen_func(
@@ -280,16 +243,16 @@ def flash_attn_varlen_func(
         ``out`` like q (rows that belong to no sequence are 0), or
         ``(out, softmax_lse (nheads, total_q), S_dmask)``.
     """
-    _check_tensors(q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
-    q, k, v = _autocast(q, k, v)
+    check_tensors(q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    q, k, v = autocast(q, k, v)
     rows_k = k.shape[0] if block_table is None else k.shape[0] * k.shape[1]
     options = _options(
         q.shape[-1], dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
         deterministic,
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
-        max_seqlen_q=_length_bound(max_seqlen_q, q.shape[0]),
-        max_seqlen_k=_length_bound(max_seqlen_k, rows_k),
+        max_seqlen_q=length_bound(max_seqlen_q, q.shape[0]),
+        max_seqlen_k=length_bound(max_seqlen_k, rows_k),
         block_table=block_table,
     )  # fmt: skip
     return _format(autograd.attention(q, k, v, options, return_attn_probs), return_attn_probs)
@@ -311,9 +274,9 @@ def flash_attn_varlen_qkvpacked_func(
     """:func:`flash_attn_varlen_func` on qkv (total, 3, nheads, headdim)."""
     check_tensor(qkv, "qkv", 4, "(total, 3, nheads, headdim)")
     _check_packed(qkv, "qkv", 3)
-    _check_tensors(cu_seqlens=cu_seqlens)
-    (qkv,) = _autocast(qkv)
-    bound = _length_bound(max_seqlen, qkv.shape[0])
+    check_tensors(cu_seqlens=cu_seqlens)
+    (qkv,) = autocast(qkv)
+    bound = length_bound(max_seqlen, qkv.shape[0])
     options = _options(
         qkv.shape[-1], dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
         deterministic,
@@ -343,17 +306,17 @@ def flash_attn_varlen_kvpacked_func(
     return_attn_probs: bool = False,
 ) -> Any:
     """:func:`flash_attn_varlen_func` on q and kv (total_k, 2, nheads_k, headdim)."""
-    _check_tensors(q=q, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    check_tensors(q=q, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     check_tensor(kv, "kv", 4, "(total_k, 2, nheads_k, headdim)")
     _check_packed(kv, "kv", 2)
-    q, kv = _autocast(q, kv)
+    q, kv = autocast(q, kv)
     options = _options(
         q.shape[-1], dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
         deterministic,
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
-        max_seqlen_q=_length_bound(max_seqlen_q, q.shape[0]),
-        max_seqlen_k=_length_bound(max_seqlen_k, kv.shape[0]),
+        max_seqlen_q=length_bound(max_seqlen_q, q.shape[0]),
+        max_seqlen_k=length_bound(max_seqlen_k, kv.shape[0]),
     )  # fmt: skip
     result = autograd.packed_attention(q, kv, options, return_attn_probs)
     return _format(result, return_attn_probs)
@@ -410,8 +373,8 @@ def flash_attn_with_kvcache(
     Returns:
         ``out`` like q, or ``(out, softmax_lse (batch_size, nheads, seqlen_q))``.
     """
-    _check_tensors(q=q, k_cache=k_cache, v_cache=v_cache)
-    left, right = _window(window_size)
+    check_tensors(q=q, k_cache=k_cache, v_cache=v_cache)
+    left, right = window_pair(window_size)
     q = last_dim_contiguous(q)
     problem = kvcache_problem(
         q,
@@ -459,8 +422,8 @@ def attention_probs(
         (batch_size, nheads, seqlen_q, seqlen_k) float32; rows sum to 1, or are 0 where no key is
         seen.
     """
-    _check_tensors(q=q, k=k)
-    left, right = _window(window_size)
+    check_tensors(q=q, k=k)
+    left, right = window_pair(window_size)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     problem = ops.dense_problem(
         q, k, k, 0.0, scale, causal, left, right, softcap, alibi_slopes

@@ -9,7 +9,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from flash_attn.backends.triton import launch, launch_backward, launch_rotary
+from flash_attn.backends.triton import launch, launch_backward, launch_cache, launch_rotary
 from flash_attn.core.problem import (
     AttentionProblem,
     BackwardInputs,
@@ -109,7 +109,7 @@ def _run_append(case: Case) -> None:
     for feature in ("plain", "paged"):
         problem = problem_of(case._replace(feature=feature))
         new = _tensor(case, 2, 16, 2, case.headdim)
-        launch.append_kv(problem, new, new.clone(), _ints(2))
+        launch_cache.append_kv(problem, new, new.clone(), _ints(2))
 
 
 def _run_rotary(case: Case) -> None:

@@ -24,7 +24,7 @@ from ..core.problem import (
 )
 from ..core.rotary import rotate
 from ..core.sequences import Sequence, sequences
-from . import cpu_flash
+from . import cpu_cache, cpu_flash
 
 _BLOCK_Q = 256
 _BLOCK_K = 512
@@ -345,37 +345,35 @@ class CpuBackend:
             return _backward_blocks(problem, inputs)
 
     def rotate(
-        self, x: Tensor, cos: Tensor, sin: Tensor, seqlen_offsets: int | Tensor, interleaved: bool
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        seqlen_offsets: int | Tensor,
+        interleaved: bool,
+        cu_seqlens: Tensor | None = None,
     ) -> Tensor:
-        """Rotary embedding of (batch, seqlen, nheads, headdim), into a new tensor."""
-        return rotate(x, cos, sin, seqlen_offsets=seqlen_offsets, interleaved=interleaved)
+        """Rotary embedding of dense or packed rows, into a new tensor."""
+        return rotate(
+            x,
+            cos,
+            sin,
+            seqlen_offsets=seqlen_offsets,
+            cu_seqlens=cu_seqlens,
+            interleaved=interleaved,
+        )
 
     @torch.no_grad()
     def append_kv(
-        self, problem: AttentionProblem, k_new: Tensor, v_new: Tensor, at: Tensor
+        self,
+        problem: AttentionProblem,
+        k_new: Tensor,
+        v_new: Tensor,
+        at: Tensor,
+        cu_seqlens_new: Tensor | None = None,
     ) -> None:
-        """Write (batch, seqlen_new, nheads_k, headdim) into the caches from row ``at[b]`` on.
-
-        Rows that fall outside the cache are not written.
-        """
-        table, cache_row = problem.layout.page_table, problem.layout.cache_batch_idx
-        capacity = problem.max_seqlen_k
-        for index in range(k_new.shape[0]):
-            rows = int(at[index]) + torch.arange(k_new.shape[1])
-            fits = (rows >= 0) & (rows < capacity)
-            rows = rows[fits]
-            if table is not None:
-                pages = table[index, rows // problem.k.shape[1]].long()
-                valid = (pages >= 0) & (pages < problem.k.shape[0])
-                fits = fits.nonzero()[:, 0][valid]
-                where = (pages[valid], rows[valid] % problem.k.shape[1])
-            else:
-                row = index if cache_row is None else int(cache_row[index])
-                if not 0 <= row < problem.k.shape[0]:
-                    continue
-                where = (torch.full_like(rows, row), rows)
-            problem.k[where] = k_new[index][fits]
-            problem.v[where] = v_new[index][fits]
+        """Write new rows into the caches of ``problem``, sequence b's from row ``at[b]`` on."""
+        cpu_cache.append_kv(problem, k_new, v_new, at, cu_seqlens_new)
 
 
 BACKEND = CpuBackend()

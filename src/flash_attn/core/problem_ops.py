@@ -2,7 +2,8 @@
 
 ``flash_attn::_attention_forward`` and ``_attention_backward`` carry what FlashAttention-2's schemas
 have no room for. Like those they are opaque to torch.compile and have no autograd formula;
-:func:`solve` differentiates around them.
+:func:`solve` differentiates around them. ``flash_attn::_attention_with_kvcache`` also writes new
+keys and values into k and v, which are caches.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .attend import attend, attend_backward
+from .kvcache import CacheUpdate, attend_with_kvcache, check_update
 from .outputs import last_dim_contiguous, s_dmask_shape, softmax_d_shape
 from .problem import (
     AttentionProblem,
@@ -46,6 +48,12 @@ _SCHEMAS = {
         "(Tensor dout, Tensor out, Tensor softmax_lse, Tensor(a!) dq, Tensor(b!) dk, "
         "Tensor(c!) dv, Tensor rng_state, Tensor? dlse, Tensor(d!)? dmask, Tensor(e!)? dsinks, "
         f"{_ARGUMENTS}) -> Tensor"
+    ),
+    "_attention_with_kvcache": (
+        "(Tensor k_new, Tensor v_new, Tensor? rotary_cos, Tensor? rotary_sin, "
+        "bool rotary_interleaved, Tensor? cu_seqlens_k_new, Tensor? rotary_seqlens, "
+        f"{_ARGUMENTS.replace('Tensor k, Tensor v', 'Tensor(a!) k, Tensor(b!) v', 1)}) "
+        "-> (Tensor, Tensor, Tensor, Tensor)"
     ),
 }
 _TRANSFORM_END = 3 + len(ScoreTransform._fields)
@@ -98,11 +106,29 @@ def _backward_fake(*arguments: Any) -> Tensor:
     return problem.q.new_empty(softmax_d_shape(problem), dtype=torch.float32)
 
 
+def _with_kvcache(*arguments: Any) -> tuple[Tensor, ...]:
+    update = CacheUpdate(*arguments[: len(CacheUpdate._fields)])
+    problem = unflatten(arguments[len(CacheUpdate._fields) :])
+    return tuple(
+        attend_with_kvcache(
+            problem,
+            *update[:5],
+            cu_seqlens_k_new=update.cu_seqlens,
+            rotary_seqlens=update.rotary_seqlens,
+        )
+    )
+
+
+def _with_kvcache_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    return _forward_fake(*arguments[len(CacheUpdate._fields) :])
+
+
 # Kept alive for the life of the process: the operators vanish with the library object.
 _library = torch.library.Library("flash_attn", "FRAGMENT")
 for _name, _implementation, _fake in (
     ("_attention_forward", _forward, _forward_fake),
     ("_attention_backward", _backward, _backward_fake),
+    ("_attention_with_kvcache", _with_kvcache, _with_kvcache_fake),
 ):
     _library.define(_name + _SCHEMAS[_name], tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(_name, _implementation, "CompositeExplicitAutograd")
@@ -110,6 +136,7 @@ for _name, _implementation, _fake in (
 
 forward = torch.ops.flash_attn._attention_forward
 backward = torch.ops.flash_attn._attention_backward
+with_kvcache = torch.ops.flash_attn._attention_with_kvcache
 
 
 class _Differentiable(NamedTuple):
@@ -192,3 +219,19 @@ def solve(
         return result
     out, lse, s_dmask, _ = forward(*flat)
     return out, lse, s_dmask
+
+
+def solve_with_kvcache(problem: AttentionProblem, update: CacheUpdate) -> tuple[Tensor, Tensor]:
+    """(out, softmax_lse) of ``problem`` after ``update`` was written into k and v, its caches.
+
+    Not differentiable. An operator that declares to write is called only where something is.
+
+    Raises:
+        ConstraintError: an argument is wrong.
+        UnsupportedProblemError: no permitted backend computes it.
+    """
+    check_update(problem, update)
+    flat = flatten(problem)
+    with torch.no_grad():
+        result = forward(*flat) if update.k is None else with_kvcache(*update, *flat)
+    return result[0], result[1]

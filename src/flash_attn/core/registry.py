@@ -46,14 +46,27 @@ class CacheWriter(Protocol):
     """What a backend needs besides, to serve KV caches."""
 
     def rotate(
-        self, x: Tensor, cos: Tensor, sin: Tensor, seqlen_offsets: int | Tensor, interleaved: bool
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        seqlen_offsets: int | Tensor,
+        interleaved: bool,
+        cu_seqlens: Tensor | None = None,
     ) -> Tensor:
-        """Rotary embedding of (batch, seqlen, nheads, headdim), into a new tensor."""
+        """Rotary embedding of (batch, seqlen, nheads, headdim), or with ``cu_seqlens`` of packed
+        (total, nheads, headdim), into a new tensor."""
 
     def append_kv(
-        self, problem: AttentionProblem, k_new: Tensor, v_new: Tensor, at: Tensor
+        self,
+        problem: AttentionProblem,
+        k_new: Tensor,
+        v_new: Tensor,
+        at: Tensor,
+        cu_seqlens_new: Tensor | None = None,
     ) -> None:
-        """Write new rows into the problem's caches, sequence b's from row ``at[b]`` on."""
+        """Write new rows, dense or packed, into the problem's caches, sequence b's from row
+        ``at[b]`` on."""
 
 
 # Name -> where its object lives. Loaded on first use: importing flash_attn loads torch alone.

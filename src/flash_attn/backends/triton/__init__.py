@@ -7,7 +7,7 @@ from torch import Tensor
 from triton import knobs
 
 from ...core.problem import AttentionProblem, AttentionResult, BackwardInputs
-from . import launch, launch_backward
+from . import launch, launch_backward, launch_cache
 from .launch_rotary import apply_rotary
 
 _INTERPRETED = bool(knobs.runtime.interpret)
@@ -33,16 +33,33 @@ class TritonBackend:
         return launch_backward.backward(problem, inputs)
 
     def rotate(
-        self, x: Tensor, cos: Tensor, sin: Tensor, seqlen_offsets: int | Tensor, interleaved: bool
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        seqlen_offsets: int | Tensor,
+        interleaved: bool,
+        cu_seqlens: Tensor | None = None,
     ) -> Tensor:
-        """Rotary embedding of (batch, seqlen, nheads, headdim), into a new tensor."""
-        return apply_rotary(x, cos, sin, seqlen_offsets=seqlen_offsets, interleaved=interleaved)
+        """Rotary embedding of dense or packed rows, into a new tensor."""
+        return apply_rotary(x, cos, sin, seqlen_offsets, cu_seqlens, interleaved=interleaved)
 
     def append_kv(
-        self, problem: AttentionProblem, k_new: Tensor, v_new: Tensor, at: Tensor
+        self,
+        problem: AttentionProblem,
+        k_new: Tensor,
+        v_new: Tensor,
+        at: Tensor,
+        cu_seqlens_new: Tensor | None = None,
     ) -> None:
         """Write new rows into the caches of ``problem``, sequence b's from row ``at[b]`` on."""
-        launch.append_kv(problem, k_new, v_new, at)
+        launch_cache.append_kv(problem, k_new, v_new, at, cu_seqlens_new)
+
+    def combine(
+        self, out_partial: Tensor, lse_partial: Tensor, out: Tensor, lse: Tensor
+    ) -> None:
+        """Merge partial results into ``out`` and ``lse``; see flash_attn.core.combine."""
+        launch_cache.combine(out_partial, lse_partial, out, lse)
 
 
 BACKEND = TritonBackend()

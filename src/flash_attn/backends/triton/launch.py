@@ -15,7 +15,6 @@ from ...core.plan import PlanKey, TilePlan
 from ...core.problem import AttentionProblem, AttentionResult
 from ...kernels.combine import attention_combine
 from ...kernels.forward import attention_forward
-from ...kernels.kv_append import append_kv as append_kv_kernel
 from ...kernels.softmax_debug import softmax_debug
 from .heuristics import plan_for
 
@@ -276,27 +275,3 @@ def _launch_softmax_debug(
         num_warps=4,
         **named,
     )  # fmt: skip
-
-
-def append_kv(problem: AttentionProblem, k_new: Tensor, v_new: Tensor, at: Tensor) -> None:
-    """Write (batch, seqlen_new, nheads_k, headdim) into the caches from row ``at[b]`` on."""
-    table, cache_row = problem.layout.page_table, problem.layout.cache_batch_idx
-    block_m = 16
-    tiles = triton.cdiv(k_new.shape[1], block_m)
-    with guard(problem.q):
-        append_kv_kernel[(tiles * problem.nheads_k * k_new.shape[0],)](
-            k_new, v_new, problem.k, problem.v, at,
-            at if table is None else table,
-            at if cache_row is None else cache_row,
-            *row_strides(k_new), *row_strides(v_new),
-            *row_strides(problem.k), *row_strides(problem.v),
-            0 if table is None else table.stride(0),
-            problem.nheads_k, k_new.shape[1], problem.max_seqlen_k,
-            1 if table is None else problem.k.shape[1],
-            problem.k.shape[0], tiles,
-            HEAD_DIM=problem.headdim, BLOCK_M=block_m,
-            BLOCK_D=max(16, triton.next_power_of_2(problem.headdim)),
-            IS_PAGED=table is not None,
-            HAS_BATCH_IDX=cache_row is not None,
-            num_warps=4,
-        )  # fmt: skip
