@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..core.problem import is_float8
 from .memory import describe
 from .params import DataType, FlashAttentionParams, Refused
 
@@ -229,6 +230,6 @@ class Call:
 
     def out_types(self) -> tuple[torch.dtype, ...]:
         """What out may hold; an address holds the first."""
-        if self.element == torch.float8_e4m3fn:
+        if is_float8(self.element):
             return (torch.bfloat16, torch.float16)
         return (self.element,)

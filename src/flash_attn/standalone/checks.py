@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 
+from ..core.problem import is_float8
 from . import features
 from .call import (
     DESCALES,
@@ -284,7 +285,9 @@ def _descale_fits(found: Described, shape: tuple[int, int], strides: tuple[int, 
 
 
 def _check_lengths(call: Call) -> None:
-    if not call.strict and call.has("k_new") and not call.has("seqused_k"):
+    if call.strict or not call.has("k_new") or call.has("seqused_k"):
+        return
+    if not call.varlen:  # the lengths of packed queries' keys are those of cu_seqlens_k
         raise Refused(-9, "`seqused_k` must say where `k_new` is appended, it is null")
 
 
@@ -319,6 +322,8 @@ def types_of(call: Call, name: str) -> tuple[torch.dtype, ...]:
     """What a memory argument may hold; an address holds the first."""
     if name == "out":
         return call.out_types()
+    if name in ("rotary_cos", "rotary_sin") and is_float8(call.element):
+        return (torch.bfloat16, torch.float16, torch.float32, call.element)
     if name in FLOATS:
         return (call.element,)
     if name in INDICES:

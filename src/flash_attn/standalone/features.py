@@ -67,7 +67,7 @@ def check(call: Call) -> None:
         (-19, call.has("k_new") != call.has("v_new"), "`k_new` and `v_new` go together"),
         (-19, numbers["seqlen_knew"] and not call.has("k_new"),
          "`seqlen_knew` is given, but `k_new` is null"),
-        (-19, call.has("k_new") and call.varlen,
+        (-19, call.has("k_new") and call.varlen and not call.paged,
          "`k_new` needs a cache: packed sequences have no room"),
     )  # fmt: skip
     for code, is_broken, message in rules:

@@ -230,9 +230,15 @@ def _layout(call: Call, tensors: Tensors) -> SequenceLayout:
     if call.paged and not call.varlen and seqused_k is None and seqlen_k < call.capacity:
         batch_size, device = call.sizes["batch_size"], tensors["q"].device
         seqused_k = torch.full((batch_size,), seqlen_k, dtype=torch.int32, device=device)
+    cu_seqlens_k = tensors.get("cu_seqlens_k")
+    if call.has("k_new") and cu_seqlens_k is not None:
+        # Keys grow: their bounds are lengths before appending.
+        lengths = cu_seqlens_k.diff()
+        seqused_k = lengths if seqused_k is None else torch.minimum(lengths, seqused_k)
+        cu_seqlens_k = None
     return SequenceLayout(
         cu_seqlens_q=tensors.get("cu_seqlens_q"),
-        cu_seqlens_k=tensors.get("cu_seqlens_k"),
+        cu_seqlens_k=cu_seqlens_k,
         seqused_q=tensors.get("seqused_q"),
         seqused_k=seqused_k,
         leftpad_k=tensors.get("leftpad_k"),

@@ -85,10 +85,12 @@ class FlashAttentionParams:
         kv_batch_idx: (batch_size,) int32 row of k and v, or of page_table, that each sequence uses
             (not strict).
         k_new: (batch_size, seqlen_knew, num_heads_k, head_dim), written into k from row seqused_k
-            on and attended to (not strict). Needs seqused_k, which is not updated.
+            on and attended to (not strict). Rows that do not fit are dropped. Needs seqused_k,
+            which is not updated; packed queries on pages may leave it to cu_seqlens_k.
         v_new: like k_new.
         seqlen_knew: rows of k_new.
-        rotary_cos: (at least seqlen_k, rotary_dim / 2) in q's type (not strict). Turns k_new at
+        rotary_cos: (at least seqlen_k, rotary_dim / 2) in q's type, beside FP8 any of 16 or 32 bits
+            (an address is bfloat16) (not strict). Turns k_new at
             ``seqused_k + t`` and q at ``seqused_k + i`` if causal or windowed, else all of q at
             ``seqused_k``. Needs k_new.
         rotary_sin: like rotary_cos.
