@@ -20,7 +20,7 @@ from typing import Any
 from ..errors import ConstraintError
 from .call import Call, integer
 from .checks import check, check_agreement
-from .launch import launch
+from .launch import compute
 from .params import (
     ERROR_STRINGS,
     AttentionMode,
@@ -91,7 +91,7 @@ def flash_attention_forward(
 
     def action() -> None:
         _check_type(params)
-        launch(params, stream, strict)
+        compute(params, stream, strict)
 
     return _code_of(action)
 

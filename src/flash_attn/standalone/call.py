@@ -32,6 +32,7 @@ SIZES = (
     "total_k", "page_size", "seqlen_knew", "rotary_dim",
 )  # fmt: skip
 
+_OF_FEATURES = ("k_new", "v_new", "rotary_cos", "rotary_sin")
 _ELEMENTS = {
     DataType.FP16: torch.float16,
     DataType.BF16: torch.bfloat16,
@@ -53,10 +54,10 @@ def integer(x: Any) -> int | None:
 def number(x: Any) -> float | None:
     """``x`` as a finite number; None if it is none."""
     try:
-        x = float(x)
+        x = None if isinstance(x, (str, bytes)) else float(x)
     except Exception:
         return None
-    return x if abs(x) < float("inf") else None
+    return x if x is not None and abs(x) < float("inf") else None
 
 
 def is_flag(x: Any) -> bool:
@@ -86,7 +87,8 @@ class Call:
         self.params, self.strict = params, strict
         described = {name: describe(getattr(params, name)) for name in MEMORY}
         self.memory = {name: x for name, x in described.items() if x is not None}
-        self.varlen, self.paged = "cu_seqlens_q" in self.memory, "page_table" in self.memory
+        self.varlen = "cu_seqlens_q" in self.memory or "cu_seqlens_k" in self.memory
+        self.paged = "page_table" in self.memory
         self._dims: dict[str, Dims] = {}
         values = ((name, getattr(params, name)) for name in INTEGERS)
         self.numbers = {name: x if type(x) is int else integer(x) or 0 for name, x in values}
@@ -155,7 +157,7 @@ class Call:
     def _sizes_of_tensors(self) -> dict[str, int]:
         """Sizes by the names of dimensions, the first tensor that has one decides."""
         found: dict[str, int] = {}
-        for name in ("q", "k", "v", "out", "cu_seqlens_q", "k_new", "rotary_cos"):
+        for name in ("q", "k", "v", "out", "cu_seqlens_q", "cu_seqlens_k", *_OF_FEATURES):
             shape = self.memory[name].shape if name in self.memory else None
             if shape is None or len(shape) != len(self.dims(name)):
                 continue

@@ -99,7 +99,9 @@ def _check_packing(call: Call) -> None:
         raise Refused(-6, f"`{given[0]}` is given alone: packed sequences need both bounds")
     if not given:
         return
-    for name in ("total_q",) if call.paged else ("total_q", "total_k"):
+    # Pages have no total of packed rows, but strict knows no pages.
+    needs_k = not call.paged or (call.strict and call.memory["k"].is_address)
+    for name in ("total_q", "total_k") if needs_k else ("total_q",):
         size = call.sizes[name]
         if size < 0 or (size == 0 and name not in call.from_tensors):
             raise Refused(-7, f"`{name}` must be the number of packed rows, found {size}")

@@ -49,7 +49,7 @@ def check(call: Call) -> None:
         (-12, dropout and call.data_type == DataType.FP8_E4M3,
          "`p_dropout` must be 0 for FP8 inputs"),
         (-13, splits is None or splits > 256,
-         "`num_splits` must be an integer up to {_MAX_SPLITS}, found {num_splits!r}"),
+         "`num_splits` must be an integer up to 256, found {num_splits!r}"),
         (-14, numbers["page_size"] and not call.paged,
          "`page_size` is given, but `page_table` is null"),
         (-14, call.has("kv_batch_idx") and call.varlen and not call.paged,

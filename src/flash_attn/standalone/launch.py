@@ -41,7 +41,7 @@ Tensors = dict[str, Tensor]
 _FIELDS = {"cache_seqlens": "seqused_k", "block_table": "page_table", "cache_leftpad": "leftpad_k"}
 
 
-def launch(params: FlashAttentionParams, stream: Any, strict: bool) -> None:
+def compute(params: FlashAttentionParams, stream: Any, strict: bool) -> None:
     """Check the call and compute it on ``stream``.
 
     Raises:

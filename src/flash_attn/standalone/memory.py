@@ -69,6 +69,8 @@ def describe(x: Any) -> Described | None:
         return None
     try:
         if isinstance(x, Tensor):
+            if x.layout != torch.strided:
+                return Described(fault=f"must be a strided tensor, found {x.layout}")
             return Described(tuple(x.shape), x.stride(), x.dtype, x.device)
         interface = getattr(x, "__cuda_array_interface__", None)
         if interface is not None:
@@ -82,7 +84,7 @@ def describe(x: Any) -> Described | None:
             f"found {type(x).__name__}"
         )
         return Described(fault=fault)
-    except Exception as error:  # sparse tensors have no strides, foreign objects anything
+    except Exception as error:  # objects of strangers raise what they like
         return Described(fault=f"cannot be read ({type(error).__name__}: {error})")
     if address == 0:
         return None
