@@ -630,6 +630,17 @@ def test_fields_and_defaults() -> None:
     expected |= dict.fromkeys(("window_size_left", "window_size_right"), -1)
     expected |= {"dtype": DataType.FP16, "num_splits": 1, "mode": AttentionMode.PREFILL}
     assert vars(FlashAttentionParams()) == expected
+    order = """
+        q k v out softmax_lse batch_size seqlen_q seqlen_k num_heads num_heads_k head_dim
+        cu_seqlens_q cu_seqlens_k total_q total_k max_seqlen_q max_seqlen_k seqused_q seqused_k
+        leftpad_k q_descale_ptr k_descale_ptr v_descale_ptr q_descale_batch_stride
+        q_descale_head_stride k_descale_batch_stride k_descale_head_stride v_descale_batch_stride
+        v_descale_head_stride is_causal window_size_left window_size_right attn_mask softmax_scale
+        softcap dtype pack_gqa page_table page_size kv_batch_idx k_new v_new seqlen_knew rotary_cos
+        rotary_sin rotary_dim is_rotary_interleaved p_dropout rng_state num_splits out_accum
+        softmax_lse_accum mode
+    """
+    assert order.split() == NAMES
     assert [int(x) for x in DataType] == [0, 1, 2, 3]
     assert [x.name for x in DataType] == ["FP16", "BF16", "FP8_E4M3", "FP8_E5M2"]
     names = ["PREFILL", "DECODE", "VARLEN_PREFILL", "VARLEN_DECODE"]
