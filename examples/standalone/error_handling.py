@@ -16,19 +16,21 @@ def main() -> dict[str, object]:
     """Run the sample on calls that fail; returns codes and messages."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     q, k, v = torch.randn(3, 2, 64, 16, 80, device=device).half()  # differs: added
-    bounds = torch.tensor([0, 64], dtype=torch.int32, device=device)
+    small_q, small_k, small_v = (x[..., :64] for x in (q, k, v))
+    bounds = torch.tensor([0, 64, 128], dtype=torch.int32, device=device)
+    out, small_out = torch.empty_like(q), torch.empty_like(small_q)
 
     # The common codes; differs: a call shows each
     calls = {
         -1: FlashAttentionParams(q=q, k=k, v=v),  # null pointer: out
-        -2: FlashAttentionParams(q=q, k=k, v=v, out=q),  # unsupported head_dim
-        -3: FlashAttentionParams(q=1, k=1, v=1, out=1, head_dim=256, dtype=2),  # of FP8
+        -2: FlashAttentionParams(q=q, k=k, v=v, out=out),  # unsupported head_dim
+        -3: FlashAttentionParams(q=1, k=1, v=1, out=2, head_dim=256, dtype=2),  # of FP8
         -6: FlashAttentionParams(  # cu_seqlens mismatch
-            q=q[0, ..., :64], k=k[0, ..., :64], v=v[0, ..., :64], out=q[0, ..., :64],
-            cu_seqlens_q=bounds,
+            q=q.flatten(0, 1), k=k.flatten(0, 1), v=v.flatten(0, 1), out=out.flatten(0, 1),
+            cu_seqlens_q=bounds, head_dim=64,
         ),
         -11: FlashAttentionParams(  # -10 to -19: unsupported features
-            q=q[..., :64], k=k[..., :64], v=v[..., :64], out=q[..., :64], softcap=30.0
+            q=small_q, k=small_k, v=small_v, out=small_out, softcap=30.0
         ),
     }  # fmt: skip
     found = {}

@@ -10,7 +10,7 @@ def main() -> dict[str, object]:
         for dtype in DataType:
             for head_dim in (32, 40, 64, 80, 96, 128, 160, 192, 224, 256):
                 # differs: validate_params reads the numbers alone, so any address will do
-                params = FlashAttentionParams(q=64, k=64, v=64, out=64, head_dim=head_dim)
+                params = FlashAttentionParams(q=64, k=64, v=64, out=96, head_dim=head_dim)
                 params.batch_size = params.num_heads = params.num_heads_k = 1
                 params.seqlen_q = params.seqlen_k = 512
                 params.dtype = dtype

@@ -42,9 +42,9 @@ def at_addresses(**changes: Any) -> FlashAttentionParams:
     """A call that is right in every respect, on addresses."""
     params = FlashAttentionParams(
         q=ADDRESS,
-        k=ADDRESS,
-        v=ADDRESS,
-        out=ADDRESS,
+        k=2 * ADDRESS,
+        v=2 * ADDRESS,
+        out=3 * ADDRESS,
         batch_size=2,
         seqlen_q=8,
         seqlen_k=16,
@@ -192,6 +192,7 @@ def ints(*values: int) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
 
+SHARED = zeros(2, 8, 4, 64)
 TENSOR_FAULTS: list[tuple[int, dict[str, Any], str]] = [
     # contradictory sizes
     (-8, {"batch_size": 3}, "`q`.*batch_size = 3.*`batch_size` differs"),
@@ -214,6 +215,8 @@ TENSOR_FAULTS: list[tuple[int, dict[str, Any], str]] = [
     (-8, {"out": zeros(2, 8, 1, 64).expand(2, 8, 4, 64)}, "`out`.*overlap"),
     (-8, {"softmax_lse": torch.zeros(2, 1, 8).expand(2, 4, 8)}, "`softmax_lse`.*overlap"),
     (-8, {"seqused_k": ints(1, 2, 3, 4)[::2]}, "`seqused_k`.*contiguous"),
+    # the same memory
+    (-8, {"q": SHARED, "out": SHARED}, "`out`.*`q`"),
     # numbers that are none
     (-8, {"seqlen_q": "8"}, "`seqlen_q`.*integer"),
     (-8, {"max_seqlen_k": 1.5}, "`max_seqlen_k`.*integer"),
@@ -303,6 +306,9 @@ def on_packed_tensors(**changes: Any) -> FlashAttentionParams:
         (-8, {"cu_seqlens_k": ints(0, 20)}, "cu_seqlens_k.*batch_size"),
         (-8, {"softmax_lse": torch.zeros(2, 4, 12)}, "softmax_lse"),
         (-24, {"cu_seqlens_q": torch.tensor([0, 5, 12])}, "cu_seqlens_q.*int32"),
+        # padded tensors instead of packed ones
+        (-8, {"k": zeros(2, 13, 2, 64)}, "`k`.*3 dimensions"),
+        (-8, {"q": zeros(2, 7, 4, 64), "num_heads": 4, "num_heads_k": 2}, "`q`"),
     ],
 )
 def test_faults_of_packed_tensors(code: int, changes: dict[str, Any], message: str) -> None:
@@ -655,16 +661,20 @@ def test_fields_and_defaults() -> None:
 
 def test_interfaces_say_their_shape_and_type() -> None:
     def interface(shape: tuple[int, ...], typestr: str, **more: Any) -> Interface:
-        return Interface(shape=shape, typestr=typestr, **{"data": (8, False), **more}, version=3)
+        return Interface(shape=shape, typestr=typestr, **{"data": (16, False), **more}, version=3)
 
-    q, k = interface((2, 8, 4, 64), "<f2"), interface((2, 16, 2, 64), "<f2")
-    assert validate_params(FlashAttentionParams(q=q, k=k, v=k, out=q)) == 0
-    raw = interface((2, 8, 4, 64), "<i2")  # integers may stand for what has no name
+    q, k = interface((2, 8, 4, 64), "<f2", data=(64, False)), interface((2, 16, 2, 64), "<f2")
+    out = interface((2, 8, 4, 64), "<f2", data=(32, False))
+    assert validate_params(FlashAttentionParams(q=q, k=k, v=k, out=out)) == 0
+    assert validate_params(FlashAttentionParams(q=q, k=k, v=k, out=q)) == -8
+    raw = interface(
+        (2, 8, 4, 64), "<i2", data=(32, False)
+    )  # integers may stand for what has no name
     assert validate_params(FlashAttentionParams(q=q, k=k, v=k, out=raw)) == 0
     cases = [
-        (-24, interface((2, 8, 4, 64), "<f4"), "`out`.*float32"),
-        (-24, interface((2, 8, 4, 64), "<i4"), "`out`.*int32"),
-        (-24, interface((2, 8, 4, 64), "<f2", data=(8, True)), "`out`.*read-only"),
+        (-24, interface((2, 8, 4, 64), "<f4", data=(32, False)), "`out`.*float32"),
+        (-24, interface((2, 8, 4, 64), "<i4", data=(32, False)), "`out`.*int32"),
+        (-24, interface((2, 8, 4, 64), "<f2", data=(32, True)), "`out`.*read-only"),
         (-24, interface((2, 8, 4, 64), "<c8"), "`out`.*<c8"),
         (-8, interface((2, 9, 4, 64), "<f2"), "`out`.*seqlen_q"),
         (-8, interface((2, 8, 4, 64), "<f2", strides=(4096, 512, 2, 8)), "`out`.*contiguous"),

@@ -158,6 +158,10 @@ def _check_shapes(call: Call) -> None:
             else:
                 _check_shape(call, name, found.shape)
                 _check_strides(call, name, found.shape, found.strides)
+    out = call.memory["out"].address
+    for name in ("q", "k", "v"):
+        if out and out == call.memory[name].address:
+            raise Refused(-8, f"`out` must not be the memory of `{name}`: it is written")
     if not call.strict:
         _check_cache(call)
 

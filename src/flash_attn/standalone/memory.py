@@ -34,6 +34,7 @@ class Described(NamedTuple):
         strides: in elements.
         dtype: None where it is not known.
         device: None where it is not known: addresses and array interfaces name none.
+        address: where the first element lies; 0 where there is none.
         is_address: whether the argument is an integer.
         is_raw: whether integers may stand for other types of the same size (array interfaces).
         read_only: whether the owner forbids writing.
@@ -44,6 +45,7 @@ class Described(NamedTuple):
     strides: tuple[int, ...] | None = None
     dtype: torch.dtype | None = None
     device: torch.device | None = None
+    address: int = 0
     is_address: bool = False
     is_raw: bool = False
     read_only: bool = False
@@ -71,7 +73,7 @@ def describe(x: Any) -> Described | None:
         if isinstance(x, Tensor):
             if x.layout != torch.strided:
                 return Described(fault=f"must be a strided tensor, found {x.layout}")
-            return Described(tuple(x.shape), x.stride(), x.dtype, x.device)
+            return Described(tuple(x.shape), x.stride(), x.dtype, x.device, x.data_ptr())
         interface = getattr(x, "__cuda_array_interface__", None)
         if interface is not None:
             return _describe_interface(interface)
@@ -90,7 +92,7 @@ def describe(x: Any) -> Described | None:
         return None
     if not 0 < address < 2**64:
         return Described(fault=f"must be an address below 2**64, found {address}")
-    return Described(is_address=True)
+    return Described(address=address, is_address=True)
 
 
 def _describe_interface(interface: dict[str, Any]) -> Described | None:
@@ -106,7 +108,9 @@ def _describe_interface(interface: dict[str, Any]) -> Described | None:
         strides = row_major(shape)
     else:
         strides = tuple(step // dtype.itemsize for step in byte_strides)
-    return Described(shape, strides, dtype, is_raw=True, read_only=bool(read_only))
+    return Described(
+        shape, strides, dtype, None, int(address), is_raw=True, read_only=bool(read_only)
+    )
 
 
 def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
