@@ -6,6 +6,8 @@ under test. Outputs start as NaN. On a Hopper GPU what the original supports is 
 
 from __future__ import annotations
 
+import ctypes
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -673,9 +675,7 @@ def test_a_refused_call_writes_nothing(device: str) -> None:
     assert params.softmax_lse.isnan().all()
 
 
-# On the GPU alone -------------------------------------------------------------------------------
-
-gpu = pytest.mark.gpu
+# Addresses and array interfaces ------------------------------------------------------------------
 
 
 class Interface:
@@ -693,6 +693,30 @@ class Interface:
         }
 
 
+_RAW = {"|u1": torch.uint8, "<i2": torch.int16, "<u2": torch.uint16, "<f2": HALF}
+_RAW |= {"<i4": torch.int32, "<i8": torch.int64}
+
+
+@pytest.fixture
+def reads_addresses(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU, stand in for what PyTorch does with GPU memory: views of addresses."""
+    if device == "cuda":
+        return
+    as_tensor = torch.as_tensor
+
+    def view(x: Any, *arguments: Any, **options: Any) -> Tensor:
+        interface = getattr(x, "__cuda_array_interface__", None)
+        if isinstance(x, Tensor) or interface is None:
+            return as_tensor(x, *arguments, **options)
+        dtype, shape = _RAW[interface["typestr"]], interface["shape"]
+        size = math.prod(shape) * dtype.itemsize
+        memory = (ctypes.c_char * size).from_address(interface["data"][0])
+        return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+    monkeypatch.setattr(torch, "as_tensor", view)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+
 SIZES = {
     "batch_size": 2, "seqlen_q": 33, "seqlen_k": 70, "num_heads": 4, "num_heads_k": 2,
     "head_dim": 64,
@@ -707,45 +731,42 @@ def addresses(params: FlashAttentionParams) -> dict[str, Tensor]:
     return found
 
 
-@gpu
 @pytest.mark.parametrize("dtype", [HALF, BF16, FLOAT8])
-def test_addresses(dtype: torch.dtype) -> None:
-    factors = descales("cuda", 2, 4) if dtype == FLOAT8 else None
-    problem = dense("cuda", dtype, q_descale=factors, seqused_k=ints("cuda", 70, 20))
+def test_addresses(device: str, reads_addresses: None, dtype: torch.dtype) -> None:
+    factors = descales(device, 2, 4) if dtype == FLOAT8 else None
+    problem = dense(device, dtype, q_descale=factors, seqused_k=ints(device, 70, 20))
     params = params_of(problem, **SIZES, seqused_k=problem.layout.seqused_k, q_descale_ptr=factors)
     if factors is not None:
         params.q_descale_batch_stride, params.q_descale_head_stride = 4, 1
     tensors = addresses(params)
-    run(params, strict=hopper("cuda") and dtype != BF16)
+    run(params, strict=hopper(device) and dtype != BF16)
     params.out, params.softmax_lse = tensors["out"], tensors["softmax_lse"]
     check(problem, params)
 
 
-@gpu
-def test_addresses_of_packed_sequences() -> None:
-    problem = packed("cuda", [5, 0, 40], [30, 4, 50], window_right=0)
+def test_addresses_of_packed_sequences(device: str, reads_addresses: None) -> None:
+    problem = packed(device, [5, 0, 40], [30, 4, 50], window_right=0)
     params = params_of(
         problem, num_heads=4, num_heads_k=2, head_dim=64, batch_size=3, total_q=45, total_k=84,
         is_causal=True,
     )  # fmt: skip
     tensors = addresses(params)
-    run(params, strict=hopper("cuda"))
+    run(params, strict=hopper(device))
     params.out, params.softmax_lse = tensors["out"], tensors["softmax_lse"]
     check(problem, params)
 
 
-@gpu
-def test_addresses_of_pages_new_keys_tables_and_state() -> None:
-    used = ints("cuda", 12, 58)
-    flat = dense("cuda", HALF, (3, 64), seqused_k=used, window_right=0)
-    k_new, v_new = (torch.randn(2, 4, 2, 64, device="cuda").to(HALF) for _ in range(2))
-    cos, sin = _tables("cuda", 64, 32, HALF)
+def test_addresses_of_pages_new_keys_tables_and_state(device: str, reads_addresses: None) -> None:
+    used = ints(device, 12, 58)
+    flat = dense(device, HALF, (3, 64), seqused_k=used, window_right=0)
+    k_new, v_new = (torch.randn(2, 4, 2, 64, device=device).to(HALF) for _ in range(2))
+    cos, sin = _tables(device, 64, 32, HALF)
     problem = paged(flat, 16, None)
     sizes = {**SIZES, "seqlen_q": 3, "seqlen_k": 64, "total_k": 16 * problem.k.shape[0]}
     params = params_of(
         problem, **sizes, is_causal=True, seqused_k=used, k_new=k_new, v_new=v_new, seqlen_knew=4,
         page_table=problem.layout.page_table, page_size=16, rotary_cos=cos, rotary_sin=sin,
-        rotary_dim=32, p_dropout=0.25, rng_state=torch.zeros(2, dtype=torch.int64, device="cuda"),
+        rotary_dim=32, p_dropout=0.25, rng_state=torch.zeros(2, dtype=torch.int64, device=device),
     )  # fmt: skip
     tensors = addresses(params)
     run(params)
@@ -754,19 +775,9 @@ def test_addresses_of_pages_new_keys_tables_and_state() -> None:
     check(expected, params, tensors["rng_state"])
 
 
-@gpu
-def test_addresses_of_other_memory_have_a_code() -> None:
-    params = params_of(dense("cuda"), **SIZES)
-    host = torch.zeros(2 * 33 * 4 * 64, dtype=HALF)
-    params.q = host.data_ptr()
-    assert flash_attention_forward(params, strict=False) == -100
-    assert get_last_error_message()
-
-
-@gpu
 @pytest.mark.parametrize("dtype", [HALF, BF16, FLOAT8])
-def test_array_interfaces(dtype: torch.dtype) -> None:
-    problem = dense("cuda", dtype)
+def test_array_interfaces(device: str, reads_addresses: None, dtype: torch.dtype) -> None:
+    problem = dense(device, dtype)
     params = params_of(problem)
     out = params.out
     typestr = {HALF: "<f2", BF16: "<u2", FLOAT8: "|u1"}[dtype]
@@ -779,6 +790,20 @@ def test_array_interfaces(dtype: torch.dtype) -> None:
     check(problem, params)
 
 
+# On the GPU alone -------------------------------------------------------------------------------
+
+gpu = pytest.mark.gpu
+
+
+@gpu
+def test_addresses_of_other_memory_have_a_code() -> None:
+    params = params_of(dense("cuda"), **SIZES)
+    host = torch.zeros(2 * 33 * 4 * 64, dtype=HALF)
+    params.q = host.data_ptr()
+    assert flash_attention_forward(params, strict=False) == -100
+    assert get_last_error_message()
+
+
 @gpu
 @pytest.mark.parametrize("kind", ["stream", "handle", "none", "default"])
 def test_streams(kind: str) -> None:
@@ -788,7 +813,9 @@ def test_streams(kind: str) -> None:
     stream = {"stream": side, "handle": side.cuda_stream, "none": None, "default": 0}[kind]
     running = torch.cuda.default_stream() if kind == "default" else side
     params = params_of(problem)
+    run(params, strict=hopper("cuda"))  # compiles
     exact_q, params.q = problem.q, torch.zeros_like(problem.q)
+    params.out.fill_(NAN)
     torch.cuda.synchronize()
     with torch.cuda.stream(running):
         torch.cuda._sleep(50_000_000)  # a call on another stream would see the zeros
@@ -804,7 +831,9 @@ def test_array_interfaces_name_the_stream_of_their_producer() -> None:
     problem = dense("cuda", HALF, (512, 512), (16, 16), 128)
     producer = torch.cuda.Stream()
     params = params_of(problem)
+    run(params)  # compiles
     exact_q, q = problem.q, torch.zeros_like(problem.q)
+    params.out.fill_(NAN)
     torch.cuda.synchronize()
     with torch.cuda.stream(producer):
         torch.cuda._sleep(50_000_000)
@@ -868,6 +897,7 @@ def test_calls_can_be_captured_in_a_graph() -> None:
 def test_tensors_may_be_freed_after_the_call() -> None:
     problem = dense("cuda", HALF, (512, 512), (16, 16), 128)
     side = torch.cuda.Stream()
+    run(params_of(problem))  # compiles
     params = params_of(problem, q=problem.q.clone(), k=problem.k.clone(), v=problem.v.clone())
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

@@ -515,6 +515,28 @@ def test_contents_of_caches_are_checked_on_request(
     assert f"`{field}`" in get_last_error_message()
 
 
+def test_hints_reach_the_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They change no result, so only here would it show that one was dropped."""
+    from flash_attn.core.attend import attend
+
+    solved = []
+
+    def spy(problem: Any, out: torch.Tensor) -> Any:
+        solved.append(problem)
+        return attend(problem, out)
+
+    monkeypatch.setattr("flash_attn.standalone.launch.attend", spy)
+    hints = {"num_splits": 4, "pack_gqa": True, "max_seqlen_q": 7, "max_seqlen_k": 13}
+    for changes in ({}, hints, {"num_splits": 0}, {"num_splits": -3}):
+        assert flash_attention_forward(on_packed_tensors(**changes), strict=False) == 0
+    bare, hinted, chosen, negative = solved
+    assert (bare.num_splits, bare.pack_gqa) == (1, None)
+    assert (hinted.num_splits, hinted.pack_gqa) == (4, True)
+    assert chosen.num_splits == negative.num_splits == 0
+    lengths = [(x.layout.max_seqlen_q, x.layout.max_seqlen_k) for x in (bare, hinted)]
+    assert lengths == [(12, 20), (7, 13)]
+
+
 def test_streams_belong_to_gpus() -> None:
     for stream in (None, 0):
         assert flash_attention_forward(on_tensors(), stream, strict=False) == 0
