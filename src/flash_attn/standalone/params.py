@@ -30,9 +30,9 @@ class FlashAttentionParams:
     """Everything that describes one call; a mutable record that is checked when it is used.
 
     Memory is a tensor, an object with ``__cuda_array_interface__`` or the address of GPU memory as
-    an integer (PyTorch needs NumPy for these two); None and 0 are null. Tensors may be strided where
-    the last dimension lies together; addresses are of row-major memory without gaps. Sizes that are
-    0 are taken from the tensors. "(not strict)" marks what ``strict=True`` refuses.
+    an integer (PyTorch needs NumPy for these two); None and 0 are null. Tensors may be strided
+    where the last dimension lies together; addresses are of row-major memory without gaps. Sizes
+    that are 0 are taken from the tensors. "(not strict)" marks what ``strict=True`` refuses.
 
     Attributes:
         q: (batch_size, seqlen_q, num_heads, head_dim), or (total_q, num_heads, head_dim) with
