@@ -13,6 +13,13 @@ Common to all of them:
   (nheads,) or (batch_size, nheads), adds ``-slope * |i + seqlen_k - seqlen_q - j|``.
 * ``dropout_p`` in [0, 1) acts on the attention weights, kept ones are scaled by 1 / (1 - p).
 * ``deterministic`` is accepted; the backward pass is always bitwise repeatable.
+* ``attn_mask`` and ``s_aux``, by keyword only, are beyond FlashAttention-2. ``attn_mask``:
+  (1 or batch_size, 1 or nheads, 1 or seqlen_q, 1 or seqlen_k), bool (True where a key may be seen)
+  or floating, added to the scores after softcap (-inf hides, like False); it joins the other masks.
+  In packed and cached calls it is indexed by the position within the sequence, keys from the first
+  one in use. ``s_aux``: (nheads,) floating, attention sinks: ``exp(s_aux)`` joins the sum of every
+  row, in softmax_lse too, and a row that sees no key has its sink as LSE. Both may require
+  gradients, and both keep their dtype under autocast.
 * ``return_attn_probs=True`` returns ``(out, softmax_lse, S_dmask)``. softmax_lse is float32
   (batch_size, nheads, seqlen_q), packed (nheads, total_q). S_dmask is empty without dropout; with
   it, ``exp(score - row maximum)``, negative where dropped, in q's dtype, lengths rounded up to 128.
@@ -32,7 +39,13 @@ from torch import Tensor
 
 from . import raw_ops as flash_attn_gpu
 from .core import autograd, ops, reference
-from .core.arguments import autocast, check_tensors, length_bound, window_pair
+from .core.arguments import (
+    autocast,
+    check_optional,
+    check_tensors,
+    length_bound,
+    window_pair,
+)
 from .core.autograd import Options
 from .core.kvcache import attend_with_kvcache, kvcache_problem, lengths_tensor
 from .core.outputs import last_dim_contiguous, round_multiple
@@ -86,9 +99,7 @@ def _options(
 ) -> Options:
     scale = headdim**-0.5 if softmax_scale is None else softmax_scale
     left, right = window_pair(window_size)
-    if not isinstance(alibi_slopes, (Tensor, type(None))):
-        found = type(alibi_slopes).__name__
-        raise ConstraintError(f"`alibi_slopes` must be a torch.Tensor or None, found {found}")
+    check_optional(alibi_slopes=alibi_slopes)
     return Options(
         check_number(dropout_p, "dropout_p"),
         check_number(scale, "softmax_scale"),
@@ -106,6 +117,25 @@ def _format(result: tuple[Tensor, Tensor, Tensor], return_attn_probs: bool) -> A
     return result if return_attn_probs else result[0]
 
 
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    options: Options,
+    return_attn_probs: bool,
+    s_aux: Tensor | None,
+    attn_mask: Tensor | None,
+) -> Any:
+    check_optional(s_aux=s_aux, attn_mask=attn_mask)
+    if s_aux is None and attn_mask is None:
+        result = autograd.attention(q, k, v, options, return_attn_probs)
+    else:
+        result = autograd.extended_attention(
+            q, k, v, options, return_attn_probs, attn_mask=attn_mask, sinks=s_aux
+        )
+    return _format(result, return_attn_probs)
+
+
 def flash_attn_func(
     q: Tensor,
     k: Tensor,
@@ -118,8 +148,13 @@ def flash_attn_func(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
+    *,
+    s_aux: Tensor | None = None,
+    attn_mask: Tensor | None = None,
 ) -> Any:
-    """Softmax attention ``softmax(scale * q k^T) v``, differentiable in q, k and v.
+    """Softmax attention ``softmax(scale * q k^T) v``.
+
+    Differentiable in q, k, v, ``s_aux`` and a floating ``attn_mask``.
 
     Args:
         q: (batch_size, seqlen_q, nheads, headdim).
@@ -133,6 +168,9 @@ def flash_attn_func(
         alibi_slopes: (nheads,) or (batch_size, nheads) float32.
         deterministic: accepted; always so.
         return_attn_probs: return ``(out, softmax_lse, S_dmask)``.
+        s_aux: (nheads,) floating attention sinks, logits of a key without value.
+        attn_mask: (1 or batch_size, 1 or nheads, 1 or seqlen_q, 1 or seqlen_k), bool (True: may be
+            seen) or floating (added to the scores).
 
     Returns:
         ``out`` like q, or the tuple. Details and errors: the module's docstring.
@@ -143,7 +181,7 @@ def flash_attn_func(
         q.shape[-1], dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
         deterministic,
     )  # fmt: skip
-    return _format(autograd.attention(q, k, v, options, return_attn_probs), return_attn_probs)
+    return _attend(q, k, v, options, return_attn_probs, s_aux, attn_mask)
 
 
 def flash_attn_qkvpacked_func(
@@ -223,6 +261,9 @@ def flash_attn_varlen_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
     block_table: Tensor | None = None,
+    *,
+    s_aux: Tensor | None = None,
+    attn_mask: Tensor | None = None,
 ) -> Any:
     """Attention over sequences of different lengths packed one after another.
 
@@ -236,6 +277,8 @@ def flash_attn_varlen_func(
         max_seqlen_q: a bound on the lengths; results do not depend on it.
         max_seqlen_k: likewise.
         block_table: (batch_size, max_blocks) int32 page numbers; forward only.
+        attn_mask: as there, by position within each sequence: its last two sizes are 1 or at least
+            ``max_seqlen_q`` and ``max_seqlen_k``.
 
     The other arguments are those of :func:`flash_attn_func`.
 
@@ -255,7 +298,7 @@ def flash_attn_varlen_func(
         max_seqlen_k=length_bound(max_seqlen_k, rows_k),
         block_table=block_table,
     )  # fmt: skip
-    return _format(autograd.attention(q, k, v, options, return_attn_probs), return_attn_probs)
+    return _attend(q, k, v, options, return_attn_probs, s_aux, attn_mask)
 
 
 def flash_attn_varlen_qkvpacked_func(
@@ -343,6 +386,9 @@ def flash_attn_with_kvcache(
     alibi_slopes: Tensor | None = None,
     num_splits: int = 0,
     return_softmax_lse: bool = False,
+    *,
+    s_aux: Tensor | None = None,
+    attn_mask: Tensor | None = None,
 ) -> Any:
     """Attention over a KV cache, into which new keys and values are first written in place.
 
@@ -367,6 +413,8 @@ def flash_attn_with_kvcache(
         rotary_interleaved: pairs of neighbours (True) or of the two halves (False).
         num_splits: parts into which the keys are divided to fill the GPU; 0 chooses, at most 128.
         return_softmax_lse: return ``(out, softmax_lse)``.
+        attn_mask: as there, by position within each sequence, keys from ``cache_leftpad`` on and
+            appended ones included: its last size is 1 or the cache's capacity.
 
     The other arguments are those of :func:`flash_attn_func`. Forward only.
 
@@ -384,7 +432,9 @@ def flash_attn_with_kvcache(
         cache_batch_idx,
         cache_leftpad,
         block_table,
-        make_transform(q.shape[-1], softmax_scale, softcap, alibi_slopes),
+        make_transform(q.shape[-1], softmax_scale, softcap, alibi_slopes)._replace(
+            attn_mask=attn_mask, sinks=s_aux
+        ),
         Visibility.from_window(left, right, causal),
         check_integer(num_splits, "num_splits"),
     )

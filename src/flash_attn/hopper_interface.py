@@ -39,7 +39,13 @@ import torch
 from torch import Tensor
 
 from .core import hopper_ops, problem_ops
-from .core.arguments import autocast, check_tensors, length_bound, window_pair
+from .core.arguments import (
+    autocast,
+    check_optional,
+    check_tensors,
+    length_bound,
+    window_pair,
+)
 from .core.combine import combine
 from .core.hopper import (
     ForwardArguments,
@@ -91,13 +97,6 @@ def round_up_headdim(head_size: int) -> int:
     return next((size for size in (64, 96, 128, 192) if head_size <= size), 256)
 
 
-def _check_optional(**tensors: Tensor | None) -> None:
-    for name, x in tensors.items():
-        if not isinstance(x, (Tensor, type(None))):
-            found = type(x).__name__
-            raise ConstraintError(f"`{name}` must be a torch.Tensor or None, found {found}")
-
-
 def _problem(
     q: Tensor,
     k: Tensor,
@@ -117,8 +116,8 @@ def _problem(
     attn_mask: Tensor | None = None,
 ) -> AttentionProblem:
     """The problem of a public call; numbers may be 0-dim tensors."""
-    _check_optional(s_aux=s_aux, attn_mask=attn_mask)
-    _check_optional(**dict(zip(("q_descale", "k_descale", "v_descale"), descales, strict=True)))
+    check_optional(s_aux=s_aux, attn_mask=attn_mask)
+    check_optional(**dict(zip(("q_descale", "k_descale", "v_descale"), descales, strict=True)))
     if softmax_scale is not None:
         softmax_scale = check_number(softmax_scale, "softmax_scale")
     return hopper_problem(
@@ -185,7 +184,7 @@ def flash_attn_func(
         (batch_size, nheads, seqlen_q) float32.
     """
     check_tensors(q=q, k=k, v=v)
-    _check_optional(qv=qv)
+    check_optional(qv=qv)
     q, k, v, *more = autocast(*(x for x in (q, k, v, qv) if x is not None))
     qv = more[0] if more else None
     problem = _problem(
@@ -248,10 +247,10 @@ def flash_attn_varlen_func(
         ``cu_seqlens_q`` (batch_size, nheads, seqlen_q).
     """
     check_tensors(q=q, k=k, v=v)
-    _check_optional(qv=qv)
+    check_optional(qv=qv)
     q, k, v, *more = autocast(*(x for x in (q, k, v, qv) if x is not None))
     qv = more[0] if more else None
-    _check_optional(
+    check_optional(
         cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seqused_q=seqused_q,
         seqused_k=seqused_k,
     )  # fmt: skip
@@ -413,7 +412,7 @@ def flash_attn_with_kvcache(
         empty: they are not kept.
     """
     check_tensors(q=q, k_cache=k_cache, v_cache=v_cache)
-    _check_optional(
+    check_optional(
         k=k, v=v, qv=qv, rotary_cos=rotary_cos, rotary_sin=rotary_sin,
         cache_batch_idx=cache_batch_idx,
         cache_leftpad=cache_leftpad, page_table=page_table, cu_seqlens_q=cu_seqlens_q,

@@ -68,7 +68,7 @@ _SCHEMAS = {
     ),
 }
 # Where the operator and the private function differ in their defaults.
-_FORWARD_DEFAULTS = {"rotary_interleaved": False, "num_splits": 0}
+_FORWARD_DEFAULTS: dict[str, Any] = {"rotary_interleaved": False, "num_splits": 0}
 # The private function takes its gradients after the lengths, the operator before them.
 _BACKWARD_ORDER = (*range(6), *range(12, 15), *range(6, 12), *range(15, 22))
 

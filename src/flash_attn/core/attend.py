@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import registry
-from .outputs import empty_lse, empty_out, new_s_dmask, softmax_d_shape
+from .outputs import empty_out, lse_without_keys, new_s_dmask, softmax_d_shape
 from .problem import AttentionProblem, AttentionResult, BackwardInputs
 from .rng import unused_state
 from .validate import check_backward, check_gradient, check_out, check_problem
@@ -47,7 +47,7 @@ def attend_backward(problem: AttentionProblem, inputs: BackwardInputs) -> Tensor
     mask, sinks = problem.transform.attn_mask, problem.transform.sinks
     for name, grad, given in (("dmask", inputs.dmask, mask), ("dsinks", inputs.dsinks, sinks)):
         if grad is not None and given is not None:
-            check_gradient(grad, name, given)
+            check_gradient(grad, name, given, any_strides=True)
     if inputs.dsinks is not None:
         inputs.dsinks.copy_(_sink_gradient(problem, inputs))
     if _has_no_pairs(problem):
@@ -63,17 +63,18 @@ def _sink_gradient(problem: AttentionProblem, inputs: BackwardInputs) -> Tensor:
     sinks = problem.transform.sinks
     if sinks is None:
         raise TypeError("the problem has no sinks")
-    delta = (inputs.out.float() * inputs.dout.float()).sum(-1).transpose(-1, -2)
+    # Rows that see no key, those of no sequence among them, have `out` 0, whatever is in `dout`.
+    product = inputs.out.float() * inputs.dout.float()
+    delta = product.masked_fill_(inputs.out == 0, 0.0).sum(-1).transpose(-1, -2)
     if inputs.dlse is not None:
         delta = delta - inputs.dlse
-    weight = torch.exp(sinks.float()[:, None] - inputs.softmax_lse)
+    lse = inputs.softmax_lse
+    weight = torch.exp(sinks.float()[:, None] - lse).masked_fill_(lse == -torch.inf, 0.0)
     grad = -(weight * delta).sum(-1)
     return grad if problem.is_varlen_q else grad.sum(0)
 
 
 def _empty_result(problem: AttentionProblem, out: Tensor | None) -> AttentionResult:
     out = (empty_out(problem) if out is None else out).zero_()
-    lse = empty_lse(problem).fill_(problem.empty_lse)
-    if problem.transform.sinks is not None:
-        lse.copy_(problem.transform.sinks.float()[:, None].expand_as(lse))
+    lse = lse_without_keys(problem)
     return AttentionResult(out, lse, new_s_dmask(problem), unused_state(problem.q.device))

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..errors import ConstraintError
-from . import ops
+from . import ops, problem_ops
 from .outputs import last_dim_contiguous
 
 
@@ -152,6 +152,28 @@ def attention(
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return Attention.apply(q, k, v, options, return_softmax)
     return run_forward(q, k, v, options, return_softmax)[:3]
+
+
+def extended_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    options: Options,
+    return_softmax: bool,
+    attn_mask: Tensor | None,
+    sinks: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same with a mask or sinks, for which FlashAttention-2's operators have no arguments."""
+    options = options._replace(dropout_p=float(options.dropout_p))
+    return_softmax = return_softmax and options.dropout_p > 0.0
+    tail: tuple[Any, ...] = (*options.shared, return_softmax)
+    if options.cu_seqlens_q is None:
+        problem = ops.dense_problem(q, k, v, *tail)
+    else:
+        tail = (*options.lengths, *tail, options.block_table)
+        problem = ops.varlen_problem(q, k, v, *tail)
+    transform = problem.transform._replace(attn_mask=attn_mask, sinks=sinks)
+    return problem_ops.solve(problem._replace(transform=transform))
 
 
 def packed_attention(

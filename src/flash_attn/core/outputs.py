@@ -31,6 +31,14 @@ def empty_lse(problem: AttentionProblem) -> Tensor:
     return torch.empty(problem.lse_shape, dtype=torch.float32, device=problem.q.device)
 
 
+def lse_without_keys(problem: AttentionProblem) -> Tensor:
+    """A log-sum-exp buffer filled with what rows that see no key have."""
+    sinks = problem.transform.sinks
+    if sinks is None:
+        return empty_lse(problem).fill_(problem.empty_lse)
+    return empty_lse(problem).copy_(sinks[:, None].expand(problem.lse_shape))
+
+
 def s_dmask_shape(problem: AttentionProblem) -> tuple[int, ...]:
     """S_dmask's shape: lengths rounded up to 128, or (0,) where it is not asked for."""
     if not problem.return_softmax or problem.dropout_p == 0.0:

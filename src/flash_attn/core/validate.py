@@ -323,6 +323,11 @@ def check_backward(problem: AttentionProblem, dout: Tensor, out: Tensor, lse: Te
         raise ConstraintError(
             f"the backward pass does not support float8: `q` has dtype {_name(problem.q.dtype)}"
         )
+    if problem.result_dtype != problem.q.dtype:
+        raise ConstraintError(
+            f"the backward pass needs an output like `q`: `out_dtype` is "
+            f"{_name(problem.result_dtype)}, `q` has dtype {_name(problem.q.dtype)}; leave it out"
+        )
     for x, name in ((dout, "dout"), (out, "out")):
         if tuple(x.shape) != problem.out_shape:
             raise ConstraintError(
@@ -349,14 +354,15 @@ def check_out(x: Tensor, problem: AttentionProblem) -> None:
     check_last_stride(x, "out")
 
 
-def check_gradient(x: Tensor, name: str, like: Tensor) -> None:
+def check_gradient(x: Tensor, name: str, like: Tensor, any_strides: bool = False) -> None:
     """A caller's gradient buffer fits the tensor whose gradient it takes."""
     if x.shape != like.shape:
         raise ConstraintError(
             f"`{name}` must have shape {tuple(like.shape)}, found {tuple(x.shape)}"
         )
     check_like(x, name, like)
-    check_last_stride(x, name)
+    if not any_strides:
+        check_last_stride(x, name)
 
 
 def check_contents(problem: AttentionProblem) -> None:
