@@ -8,9 +8,9 @@ from torch import Tensor
 from .problem import AttentionProblem
 
 
-def round_multiple(x: int, multiple: int) -> int:
-    """Round ``x`` up to a multiple of ``multiple``."""
-    return (x + multiple - 1) // multiple * multiple
+def round_multiple(x: int, m: int) -> int:
+    """Round ``x`` up to a multiple of ``m``."""
+    return (x + m - 1) // m * m
 
 
 def last_dim_contiguous(x: Tensor) -> Tensor:
