@@ -18,7 +18,7 @@ import torch
 import flash_attn
 
 # The modules of the second distribution, as if it were installed.
-sys.path.append(str(Path(__file__).parents[1] / "packages" / "flash-attn-3" / "src"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "packages" / "flash-attn-3" / "src"))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

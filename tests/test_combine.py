@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import flash_attn_interface as fa3
 import pytest
 import torch
 from support import INTERPRETED
 from torch import Tensor
 
+import flash_attn_interface as fa3
 from flash_attn.core.combine import merge
 from flash_attn.errors import ConstraintError
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import flash_attn_interface as fa3
 import pytest
 import support
 import torch
@@ -17,6 +16,7 @@ from test_extensions import FLOAT8, Call, check, dense, ints, paged, varlen
 from torch import Tensor
 
 import flash_attn
+import flash_attn_interface as fa3
 from flash_attn.core.problem import AttentionProblem, ScoreTransform, Visibility
 from flash_attn.errors import ConstraintError
 

@@ -10,7 +10,6 @@ import itertools
 import random
 from typing import Any
 
-import flash_attn_interface as fa3
 import pytest
 import torch
 from support import INTERPRETED, cumulative, some
@@ -31,6 +30,7 @@ from test_kvcache import (
 from test_kvcache import bits as wide_bits
 from torch import Tensor
 
+import flash_attn_interface as fa3
 from flash_attn.core import reference
 from flash_attn.core.problem import AttentionProblem, ScoreTransform, SequenceLayout, Visibility
 from flash_attn.errors import ConstraintError

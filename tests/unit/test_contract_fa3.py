@@ -8,13 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import flash_attn_config
-import flash_attn_interface as fa3
 import pytest
 import torch
 from torch import Tensor
 
 import flash_attn
+import flash_attn_config
+import flash_attn_interface as fa3
 from flash_attn import hopper_interface
 from flash_attn.core import problem_ops
 from flash_attn.core.hopper import BackwardArguments, ForwardArguments
