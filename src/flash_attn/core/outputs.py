@@ -18,6 +18,13 @@ def last_dim_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def mark_written(*tensors: Tensor) -> None:
+    """Let autograd see that a kernel changed these, as it sees any in-place operation."""
+    for x in tensors:
+        if not x.is_inference():
+            torch.autograd.graph.increment_version(x)
+
+
 def empty_out(problem: AttentionProblem) -> Tensor:
     """An output like q, which keeps q's strides where they are dense."""
     q = problem.q
