@@ -19,6 +19,7 @@ import flash_attn
 import flash_attn_interface as fa3
 from flash_attn.core.problem import AttentionProblem, ScoreTransform, Visibility
 from flash_attn.errors import ConstraintError
+from flash_attn.quantize import quantize_fp8
 
 INF = float("inf")
 
@@ -341,6 +342,17 @@ def test_float8_values_in_columns(device: str) -> None:
     v = call.problem.v.view(torch.uint8).permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
     got = run(call.but(v=v.view(FLOAT8)), backward=False)
     assert torch.equal(got["out"], want["out"])
+
+
+def test_float8_from_the_quantiser(device: str) -> None:
+    """Its results are the function's arguments by name."""
+    call = dense(device, torch.float16, headdim=64, visibility=MASKS["causal"])
+    want = fa3.flash_attn_func(*call.problem[:3], causal=True)
+    q, k, v, *factors = quantize_fp8(*call.problem[:3], hadamard=True)
+    named = dict(zip(("q_descale", "k_descale", "v_descale"), factors, strict=True))
+    out = fa3.flash_attn_func(q, k, v, causal=True, **named)
+    error = torch.linalg.vector_norm(out.double() - want.double())
+    assert error <= 0.06 * torch.linalg.vector_norm(want.double())
 
 
 def test_float8_has_no_gradient(device: str) -> None:

@@ -278,7 +278,7 @@ def flash_attn_varlen_func(
         max_seqlen_k: likewise.
         block_table: (batch_size, max_blocks) int32 page numbers; forward only.
         attn_mask: as there, by position within each sequence: its last two sizes are 1 or at least
-            ``max_seqlen_q`` and ``max_seqlen_k``.
+            ``max_seqlen_q`` and ``max_seqlen_k`` (with ``block_table``, all that the pages hold).
 
     The other arguments are those of :func:`flash_attn_func`.
 
@@ -414,7 +414,7 @@ def flash_attn_with_kvcache(
         num_splits: parts into which the keys are divided to fill the GPU; 0 chooses, at most 128.
         return_softmax_lse: return ``(out, softmax_lse)``.
         attn_mask: as there, by position within each sequence, keys from ``cache_leftpad`` on and
-            appended ones included: its last size is 1 or the cache's capacity.
+            appended ones included: its last size is 1 or all that the cache or the pages hold.
 
     The other arguments are those of :func:`flash_attn_func`. Forward only.
 
@@ -422,6 +422,7 @@ def flash_attn_with_kvcache(
         ``out`` like q, or ``(out, softmax_lse (batch_size, nheads, seqlen_q))``.
     """
     check_tensors(q=q, k_cache=k_cache, v_cache=v_cache)
+    check_optional(s_aux=s_aux, attn_mask=attn_mask)
     left, right = window_pair(window_size)
     q = last_dim_contiguous(q)
     problem = kvcache_problem(

@@ -199,7 +199,7 @@ class AttentionProblem(NamedTuple):
             "qv": self.qv is not None,
             "a head dim of v of its own": self.v.shape[-1] != self.q.shape[-1],
             "float8 inputs": is_float8(self.q.dtype),
-            "out_dtype": self.result_dtype != self.q.dtype,
+            "out_dtype": self.out_dtype not in (None, self.q.dtype),
         }
         return [name for name, is_used in used.items() if is_used]
 
