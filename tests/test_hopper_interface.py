@@ -135,8 +135,7 @@ def test_head_dims_of_v(device: str, headdims: tuple[int, int]) -> None:
         device, torch.float16, (17, 33), headdim=headdim, headdim_v=headdim_v,
         visibility=MASKS["causal"],
     )  # fmt: skip
-    # The kernels' backward pass ends where upstream's does.
-    got = run_and_check(call, backward=max(headdims) <= 256)
+    got = run_and_check(call)
     assert got["out"].shape == (2, 17, 4, headdim_v)
 
 
@@ -271,7 +270,9 @@ def test_packed_queries_of_padded_keys(device: str) -> None:
 
 
 def test_length_bounds_may_be_tensors_or_wrong(device: str) -> None:
-    call = varlen(device, torch.float32, [9, 4, 11], [20, 30, 8], visibility=MASKS["causal"])
+    """Bit by bit; with fewer key heads a bound may decide whether heads share a tile."""
+    lengths, visibility = ([9, 4, 11], [20, 30, 8]), MASKS["causal"]
+    call = varlen(device, torch.float32, *lengths, heads=(2, 2), visibility=visibility)
     want = run(call)
     for bound in (torch.tensor(30), torch.tensor(30, device=device), 30, 1000):
         got = run(call, max_seqlen_q=bound, max_seqlen_k=bound)
