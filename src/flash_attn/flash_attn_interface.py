@@ -39,7 +39,13 @@ from torch import Tensor
 
 from . import raw_ops as flash_attn_gpu
 from .core import autograd, ops, reference
-from .core.arguments import autocast, check_tensors, length_bound, window_pair
+from .core.arguments import (
+    autocast,
+    check_optional,
+    check_tensors,
+    length_bound,
+    window_pair,
+)
 from .core.autograd import Options
 from .core.kvcache import attend_with_kvcache, kvcache_problem, lengths_tensor
 from .core.outputs import last_dim_contiguous, round_multiple
@@ -93,7 +99,7 @@ def _options(
 ) -> Options:
     scale = headdim**-0.5 if softmax_scale is None else softmax_scale
     left, right = window_pair(window_size)
-    _check_optional(alibi_slopes=alibi_slopes)
+    check_optional(alibi_slopes=alibi_slopes)
     return Options(
         check_number(dropout_p, "dropout_p"),
         check_number(scale, "softmax_scale"),
@@ -111,14 +117,6 @@ def _format(result: tuple[Tensor, Tensor, Tensor], return_attn_probs: bool) -> A
     return result if return_attn_probs else result[0]
 
 
-def _check_optional(**tensors: Tensor | None) -> None:
-    """What is given is a tensor: the operators' schemas take nothing else."""
-    for name, x in tensors.items():
-        if not isinstance(x, (Tensor, type(None))):
-            found = type(x).__name__
-            raise ConstraintError(f"`{name}` must be a torch.Tensor or None, found {found}")
-
-
 def _attend(
     q: Tensor,
     k: Tensor,
@@ -128,7 +126,7 @@ def _attend(
     s_aux: Tensor | None,
     attn_mask: Tensor | None,
 ) -> Any:
-    _check_optional(s_aux=s_aux, attn_mask=attn_mask)
+    check_optional(s_aux=s_aux, attn_mask=attn_mask)
     if s_aux is None and attn_mask is None:
         result = autograd.attention(q, k, v, options, return_attn_probs)
     else:
@@ -424,7 +422,7 @@ def flash_attn_with_kvcache(
         ``out`` like q, or ``(out, softmax_lse (batch_size, nheads, seqlen_q))``.
     """
     check_tensors(q=q, k_cache=k_cache, v_cache=v_cache)
-    _check_optional(s_aux=s_aux, attn_mask=attn_mask)
+    check_optional(s_aux=s_aux, attn_mask=attn_mask)
     left, right = window_pair(window_size)
     q = last_dim_contiguous(q)
     problem = kvcache_problem(

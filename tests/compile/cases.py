@@ -110,6 +110,17 @@ def _run_append(case: Case) -> None:
         problem = problem_of(case._replace(feature=feature))
         new = _tensor(case, 2, 16, 2, case.headdim)
         launch_cache.append_kv(problem, new, new.clone(), _ints(2))
+    wide = problem._replace(v=problem.v.new_empty(*problem.v.shape[:3], 512))
+    rows = wide.layout._replace(cache_batch_idx=_ints(2))
+    packed = (_tensor(case, 32, 2, case.headdim), _tensor(case, 32, 2, 512))
+    launch_cache.append_kv(wide._replace(layout=rows), *packed, _ints(2), _ints(3))
+
+
+def _run_combine(case: Case) -> None:
+    parts = torch.empty(3, 2, 64, 4, case.headdim, device="meta")
+    lse = torch.empty(3, 2, 4, 64, device="meta").transpose(2, 3)
+    out = torch.empty(2, 64, 4, case.headdim, dtype=getattr(torch, case.dtype), device="meta")
+    launch_cache.combine(parts, lse, out, torch.empty(2, 4, 64, device="meta"))
 
 
 def _run_rotary(case: Case) -> None:
@@ -149,6 +160,7 @@ def _run_layer_norm(case: Case) -> None:
 SMALLER = {
     "softmax_debug": _run_softmax_debug,
     "append_kv": _run_append,
+    "combine": _run_combine,
     "rotary": _run_rotary,
     "cross_entropy": _run_cross_entropy,
     "layer_norm": _run_layer_norm,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..core.outputs import softmax_d_shape
 from ..core.problem import AttentionProblem, BackwardInputs
+from ..errors import UnsupportedProblemError
 
 
 def window(problem: AttentionProblem) -> tuple[int, int]:
@@ -85,3 +86,16 @@ def softmax_d(problem: AttentionProblem, inputs: BackwardInputs) -> Tensor:
     result = torch.zeros(softmax_d_shape(problem), device=rows.device)
     result[..., : rows.shape[-2]] = rows.transpose(-1, -2)
     return result
+
+
+def refuse_lse_gradient(name: str, inputs: BackwardInputs) -> None:
+    """These libraries' operators have no argument for a gradient of the log-sum-exp.
+
+    Raises:
+        UnsupportedProblemError: one is given.
+    """
+    if inputs.dlse is not None:
+        raise UnsupportedProblemError(
+            f"the backend {name} does not take a gradient of softmax_lse; choose another with "
+            "flash_attn.set_backend(...) or do not differentiate the log-sum-exp"
+        )

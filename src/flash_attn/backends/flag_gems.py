@@ -15,7 +15,14 @@ from torch import Tensor
 from ..core.outputs import empty_lse, empty_out, new_s_dmask
 from ..core.problem import AttentionProblem, AttentionResult, BackwardInputs
 from ..core.rng import unused_state
-from ._foreign import clear_unused_rows, pad_headdim, refused_inputs, softmax_d, window
+from ._foreign import (
+    clear_unused_rows,
+    pad_headdim,
+    refuse_lse_gradient,
+    refused_inputs,
+    softmax_d,
+    window,
+)
 
 _INT32_ELEMENTS = 2**31
 
@@ -205,6 +212,7 @@ class FlagGemsBackend:
 
     @torch.no_grad()
     def backward(self, problem: AttentionProblem, inputs: BackwardInputs) -> Tensor:
+        refuse_lse_gradient(self.name, inputs)
         # The backward kernels take head dims that are powers of two.
         headdim = max(16, 1 << (problem.headdim - 1).bit_length())
         tensors = (inputs.dout, problem.q, problem.k, problem.v, inputs.out)

@@ -56,3 +56,15 @@ def check_tensors(**tensors: Tensor) -> None:
             raise ConstraintError(f"`{name}` must be a torch.Tensor, found {type(x).__name__}")
         if x.dim() < 1 or x.shape[-1] == 0:
             raise ConstraintError(f"`{name}` must have a head dim, found shape {tuple(x.shape)}")
+
+
+def check_optional(**tensors: Tensor | None) -> None:
+    """What is given is a tensor: the operators' schemas take nothing else.
+
+    Raises:
+        ConstraintError: an argument, named by its keyword, is neither a tensor nor None.
+    """
+    for name, x in tensors.items():
+        if not isinstance(x, (Tensor, type(None))):
+            found = type(x).__name__
+            raise ConstraintError(f"`{name}` must be a torch.Tensor or None, found {found}")

@@ -117,9 +117,9 @@ def _check_out(out: Tensor, out_partial: Tensor, dtype: torch.dtype) -> None:
 
 def _combine(out_partial: Tensor, lse_partial: Tensor, out: Tensor) -> Tensor:
     lse = _new_lse(out_partial)
-    if out.numel() == 0 and lse.numel() == 0:
+    if lse.numel() == 0:
         return lse
-    if not out_partial.is_cuda:
+    if _merges_on_host(out_partial):
         merged, merged_lse = merge(out_partial, lse_partial)
         out.copy_(merged)
         return lse.copy_(merged_lse.transpose(1, 2))
@@ -128,6 +128,10 @@ def _combine(out_partial: Tensor, lse_partial: Tensor, out: Tensor) -> Tensor:
     triton: Any = registry.load("triton")
     triton.combine(last_dim_contiguous(out_partial), lse_partial, out, lse)
     return lse
+
+
+def _merges_on_host(x: Tensor) -> bool:
+    return not x.is_cuda
 
 
 def _new_lse(out_partial: Tensor) -> Tensor:

@@ -8,14 +8,21 @@ from torch import Tensor
 from .problem import AttentionProblem
 
 
-def round_multiple(x: int, multiple: int) -> int:
-    """Round ``x`` up to a multiple of ``multiple``."""
-    return (x + multiple - 1) // multiple * multiple
+def round_multiple(x: int, m: int) -> int:
+    """Round ``x`` up to a multiple of ``m``."""
+    return (x + m - 1) // m * m
 
 
 def last_dim_contiguous(x: Tensor) -> Tensor:
     """Copy ``x`` only if its last dimension does not lie together."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def mark_written(*tensors: Tensor) -> None:
+    """Let autograd see that a kernel changed these, as it sees any in-place operation."""
+    for x in tensors:
+        if not x.is_inference():
+            torch.autograd.graph.increment_version(x)
 
 
 def empty_out(problem: AttentionProblem) -> Tensor:

@@ -55,9 +55,7 @@ class TritonBackend:
         """Write new rows into the caches of ``problem``, sequence b's from row ``at[b]`` on."""
         launch_cache.append_kv(problem, k_new, v_new, at, cu_seqlens_new)
 
-    def combine(
-        self, out_partial: Tensor, lse_partial: Tensor, out: Tensor, lse: Tensor
-    ) -> None:
+    def combine(self, out_partial: Tensor, lse_partial: Tensor, out: Tensor, lse: Tensor) -> None:
         """Merge partial results into ``out`` and ``lse``; see flash_attn.core.combine."""
         launch_cache.combine(out_partial, lse_partial, out, lse)
 

@@ -7,6 +7,7 @@ import triton
 from torch import Tensor
 
 from ...core.device import guard
+from ...core.outputs import mark_written
 from ...core.problem import AttentionProblem, is_float8
 from ...kernels.combine import attention_combine
 from ...kernels.kv_append import append_kv as append_kv_kernel
@@ -56,6 +57,7 @@ def append_kv(
             HAS_BATCH_IDX=cache_row is not None,
             num_warps=4,
         )  # fmt: skip
+    mark_written(problem.k, problem.v)
 
 
 def combine(out_partial: Tensor, lse_partial: Tensor, out: Tensor, lse: Tensor) -> None:
@@ -80,3 +82,4 @@ def combine(out_partial: Tensor, lse_partial: Tensor, out: Tensor, lse: Tensor) 
             BLOCK_D=max(16, triton.next_power_of_2(headdim)),
             num_warps=4,
         )  # fmt: skip
+    mark_written(out)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ...core.device import guard
+from ...core.outputs import mark_written
 from ...core.rotary import check_rotary
 from ...kernels.rotary import rotary_kernel
 
@@ -37,9 +38,8 @@ def apply_rotary(
     if cos.shape[1] == 0:
         return out if inplace else out.copy_(x)
     _launch(out, x, cos, sin, seqlen_offsets, cu_seqlens, interleaved, conjugate)
-    if inplace and not x.is_inference():
-        # Autograd must see that the values changed, as it does after any in-place operation.
-        torch.autograd.graph.increment_version(x)
+    if inplace:
+        mark_written(x)
     return out
 
 
