@@ -174,13 +174,19 @@ def flash_attn_func(
     Returns:
         ``out`` like q, or the tuple. Details and errors: the module's docstring.
     """
+    arguments = (
+        dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
+    )  # fmt: skip
+    if not return_attn_probs:
+        out = autograd.repeat_dense(q, k, v, arguments)
+        if out is not None:
+            return out
     _check_tensors(q=q, k=k, v=v)
     q, k, v = _autocast(q, k, v)
-    options = _options(
-        q.shape[-1], dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
-        deterministic,
-    )  # fmt: skip
-    return _format(autograd.attention(q, k, v, options, return_attn_probs), return_attn_probs)
+    options = _options(q.shape[-1], *arguments)
+    result = autograd.attention(q, k, v, options, return_attn_probs)
+    autograd.remember_dense(q, k, v, arguments, options)
+    return _format(result, return_attn_probs)
 
 
 def flash_attn_qkvpacked_func(

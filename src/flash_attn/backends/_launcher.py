@@ -313,19 +313,16 @@ class Repeat:
         self._steps = [_step(launch, known) for launch in tape.launches]
         self._scratch = [(x.shape, x.stride(), x.dtype, x.device) for x in tape.scratch]
         active = driver.active
-        self._device: int = active.get_current_device()
+        self.device: int = active.get_current_device()
         self._get_device, self._get_stream = active.get_current_device, active.get_current_stream
 
-    def __call__(self, addresses: list[int]) -> None:
-        """Launch on the current stream of the recorded GPU; ``addresses`` is changed."""
-        if self._get_device() != self._device:
-            with torch.cuda.device(self._device):
-                self._launch(addresses)
-        else:
-            self._launch(addresses)
+    def is_current(self) -> bool:
+        """Whether the GPU of the recording is the current one, as it must be for a launch."""
+        return self._get_device() == self.device
 
-    def _launch(self, addresses: list[int]) -> None:
-        stream = self._get_stream(self._device)
+    def __call__(self, addresses: list[int]) -> None:
+        """Launch on the current stream; ``addresses`` is changed."""
+        stream = self._get_stream(self.device)
         if self._scratch:
             held = [
                 torch.empty_strided(shape, stride, dtype=dtype, device=device)

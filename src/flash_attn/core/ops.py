@@ -14,8 +14,15 @@ from torch import Tensor
 
 from .attend import attend, attend_backward
 from .outputs import s_dmask_shape, softmax_d_shape
-from .problem import AttentionProblem, BackwardInputs, SequenceLayout, Visibility, make_transform
-from .rng import new_state, unused_state
+from .problem import (
+    AttentionProblem,
+    AttentionResult,
+    BackwardInputs,
+    SequenceLayout,
+    Visibility,
+    make_transform,
+)
+from .rng import new_state, placeholder_state, unused_state
 from .validate import check_layout_supported
 
 NAMESPACE = "flash_attn"
@@ -76,8 +83,21 @@ def dense_problem(
     )
 
 
+def solve_forward(*arguments: Any) -> AttentionResult:
+    """What the dense forward operator computes, past the dispatcher."""
+    return attend(dense_problem(*arguments))
+
+
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
-    return tuple(attend(dense_problem(*arguments)))
+    return _outputs(dense_problem(*arguments))
+
+
+def _outputs(problem: AttentionProblem) -> tuple[Tensor, ...]:
+    """Solve; an operator's outputs must be defined, so that without dropout the state is zeros."""
+    result = attend(problem)
+    if problem.dropout_p > 0.0:
+        return tuple(result)
+    return (*result[:3], unused_state(problem.q.device))
 
 
 def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
@@ -143,8 +163,13 @@ def varlen_problem(
     )
 
 
+def solve_varlen_forward(*arguments: Any) -> AttentionResult:
+    """What the packed forward operator computes, past the dispatcher."""
+    return attend(varlen_problem(*arguments))
+
+
 def _varlen_forward(*arguments: Any) -> tuple[Tensor, ...]:
-    return tuple(attend(varlen_problem(*arguments)))
+    return _outputs(varlen_problem(*arguments))
 
 
 def _varlen_forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
@@ -163,7 +188,7 @@ def _solve_backward(
 ) -> Tensor:
     if rng_state is None:
         dropout = problem.dropout_p > 0.0
-        rng_state = (new_state if dropout else unused_state)(problem.q.device)
+        rng_state = (new_state if dropout else placeholder_state)(problem.q.device)
     inputs = BackwardInputs(
         dout,
         out,
@@ -176,7 +201,7 @@ def _solve_backward(
     return attend_backward(problem, inputs)
 
 
-def _backward(
+def solve_backward(
     dout: Tensor,
     q: Tensor,
     k: Tensor,
@@ -196,6 +221,7 @@ def _backward(
     deterministic: bool,
     rng_state: Tensor | None = None,
 ) -> Tensor:
+    """What the dense backward operator computes, past the dispatcher."""
     # `deterministic` asks for what every backend gives: no accumulation depends on timing.
     problem = dense_problem(
         q, k, v, dropout_p, softmax_scale, causal, window_size_left, window_size_right,
@@ -217,7 +243,7 @@ def _backward_fake(
     return q.new_empty(softmax_d_shape(problem), dtype=torch.float32)
 
 
-def _varlen_backward(
+def solve_varlen_backward(
     dout: Tensor,
     q: Tensor,
     k: Tensor,
@@ -242,6 +268,7 @@ def _varlen_backward(
     rng_state: Tensor | None = None,
     zero_tensors: bool = False,
 ) -> Tensor:
+    """What the packed backward operator computes, past the dispatcher."""
     problem = varlen_problem(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale,
         causal, window_size_left, window_size_right, softcap, alibi_slopes,
@@ -269,8 +296,8 @@ def _varlen_backward_fake(
 _IMPLEMENTATIONS: dict[str, tuple[Any, Any]] = {
     "_flash_attn_forward": (_forward, _forward_fake),
     "_flash_attn_varlen_forward": (_varlen_forward, _varlen_forward_fake),
-    "_flash_attn_backward": (_backward, _backward_fake),
-    "_flash_attn_varlen_backward": (_varlen_backward, _varlen_backward_fake),
+    "_flash_attn_backward": (solve_backward, _backward_fake),
+    "_flash_attn_varlen_backward": (solve_varlen_backward, _varlen_backward_fake),
 }
 
 # Kept alive for the life of the process: the operators vanish with the library object.
