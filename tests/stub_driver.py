@@ -50,6 +50,7 @@ class StubDriver:
     Attributes:
         launches: every launch so far.
         encoded: every tensor map so far.
+        names: of the loaded kernels, by function.
         device: the current one; tests may change it.
         silent: note nothing (benchmarks).
     """
@@ -57,7 +58,8 @@ class StubDriver:
     def __init__(self, silent: bool = False) -> None:
         self.launches: list[Launched] = []
         self.encoded: list[TensorMap] = []
-        self.device, self.silent, self._loaded = next(_DEVICES), silent, 0
+        self.names: dict[int, str] = {}
+        self.device, self.silent = next(_DEVICES), silent
         self.module = importlib.import_module("triton.backends.nvidia.driver")
         self.launcher_cls = self.module.CudaLauncher
         self.utils = SimpleNamespace(
@@ -80,8 +82,9 @@ class StubDriver:
         return GPUTarget("cuda", 90, 32)
 
     def _load(self, name: str, *_: Any) -> tuple[int, int, int, int, int]:
-        self._loaded += 1
-        return (1, 1000 + self._loaded, 32, 0, 1024)
+        function = 1000 + len(self.names)
+        self.names[function] = name
+        return (1, function, 32, 0, 1024)
 
     def _encode(self, address: int, *rest: Any) -> TensorMap:
         _, _, _, block, shape, strides, _ = rest

@@ -167,28 +167,13 @@ def test_the_current_stream_is_asked_for_on_each_launch(driver, monkeypatch):
     assert driver.launches[-1].stream == 12345
 
 
-def test_the_gpu_of_the_recording_is_made_current(driver, monkeypatch):
+def test_which_gpu_is_current_is_asked_for(driver):
     x, y = pair()
     repeat, home = Repeat(record(x, y), [x, y]), driver.device
-    entered = []
-
-    class Guard:
-        def __init__(self, device):
-            self.device = device
-
-        def __enter__(self):
-            entered.append(self.device)
-
-        def __exit__(self, *_):
-            entered.append("left")
-
-    monkeypatch.setattr(torch.cuda, "device", Guard)
-    repeat(addresses(x, y))
-    assert entered == []
+    assert repeat.device == home
+    assert repeat.is_current()
     driver.device = home + 1
-    repeat(addresses(x, y))
-    assert entered == [home, "left"]
-    assert driver.launches[-1].stream == STREAM + home
+    assert not repeat.is_current()
 
 
 # Tensor maps

@@ -70,9 +70,7 @@ def run_forward(
         forward = ops.solve_forward if direct else ops.forward
         return forward(q, k, v, *options.shared, return_softmax)
     forward = ops.solve_varlen_forward if direct else ops.varlen_forward
-    return forward(
-        q, k, v, *options.lengths, *options.shared, return_softmax, options.block_table
-    )
+    return forward(q, k, v, *options.lengths, *options.shared, return_softmax, options.block_table)
 
 
 def _may_bypass(q: Tensor, k: Tensor, v: Tensor, options: Options) -> bool:

@@ -128,8 +128,10 @@ def signature_of(values: tuple[Any, ...], tensors: Sequence[Tensor]) -> tuple[An
     addresses, layouts = 0, [values, registry.choice()]
     try:
         for x in tensors:
+            if type(x) not in _PLAIN or x.is_neg():
+                return None
             address = x.data_ptr()
-            if not address or type(x) not in _PLAIN or x.is_neg():
+            if not address:
                 return None
             addresses |= address
             layouts.append((x.shape, x.stride(), x.dtype, x.device))
