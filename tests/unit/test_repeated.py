@@ -12,6 +12,8 @@ import pytest
 import torch
 from stub_driver import StubDriver, stub_driver
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton import knobs
 
 from flash_attn import (
@@ -586,3 +588,40 @@ def test_threads_do_not_mix_their_tensors(gpu):
     assert len(gpu.launches) == 4 * 129
     for one in gpu.launches:
         assert set(one.arguments[:3]) in owned.values()
+
+
+class Watcher(TorchDispatchMode):
+    """Notes the names of the operators that it sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_known_calls_are_operators_to_whoever_watches(gpu):
+    q, k, v = (x.requires_grad_() for x in qkv())
+    for _ in range(4):
+        with Watcher() as watcher:
+            out = flash_attn_func(q, k, v)
+            out.backward(torch.zeros_like(out))
+        assert "flash_attn::_flash_attn_forward" in watcher.seen
+        assert "flash_attn::_flash_attn_backward" in watcher.seen
+    assert is_direct(gpu)
+    for _ in range(3):
+        out = flash_attn_func(q, k, v)
+    with Watcher() as watcher:
+        out.backward(torch.zeros_like(out))
+    assert "flash_attn::_flash_attn_backward" in watcher.seen
+
+
+def test_known_calls_are_traced(gpu):
+    warm()
+    graph = make_fx(lambda q, k, v: flash_attn_func(q, k, v))(*qkv())
+    assert "_flash_attn_forward" in graph.code
+    compiled = torch.compile(flash_attn_func, fullgraph=True, backend="eager")
+    assert compiled(*qkv()).shape == (1, 32, 4, 32)
+    assert not torch.compiler.is_compiling()
