@@ -42,12 +42,12 @@ class Options(NamedTuple):
     @property
     def is_plain(self) -> bool:
         """Whether all numbers are Python's own."""
-        numbers = (self.dropout_p, self.softmax_scale, self.softcap)
-        integers = (self.window_left, self.window_right, self.max_seqlen_q, self.max_seqlen_k)
+        dropout_p, scale, causal, left, right, softcap, *_ = self
+        integers = {type(left), type(right), type(self.max_seqlen_q), type(self.max_seqlen_k)}
         return (
-            type(self.causal) is bool
-            and all(type(x) is float or type(x) is int for x in numbers)
-            and all(type(x) is int for x in integers)
+            type(causal) is bool
+            and integers == {int}
+            and {type(dropout_p), type(scale), type(softcap)} <= {int, float}
         )
 
     @property
@@ -180,11 +180,11 @@ class RepeatedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, solve: repeated.Solve, options: Options
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, solve: repeated.Solve, call: _DenseCall
     ) -> Tensor:
         out, lse = solve((q, k, v))
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.options = options
+        ctx.call = call
         return out
 
     @staticmethod
@@ -192,12 +192,24 @@ class RepeatedAttention(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, softmax_lse = ctx.saved_tensors
         grads = (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
-        _run_backward(dout, (q, k, v, out, softmax_lse, None), grads, ctx.options)
+        tensors = (q, k, v, dout, out, softmax_lse, *grads)
+        solve = repeated.find_plain(ctx.call.values, tensors) if eager.nobody_watches() else None
+        if solve is not None:
+            solve(tensors)
+        else:
+            _run_backward(dout, (q, k, v, out, softmax_lse, None), grads, ctx.call.options)
         return (*grads, None, None)
 
 
-# From arguments of the dense public function to its options and its problem's values.
-_dense: dict[tuple[Any, ...], tuple[Options, tuple[Any, ...]]] = {}
+class _DenseCall(NamedTuple):
+    """What arguments of the dense public function amount to: ``values`` are those of its problem
+    after q, k and v."""
+
+    options: Options
+    values: tuple[Any, ...]
+
+
+_dense: dict[tuple[Any, ...], _DenseCall] = {}
 
 
 def repeat_dense(q: Tensor, k: Tensor, v: Tensor, arguments: tuple[Any, ...]) -> Tensor | None:
@@ -218,13 +230,11 @@ def repeat_dense(q: Tensor, k: Tensor, v: Tensor, arguments: tuple[Any, ...]) ->
         return None
     if q.dtype is torch.float32 and torch.is_autocast_enabled(q.device.type):
         return None
-    options, values = known
-    signature = repeated.signature_of(values, (q, k, v))
-    solve = None if signature is None else repeated.find(signature)
+    solve = repeated.find_plain(known.values, (q, k, v))
     if solve is None:
         return None
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return RepeatedAttention.apply(q, k, v, solve, options)
+        return RepeatedAttention.apply(q, k, v, solve, known)
     return solve((q, k, v))[0]
 
 
@@ -239,7 +249,7 @@ def remember_dense(
     # A tensor among the arguments may change its value.
     if type(arguments[3]) is tuple and not any(isinstance(x, Tensor) for x in _flat(arguments)):
         values = ops.dense_problem(q, k, v, *options.shared)[3:]
-        _dense[(q.shape[-1:], arguments)] = (options, values)
+        _dense[(q.shape[-1:], arguments)] = _DenseCall(options, values)
 
 
 def _flat(arguments: tuple[Any, ...]) -> Iterator[Any]:

@@ -82,7 +82,7 @@ def _values_of(rest: tuple[Any, ...], found: list[Tensor]) -> tuple[Any, ...]:
     if rest in _tensor_free:
         return rest
     before = len(found)
-    values: tuple[Any, ...] = _without_tensors(rest, found)
+    values = _without_tensors(rest, found)
     if len(found) == before:
         if len(_tensor_free) >= _CAPACITY:
             _tensor_free.clear()
@@ -90,13 +90,19 @@ def _values_of(rest: tuple[Any, ...], found: list[Tensor]) -> tuple[Any, ...]:
     return values
 
 
-def _without_tensors(value: Any, found: list[Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        found.append(value)
-        return Tensor  # its layout is held beside
-    if isinstance(value, tuple):
-        return tuple(_without_tensors(x, found) for x in value)
-    return value
+def _without_tensors(values: tuple[Any, ...], found: list[Tensor]) -> tuple[Any, ...]:
+    kept: list[Any] = []
+    for x in values:
+        if x is None:
+            kept.append(None)
+        elif isinstance(x, Tensor):
+            found.append(x)
+            kept.append(Tensor)  # its layout is held beside
+        elif isinstance(x, tuple):
+            kept.append(_without_tensors(x, found))
+        else:
+            kept.append(x)
+    return tuple(kept)
 
 
 def _restored(value: Any, tensors: list[Tensor]) -> Any:
@@ -149,6 +155,12 @@ def find(signature: tuple[Any, ...]) -> Solve | None:
     if registry.is_loaded(backend) and backend.repeats_now():
         return solve
     return None
+
+
+def find_plain(values: tuple[Any, ...], tensors: Sequence[Tensor]) -> Solve | None:
+    """:func:`find` for a problem of ``values`` after q, k and v, all ``tensors`` being at hand."""
+    signature = signature_of(values, tensors)
+    return None if signature is None else find(signature)
 
 
 def forward(call: Call, problem: AttentionProblem, backend: registry.Backend) -> AttentionResult:
