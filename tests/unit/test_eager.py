@@ -83,6 +83,14 @@ def test_plain_calls_go_past_the_dispatcher(operators):
     assert operators == []
 
 
+def test_where_watchers_cannot_be_told_every_call_goes_through(operators, monkeypatch):
+    assert eager.CAN_TELL
+    monkeypatch.setattr(eager, "CAN_TELL", False)
+    for _ in range(3):
+        flash_attn_func(*qkv())
+    assert operators == ["forward"] * 3
+
+
 @pytest.mark.parametrize(
     "options",
     [

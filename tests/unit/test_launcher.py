@@ -169,11 +169,13 @@ def test_the_current_stream_is_asked_for_on_each_launch(driver, monkeypatch):
 
 def test_which_gpu_is_current_is_asked_for(driver):
     x, y = pair()
-    repeat, home = Repeat(record(x, y), [x, y]), driver.device
-    assert repeat.device == home
-    assert repeat.is_current()
+    tape, home = record(x, y), driver.device
     driver.device = home + 1
+    repeat = Repeat(tape, [x, y])
+    assert repeat.device == home
     assert not repeat.is_current()
+    driver.device = home
+    assert repeat.is_current()
 
 
 # Tensor maps

@@ -90,7 +90,8 @@ def named(driver: StubDriver, tensors: dict[str, Tensor]) -> list[dict[str, obje
     found = []
     for one in driver.launches:
         kernel = _BY_NAME[driver.names[one.function]]
-        values: dict[str, object] = {"kernel": kernel.__name__, "grid": one.grid}
+        # Compiled anew for other types, alignments or constants, a kernel is another function.
+        values: dict[str, object] = {"function": one.function, "grid": one.grid}
         for name, value, param in zip(kernel.arg_names, one.arguments, kernel.params, strict=True):
             if name == "rng_state":
                 value = "unused"

@@ -70,6 +70,7 @@ class Launch(NamedTuple):
     compiled: Any
     args: tuple[Any, ...]
     keywords: dict[str, Any]
+    device: int
     stream: int
 
 
@@ -119,9 +120,11 @@ class Launcher:
 
     def _noted(self, launch: Any, grid: Sequence[int], tape: Tape) -> Callable[..., Any]:
         def run(*args: Any, **keywords: Any) -> Any:
-            stream = driver.active.get_current_stream(driver.active.get_current_device())
+            device = driver.active.get_current_device()
+            stream = driver.active.get_current_stream(device)
             compiled = launch(*args, **keywords)
-            tape.launches.append(Launch(self.kernel, grid, compiled, args, keywords, stream))
+            noted = Launch(self.kernel, grid, compiled, args, keywords, device, stream)
+            tape.launches.append(noted)
             return compiled
 
         return run
@@ -307,13 +310,13 @@ class Repeat:
     def __init__(self, tape: Tape, tensors: Sequence[Tensor]) -> None:
         if not tape.launches:
             raise Unrepeatable("nothing was launched")
-        if len({launch.stream for launch in tape.launches}) > 1:
+        if len({(launch.device, launch.stream) for launch in tape.launches}) > 1:
             raise Unrepeatable("the launches were on several streams")
         known = [*tensors, *tape.scratch]
         self._steps = [_step(launch, known) for launch in tape.launches]
         self._scratch = [(x.shape, x.stride(), x.dtype, x.device) for x in tape.scratch]
         active = driver.active
-        self.device: int = active.get_current_device()
+        self.device = tape.launches[0].device
         self._get_device, self._get_stream = active.get_current_device, active.get_current_stream
 
     def is_current(self) -> bool:

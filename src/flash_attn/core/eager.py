@@ -6,19 +6,29 @@ implementation directly, unless something is there to see operators.
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import Tensor
 
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_function_modes = torch._C._len_torch_function_stack
-_transforms = torch._C._functorch.peek_interpreter_stack
-_tracing = torch._C._get_tracing_state
-_profiling = torch._C._autograd._profiler_enabled
+logger = logging.getLogger("flash_attn")
+
+# PyTorch has no public names for these.
+try:
+    _dispatch_modes = torch._C._len_torch_dispatch_stack
+    _function_modes = torch._C._len_torch_function_stack
+    _transforms = torch._C._functorch.peek_interpreter_stack
+    _tracing = torch._C._get_tracing_state
+    _profiling = torch._C._autograd._profiler_enabled
+    CAN_TELL = True
+except AttributeError as error:
+    logger.info("every call goes through the dispatcher: in torch %s, %s", torch.__version__, error)
+    CAN_TELL = False
 
 
 def nobody_watches() -> bool:
     """Whether no compiler, mode, function transform, tracer or profiler is at work."""
-    return not (
+    return CAN_TELL and not (
         torch.compiler.is_compiling()
         or _dispatch_modes()
         or _function_modes()
