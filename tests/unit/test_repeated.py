@@ -409,6 +409,8 @@ def test_the_environment_is_read_on_each_call(gpu, monkeypatch):
         flash_attn_func(*qkv())
         assert len(asked) == count
     monkeypatch.setenv("FLASH_ATTENTION_USE_FLAGGEMS", "perhaps")
+    with use_backend("triton"):
+        warm()
     with pytest.raises(ConstraintError, match="FLASH_ATTENTION_USE_FLAGGEMS"):
         flash_attn_func(*qkv())
 

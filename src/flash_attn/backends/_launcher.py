@@ -116,7 +116,9 @@ class Launcher:
 
     def __getitem__(self, grid: Sequence[int]) -> Callable[..., Any]:
         launch = self.kernel[grid]
-        return launch if _recording.tape is None else self._noted(launch, grid, _recording.tape)
+        if torch.compiler.is_compiling() or _recording.tape is None:
+            return launch
+        return self._noted(launch, grid, _recording.tape)
 
     def _noted(self, launch: Any, grid: Sequence[int], tape: Tape) -> Callable[..., Any]:
         def run(*args: Any, **keywords: Any) -> Any:

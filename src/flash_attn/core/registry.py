@@ -137,8 +137,10 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def choice() -> tuple[str, bool]:
-    """What :func:`select` depends on besides the problem."""
-    return (_context_choice[-1] if _context_choice else _process_choice, settings.use_flaggems())
+    """What :func:`select` depends on besides the problem: a name, and what the environment says
+    where none is named."""
+    name = _context_choice[-1] if _context_choice else _process_choice
+    return (name, name != AUTO or settings.use_flaggems())
 
 
 def is_loaded(backend: Backend) -> bool:
