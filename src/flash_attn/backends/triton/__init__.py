@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from triton import knobs
 
 from ...core.problem import AttentionProblem, AttentionResult, BackwardInputs
-from . import launch, launch_backward, launch_cache
+from ...core.repeated import Solve
+from .._launcher import undisturbed
+from . import launch, launch_backward, launch_cache, record
 from .launch_rotary import apply_rotary
 
 _INTERPRETED = bool(knobs.runtime.interpret)
@@ -31,6 +35,19 @@ class TritonBackend:
 
     def backward(self, problem: AttentionProblem, inputs: BackwardInputs) -> Tensor:
         return launch_backward.backward(problem, inputs)
+
+    # See flash_attn.core.repeated for these three.
+    repeats_now = staticmethod((lambda: False) if _INTERPRETED else undisturbed)
+
+    def record_forward(
+        self, problem: AttentionProblem, tensors: Sequence[Tensor]
+    ) -> tuple[AttentionResult, Solve | None]:
+        return record.forward(problem, tensors)
+
+    def record_backward(
+        self, problem: AttentionProblem, inputs: BackwardInputs, tensors: Sequence[Tensor]
+    ) -> tuple[Tensor, Solve | None]:
+        return record.backward(problem, inputs, tensors)
 
     def rotate(
         self,

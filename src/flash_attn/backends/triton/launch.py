@@ -13,10 +13,14 @@ from ...core.device import arch_of, guard, multiprocessors_of
 from ...core.outputs import empty_lse, empty_out, new_s_dmask
 from ...core.plan import PlanKey, TilePlan
 from ...core.problem import AttentionProblem, AttentionResult
-from ...kernels.combine import attention_combine
-from ...kernels.forward import attention_forward
+from ...kernels import combine as combine_kernels
+from ...kernels import forward as forward_kernels
 from ...kernels.softmax_debug import softmax_debug
+from .._launcher import Launcher, scratch
 from .heuristics import plan_for
+
+attention_forward = Launcher(forward_kernels.attention_forward)
+attention_combine = Launcher(combine_kernels.attention_combine)
 
 _major, _minor = triton.__version__.split(".")[:2]
 _TRITON = (int(_major), int(_minor))
@@ -147,7 +151,7 @@ def forward(problem: AttentionProblem, out: Tensor | None) -> AttentionResult:
     out = empty_out(problem) if out is None else out
     lse = empty_lse(problem)
     with guard(problem.q):
-        rng_state = rng.new_state(device) if dropout else rng.unused_state(device)
+        rng_state = rng.new_state(device) if dropout else rng.placeholder_state(device)
         facts = facts_of(problem)
         plan = plan_for(plan_key("forward", problem, facts))
         tiles = tiles_of(problem.q.shape[-3], problem.batch_size, problem.is_varlen_q, plan.block_m)
@@ -227,8 +231,8 @@ def _forward_split(
     splits: int,
 ) -> None:
     """Partial results in float32, then their merge."""
-    partial_out = torch.empty((splits, *out.shape), dtype=torch.float32, device=out.device)
-    partial_lse = torch.empty((splits, *lse.shape), dtype=torch.float32, device=lse.device)
+    partial_out = scratch((splits, *out.shape), torch.float32, out.device)
+    partial_lse = scratch((splits, *lse.shape), torch.float32, lse.device)
     _launch_forward(
         problem, facts, plan, rng_state, partial_out, partial_lse, tiles, programs, splits
     )

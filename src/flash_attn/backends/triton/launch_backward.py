@@ -10,7 +10,8 @@ from torch import Tensor
 from ...core.device import guard, side_stream
 from ...core.outputs import softmax_d_shape
 from ...core.problem import AttentionProblem, BackwardInputs
-from ...kernels.backward import attention_dkdv, attention_dq, attention_row_statistics
+from ...kernels import backward as kernels
+from .._launcher import Launcher, scratch
 from .heuristics import overlaps_backward, plan_for
 from .launch import (
     Facts,
@@ -23,12 +24,17 @@ from .launch import (
     tiles_of,
 )
 
+attention_row_statistics = Launcher(kernels.attention_row_statistics)
+attention_dkdv = Launcher(kernels.attention_dkdv)
+attention_dq = Launcher(kernels.attention_dq)
+
 
 def backward(problem: AttentionProblem, inputs: BackwardInputs) -> Tensor:
     """Write dq, dk, dv in place, honouring their strides; returns softmax_d."""
-    shape = (2, *softmax_d_shape(problem))
+    shape, device = softmax_d_shape(problem), problem.q.device
     # Row statistics, each sequence padded to a multiple of 128 rows: delta and base-2 LSE.
-    softmax_d, lse_log2 = torch.empty(shape, dtype=torch.float32, device=problem.q.device)
+    softmax_d = torch.empty(shape, dtype=torch.float32, device=device)
+    lse_log2 = scratch(shape, torch.float32, device)
     lse = inputs.softmax_lse
     lse = lse if lse.stride(-1) == 1 or lse.shape[-1] == 1 else lse.contiguous()
     inputs = inputs._replace(softmax_lse=lse)
