@@ -25,7 +25,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from flash_attn.backends.triton import launch, launch_backward
-from flash_attn.core.plan import PlanKey, TilePlan
+from flash_attn.core.plan import PlanKey
 
 TARGETS = {
     "sm80": GPUTarget("cuda", 80, 32),
@@ -106,14 +106,14 @@ def recorded(arch: str) -> Iterator[list[Launch]]:
     def record(self: JITFunction, *args: Any, grid: Any, warmup: bool, **keywords: Any) -> None:
         launches.append(Launch(self, args, keywords))
 
-    def plan_for(key: PlanKey) -> TilePlan:
-        return _real_plan_for(key._replace(arch=arch))
+    def plan_key(*args: Any) -> PlanKey:
+        return _real_plan_key(*args)._replace(arch=arch)
 
-    _real_plan_for = launch.plan_for
+    _real_plan_key = launch.plan_key
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(JITFunction, "run", record))
-        stack.enter_context(mock.patch.object(launch, "plan_for", plan_for))
-        stack.enter_context(mock.patch.object(launch_backward, "plan_for", plan_for))
+        stack.enter_context(mock.patch.object(launch, "plan_key", plan_key))
+        stack.enter_context(mock.patch.object(launch_backward, "plan_key", plan_key))
         yield launches
 
 

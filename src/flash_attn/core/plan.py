@@ -21,14 +21,16 @@ class PlanKey(NamedTuple):
     """What a tile plan may depend on.
 
     Attributes:
-        kernel: "forward", "dkdv" or "dq".
+        kernel: "forward", "dkdv", "dq" or "dmask".
         arch: "sm90", "gfx942", ...
         triton: (major, minor) of the Triton in use.
         itemsize: bytes of an element of q.
         block_d: head dim, rounded up to a power of two, at least 16.
         masked: whether a causal mask or a window is on.
-        heavy: whether dropout, ALiBi, softcap or pages need further registers.
+        heavy: whether dropout, ALiBi, softcap, a mask tensor or pages need further registers.
         few_rows: whether there are at most 16 queries a sequence (decoding).
+        block_dv: head dim of v, rounded up likewise; 0 is that of q.
+        second: whether there is a second product, of queries with values.
     """
 
     kernel: str
@@ -39,6 +41,8 @@ class PlanKey(NamedTuple):
     masked: bool
     heavy: bool
     few_rows: bool = False
+    block_dv: int = 0
+    second: bool = False
 
 
 @dataclass(frozen=True)

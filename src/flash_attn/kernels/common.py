@@ -27,6 +27,12 @@ def int64(x):
 
 
 @triton.jit
+def floor_multiple(x, step):
+    """The largest multiple of ``step`` that is at most ``x``; ``//`` alone rounds towards 0."""
+    return tl.where(x < 0, -((step - 1 - x) // step), x // step) * step
+
+
+@triton.jit
 def segment_bound(cu_seqlens, segment, batch_size, total):
     """First row of a segment; segments are the rows before, of, and after the packed sequences."""
     index = clamp(segment - 1, 0, batch_size)
@@ -35,7 +41,7 @@ def segment_bound(cu_seqlens, segment, batch_size, total):
 
 
 @triton.jit
-def locate_packed_tile(cu_seqlens, tile, batch_size, total, BLOCK: tl.constexpr):
+def locate_packed_tile(cu_seqlens, tile, batch_size, total, BLOCK):
     """Which sequence the ``tile``-th tile of all packed rows belongs to.
 
     Segment s starts at tile ``bound[s] // BLOCK + s``: that leaves every segment room for all its
@@ -69,11 +75,11 @@ def packed_range(cu_seqlens, b, batch_size, total):
 
 @triton.jit
 def tile_of_program(pid, cu_seqlens, batch_size, nheads, seqlen, num_tiles,
-                    IS_VARLEN: tl.constexpr, REVERSE: tl.constexpr,
-                    BLOCK: tl.constexpr):  # fmt: skip
+                    IS_VARLEN: tl.constexpr, REVERSE: tl.constexpr, BLOCK):  # fmt: skip
     """(sequence, head, tile, first row, rows) of a one-dimensional grid, tiles running fastest.
 
-    REVERSE puts the last tiles first: with a causal mask these have the most work.
+    Tiles have BLOCK rows. REVERSE puts the last tiles first: with a causal mask these have the most
+    work.
     """
     tile = pid % num_tiles
     head_batch = pid // num_tiles
@@ -114,11 +120,34 @@ def key_range(b, cu_seqlens_k, seqused_k, leftpad_k, batch_size, seqlen_k,
 
 
 @triton.jit
-def key_bounds(first_row, last_row, seqlen_q, seqlen_k, window_left, window_right,
-               HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):  # fmt: skip
+def used_rows(seqused, b, batch_size, rows, HAS_SEQUSED: tl.constexpr):
+    """How many of the ``rows`` of sequence ``b`` are in use."""
+    if HAS_SEQUSED:
+        rows = clamp(tl.load(seqused + clamp(b, 0, batch_size - 1)), 0, rows)
+    return rows
+
+
+@triton.jit
+def chunk_start(row, shift, chunk, OF_KEYS: tl.constexpr):
+    """First key of the chunk of query ``row``; OF_KEYS: first query of the chunk of key ``row``.
+
+    Chunks divide key positions; a query stands at its row plus ``shift``.
+    """
+    if OF_KEYS:
+        start = floor_multiple(row, chunk) + shift
+    else:
+        start = floor_multiple(row + shift, chunk)
+    return start
+
+
+@triton.jit
+def key_bounds(first_row, last_row, seqlen_q, seqlen_k, window_left, window_right, chunk,
+               HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_CHUNK: tl.constexpr,
+               OF_KEYS: tl.constexpr = False):  # fmt: skip
     """What a tile of rows sees: keys [any_first, any_end) by some row, [all_first, all_end) by all.
 
-    Restates flash_attn.core.masking.visible_keys for the first and the last row of the tile.
+    Restates flash_attn.core.masking.visible_keys for the first and the last row of the tile; with
+    OF_KEYS, queries and keys in exchanged roles, visible_queries.
     """
     shift = seqlen_k - seqlen_q
     any_first = 0
@@ -131,6 +160,13 @@ def key_bounds(first_row, last_row, seqlen_q, seqlen_k, window_left, window_righ
     if HAS_RIGHT:
         any_end = tl.minimum(last_row + shift + window_right + 1, seqlen_k)
         all_end = tl.minimum(first_row + shift + window_right + 1, seqlen_k)
+    if HAS_CHUNK:
+        of_first = chunk_start(first_row, shift, chunk, OF_KEYS)
+        of_last = chunk_start(last_row, shift, chunk, OF_KEYS)
+        any_first = tl.maximum(any_first, of_first)
+        all_first = tl.maximum(all_first, of_last)
+        any_end = tl.minimum(any_end, of_last + chunk)
+        all_end = tl.minimum(all_end, of_first + chunk)
     return any_first, any_end, all_first, all_end
 
 
@@ -149,9 +185,10 @@ def split_loop(any_first, any_end, all_first, all_end, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def seen_interval(rows, seqlen_q, seqlen_k, window_left, window_right,
-                  HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):  # fmt: skip
-    """(first, last) key that each row sees. Restates flash_attn.core.masking.visible_keys.
+def seen_interval(rows, seqlen_q, seqlen_k, window_left, window_right, chunk,
+                  HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_CHUNK: tl.constexpr,
+                  OF_KEYS: tl.constexpr = False):  # fmt: skip
+    """(first, last) key that each row sees. Restates flash_attn.core.masking like key_bounds.
 
     A mask is then two comparisons with vectors that are computed once; pairwise distances would
     occupy as many registers as the scores.
@@ -163,6 +200,10 @@ def seen_interval(rows, seqlen_q, seqlen_k, window_left, window_right,
         first = tl.maximum(position - window_left, 0)
     if HAS_RIGHT:
         last = tl.minimum(position + window_right, last)
+    if HAS_CHUNK:
+        start = chunk_start(rows, seqlen_k - seqlen_q, chunk, OF_KEYS)
+        first = tl.maximum(first, start)
+        last = tl.minimum(last, start + (chunk - 1))
     return first, last
 
 
@@ -185,8 +226,26 @@ def tanh(x):
 
 
 @triton.jit
-def transform_scores(s, rows, keys, seqlen_q, seqlen_k, softmax_scale, softcap, slope,
-                     HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr):  # fmt: skip
+def add_mask(s, rows, keys, mask, WIDE: tl.constexpr):
+    """Scores in base 2 with a mask on top: -inf where it hides keys, and outside of it.
+
+    ``mask`` is (pointer to the head's first element, strides of rows and keys, sizes of both);
+    bytes are bools. Broadcast dimensions have stride 0 and no end.
+    """
+    base, stride_m, stride_n, mask_rows, mask_keys = mask
+    inside = (rows < mask_rows) & (keys < mask_keys)
+    pointers = base + tile_offsets(rows, stride_m, WIDE) + tile_offsets(keys, stride_n, WIDE)
+    if pointers.dtype.element_ty == tl.uint8:
+        s = tl.where(tl.load(pointers, mask=inside, other=0) != 0, s, float("-inf"))
+    else:
+        s += tl.load(pointers, mask=inside, other=float("-inf")).to(tl.float32) * LOG2E
+    return s
+
+
+@triton.jit
+def transform_scores(s, rows, keys, seqlen_q, seqlen_k, softmax_scale, softcap, slope, mask,
+                     HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_MASK: tl.constexpr,
+                     WIDE: tl.constexpr):  # fmt: skip
     """From q.k to scores in base 2. Also returns tanh(...) where softcap is on, else 0."""
     capped = 0.0
     if HAS_SOFTCAP:
@@ -197,6 +256,8 @@ def transform_scores(s, rows, keys, seqlen_q, seqlen_k, softmax_scale, softcap, 
     if HAS_ALIBI:
         distance = tl.abs(rows + (seqlen_k - seqlen_q) - keys)
         s = s - distance.to(tl.float32) * (slope * LOG2E)
+    if HAS_MASK:
+        s = add_mask(s, rows, keys, mask, WIDE)
     return s, capped
 
 
@@ -245,6 +306,20 @@ def load_rows(base, rows, stride, cols, rows_end, HEAD_DIM: tl.constexpr, BLOCK_
     if MASK_ROWS:
         return tl.load(pointers, mask=(rows < rows_end)[:, None], other=0.0)
     return tl.load(pointers)
+
+
+@triton.jit
+def to_operand(x):
+    """``x`` as an operand of a product: bytes are float8 (e4m3) numbers, exact in float16.
+
+    The exponent's bias is 8 less than float16's, subnormal numbers included.
+    """
+    if x.dtype == tl.uint8:
+        bits = x.to(tl.uint16)
+        moved = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
+        number = moved.to(tl.float16, bitcast=True) * 256.0
+        x = tl.where((bits & 0x7F) == 0x7F, float("nan"), number).to(tl.float16)
+    return x
 
 
 @triton.jit

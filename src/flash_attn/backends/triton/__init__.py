@@ -18,12 +18,15 @@ _INTERPRETED = bool(knobs.runtime.interpret)
 
 
 class TritonBackend:
-    """float16, bfloat16 and float32 on GPU tensors (and CPU tensors in Triton's interpreter)."""
+    """float16, bfloat16, float32 and float8 (e4m3) on GPU tensors.
+
+    In Triton's interpreter also on CPU tensors.
+    """
 
     name = "triton"
 
     def unsupported(self, problem: AttentionProblem, backward: bool) -> list[str]:
-        reasons = [f"does not know {name}" for name in problem.extensions()]
+        reasons = []
         if not problem.q.is_cuda and not _INTERPRETED:
             reasons.append(f"needs GPU tensors, `q` is on {problem.q.device}")
         if problem.q.dtype == torch.float64:

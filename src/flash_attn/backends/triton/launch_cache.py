@@ -77,7 +77,7 @@ def combine(out_partial: Tensor, lse_partial: Tensor, out: Tensor, lse: Tensor) 
             out_partial.stride(0), *row_strides(out_partial[0]),
             lse_partial.stride(0), lse_partial.stride(1), lse_partial.stride(3),
             *row_strides(out), lse.stride(0), lse.stride(1),
-            nheads, seqlen, row_tiles, splits, float("-inf"),
+            nheads, seqlen, row_tiles, splits, float("-inf"), None,
             HEAD_DIM=headdim, BLOCK_M=_BLOCK_M,
             BLOCK_D=max(16, triton.next_power_of_2(headdim)),
             num_warps=4,
