@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..core import rng
 from ..core.masking import visible_keys
-from ..core.outputs import empty_lse, empty_out, new_s_dmask, softmax_d_shape
+from ..core.outputs import empty_lse, empty_out, new_s_dmask, softmax_d
 from ..core.problem import AttentionProblem, AttentionResult, BackwardInputs
 from ..core.rotary import rotate
 from ..core.sequences import Sequence, sequences
@@ -150,8 +150,8 @@ def _backward_slice(
     part: _Slice,
     inputs: BackwardInputs,
     grads: tuple[Tensor, Tensor, Tensor],
-) -> Tensor:
-    """Fill dq, dk, dv (heads first, compute dtype); returns delta (nheads, seqlen_q)."""
+) -> None:
+    """Fill dq, dk, dv (heads first, compute dtype)."""
     dq, dk, dv = grads
     rows_of_q = part.sequence.q_rows
     dout = inputs.dout[rows_of_q].to(part.q.dtype).transpose(0, 1)
@@ -174,7 +174,6 @@ def _backward_slice(
         dq[:, rows] += torch.matmul(ds, _heads_like(problem, part.k[:, keys]))
         dk[:, keys] += _sum_group(problem, torch.matmul(ds.mT, part.q[:, rows]))
         dv[:, keys] += _sum_group(problem, torch.matmul(dropped.mT, dout[:, rows]))
-    return delta
 
 
 def _sum_group(problem: AttentionProblem, x: Tensor) -> Tensor:
@@ -216,30 +215,22 @@ class CpuBackend:
     def backward(self, problem: AttentionProblem, inputs: BackwardInputs) -> Tensor:
         for grad in (inputs.dq, inputs.dk, inputs.dv):
             grad.zero_()
-        softmax_d = torch.zeros(softmax_d_shape(problem))
         with torch.autocast("cpu", enabled=False):
             if cpu_flash.serves(problem):
                 cpu_flash.backward(problem, inputs)
-                delta = (inputs.out.float() * inputs.dout.float()).sum(-1).transpose(-1, -2)
-                softmax_d[..., : delta.shape[-1]] = delta
-                return softmax_d
+                return softmax_d(problem, inputs.out, inputs.dout)
             for part in _slices(problem):
                 grads = (
                     torch.zeros_like(part.q),
                     torch.zeros_like(part.k),
                     torch.zeros_like(part.v),
                 )
-                delta = _backward_slice(problem, part, inputs, grads)
+                _backward_slice(problem, part, inputs, grads)
                 rows = (part.sequence.q_rows, part.sequence.k_rows, part.sequence.k_rows)
                 targets = (inputs.dq, inputs.dk, inputs.dv)
                 for target, row, grad in zip(targets, rows, grads, strict=True):
                     target[row] = grad.transpose(0, 1).to(target.dtype)
-                index = part.sequence.lse_index(problem.is_varlen_q)
-                if problem.is_varlen_q:
-                    softmax_d[index] = delta.float()
-                else:
-                    softmax_d[index][:, : delta.shape[1]] = delta.float()
-        return softmax_d
+            return softmax_d(problem, inputs.out, inputs.dout)
 
     def rotate(
         self, x: Tensor, cos: Tensor, sin: Tensor, seqlen_offsets: int | Tensor, interleaved: bool

@@ -12,10 +12,10 @@ import flag_gems
 import torch
 from torch import Tensor
 
-from ..core.outputs import empty_lse, empty_out, new_s_dmask
+from ..core.outputs import empty_lse, empty_out, new_s_dmask, softmax_d
 from ..core.problem import AttentionProblem, AttentionResult, BackwardInputs
 from ..core.rng import unused_state
-from ._foreign import clear_unused_rows, pad_headdim, refused_inputs, softmax_d, window
+from ._foreign import clear_unused_rows, pad_headdim, refused_inputs, window
 
 _INT32_ELEMENTS = 2**31
 
@@ -231,7 +231,7 @@ class FlagGemsBackend:
         for target, grad, cu_seqlens in zip(targets, grads, bounds, strict=True):
             target.copy_(grad[..., : problem.headdim])
             clear_unused_rows(target, cu_seqlens, 0.0)
-        return softmax_d(problem, inputs)
+        return softmax_d(problem, inputs.out, inputs.dout)
 
 
 BACKEND = FlagGemsBackend()

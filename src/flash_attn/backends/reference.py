@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..core import reference
-from ..core.outputs import softmax_d_shape
+from ..core.outputs import softmax_d
 from ..core.problem import AttentionProblem, AttentionResult, BackwardInputs
 
 
@@ -34,15 +34,7 @@ class ReferenceBackend:
         grads = reference.gradients(problem, inputs.dout, _dtype(problem), inputs.rng_state)
         for target, grad in zip((inputs.dq, inputs.dk, inputs.dv), grads, strict=True):
             target.copy_(grad)
-        return _softmax_d(problem, inputs)
-
-
-def _softmax_d(problem: AttentionProblem, inputs: BackwardInputs) -> Tensor:
-    """rowsum(out * dout) in the padded layout of :func:`softmax_d_shape`."""
-    rows = (inputs.out.float() * inputs.dout.float()).sum(-1)
-    softmax_d = torch.zeros(softmax_d_shape(problem), device=rows.device)
-    softmax_d[..., : rows.shape[-2]] = rows.transpose(-1, -2)
-    return softmax_d
+        return softmax_d(problem, inputs.out, inputs.dout)
 
 
 BACKEND = ReferenceBackend()

@@ -28,7 +28,9 @@ def backward(problem: AttentionProblem, inputs: BackwardInputs) -> Tensor:
     """Write dq, dk, dv in place, honouring their strides; returns softmax_d."""
     shape = (2, *softmax_d_shape(problem))
     # Row statistics, each sequence padded to a multiple of 128 rows: delta and base-2 LSE.
-    softmax_d, lse_log2 = torch.empty(shape, dtype=torch.float32, device=problem.q.device)
+    # Packed, nothing writes what lies between the sequences.
+    allocate = torch.zeros if problem.is_varlen_q else torch.empty
+    softmax_d, lse_log2 = allocate(shape, dtype=torch.float32, device=problem.q.device)
     lse = inputs.softmax_lse
     lse = lse if lse.stride(-1) == 1 or lse.shape[-1] == 1 else lse.contiguous()
     inputs = inputs._replace(softmax_lse=lse)
