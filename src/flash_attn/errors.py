@@ -17,3 +17,7 @@ class UnsupportedProblemError(FlashAttentionError, NotImplementedError):
 
 class BackendUnavailableError(FlashAttentionError, ImportError):
     """A backend was asked for by name and the library behind it cannot be loaded."""
+
+
+class ToolchainError(FlashAttentionError):
+    """A program or file that Triton compiles kernels with is missing or too old."""

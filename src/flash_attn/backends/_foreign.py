@@ -75,4 +75,3 @@ def clear_unused_rows(x: Tensor, cu_seqlens: Tensor | None, value: float, dim: i
     shape = [1] * x.dim()
     shape[dim] = -1
     x.masked_fill_(rows.view(shape), value)
-

@@ -7,6 +7,7 @@ from torch import Tensor
 from triton import knobs
 
 from ...core.problem import AttentionProblem, AttentionResult, BackwardInputs
+from ...core.toolchain import explains_toolchain
 from . import launch, launch_backward
 from .launch_rotary import apply_rotary
 
@@ -26,9 +27,11 @@ class TritonBackend:
             reasons.append("does not compute in float64, the dtype of `q`")
         return reasons
 
+    @explains_toolchain
     def forward(self, problem: AttentionProblem, out: Tensor | None = None) -> AttentionResult:
         return launch.forward(problem, out)
 
+    @explains_toolchain
     def backward(self, problem: AttentionProblem, inputs: BackwardInputs) -> Tensor:
         return launch_backward.backward(problem, inputs)
 
@@ -38,6 +41,7 @@ class TritonBackend:
         """Rotary embedding of (batch, seqlen, nheads, headdim), into a new tensor."""
         return apply_rotary(x, cos, sin, seqlen_offsets=seqlen_offsets, interleaved=interleaved)
 
+    @explains_toolchain
     def append_kv(
         self, problem: AttentionProblem, k_new: Tensor, v_new: Tensor, at: Tensor
     ) -> None:
