@@ -20,4 +20,4 @@ class BackendUnavailableError(FlashAttentionError, ImportError):
 
 
 class ToolchainError(FlashAttentionError):
-    """A program or file that Triton compiles kernels with is missing or too old."""
+    """Triton cannot compile or load a kernel here: what that needs is missing or not permitted."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flash_attn import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
+from flash_attn.backends.triton import launch_backward
 
 pytestmark = pytest.mark.gpu
 
@@ -65,6 +66,7 @@ CALLS: dict[str, Callable[..., Call]] = {
     "dense": dense,
     "causal": lambda device="cuda": dense(device, causal=True),
     "window": lambda device="cuda": dense(device, headdim=64, window_size=(30, 5)),
+    "d256": lambda device="cuda": dense(device, headdim=256, causal=True, deterministic=True),
     "varlen": varlen,
     "decode": decode,
 }
@@ -113,6 +115,51 @@ def test_side_streams_give_the_same_bits(name: str) -> None:
         got = call()
     stream.synchronize()
     assert_equal(got, want)
+
+
+@pytest.fixture
+def uninitialised_memory_is_nan() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+STEPS = ["_launch_row_statistics", "_launch_dkdv", "_launch_dq"]
+
+
+def delay(monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    """Let the backward pass run on two streams, and ``step`` start milliseconds later."""
+    launch = getattr(launch_backward, step)
+
+    def late(*arguments: object) -> None:
+        torch.cuda._sleep(20_000_000)
+        launch(*arguments)
+
+    monkeypatch.setattr(launch_backward, step, late)
+    monkeypatch.setattr(launch_backward, "overlaps_backward", lambda key, seqlen: True)
+
+
+@pytest.mark.usefixtures("uninitialised_memory_is_nan")
+@pytest.mark.parametrize("step", STEPS)
+def test_two_streams_of_a_backward_pass_wait(monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    call = dense()
+    want = call()
+    delay(monkeypatch, step)
+    assert_equal(call(), want)
+
+
+@pytest.mark.usefixtures("uninitialised_memory_is_nan")
+@pytest.mark.parametrize("step", ["_launch_row_statistics", "_launch_dq"])
+def test_a_stream_that_does_not_wait_is_noticed(monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    """That the test above can fail."""
+    call = dense()
+    want = call()
+    delay(monkeypatch, step)
+    monkeypatch.setattr(torch.cuda.Stream, "wait_stream", lambda self, other: None)
+    got = call()
+    early = [x.cpu() for x in got]
+    torch.cuda.synchronize()
+    assert not torch.equal(early[1], want[1].cpu())
 
 
 def capture(call: Call) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]:
@@ -173,7 +220,7 @@ def test_dropout_differs_between_replays_and_repeats_with_the_seed() -> None:
     assert torch.equal(drawn[1], drawn[3])
 
 
-@pytest.mark.parametrize("name", ["dense", "causal", "varlen"])
+@pytest.mark.parametrize("name", ["dense", "causal", "window", "d256", "varlen"])
 def test_a_thousand_repeats_are_equal(name: str) -> None:
     call = CALLS[name]()
     want = call()

@@ -170,9 +170,17 @@ def test_old_ptxas(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "Repro" not in text
 
 
+def test_capture() -> None:
+    error = RuntimeError("Triton Error [CUDA]: operation not permitted when stream is capturing")
+    text = explanation(error)
+    assert text is not None
+    assert "once with such arguments before capturing" in text
+
+
 OTHERS = [
     PTXASError(OLD + "ptxas error: Internal compiler error"),
     RuntimeError("CUDA out of memory"),
+    RuntimeError("CUDA error: operation not permitted when stream is capturing"),
     FileNotFoundError(2, "No such file or directory", "data.txt"),
     subprocess.CalledProcessError(1, ["nvidia-smi"]),
     subprocess.CalledProcessError(1, "shell line -shared"),

@@ -33,7 +33,8 @@ def explains_toolchain(launch: Callable[_P, _R]) -> Callable[_P, _R]:
     """Decorate a function that launches kernels.
 
     Where ``launch`` fails because a program or file that Triton compiles with is missing or too
-    old, the error is a :class:`~flash_attn.errors.ToolchainError` that says what to install.
+    old, or because a CUDA graph is being captured, the error is a
+    :class:`~flash_attn.errors.ToolchainError` that says what to do.
     """
 
     @wraps(launch)
@@ -52,6 +53,11 @@ def explains_toolchain(launch: Callable[_P, _R]) -> Callable[_P, _R]:
 def explanation(error: Exception) -> str | None:
     """What is missing and how to get it, or None if ``error`` has another cause."""
     text = str(error)
+    if isinstance(error, RuntimeError) and text.startswith("Triton Error") and "captur" in text:
+        return (
+            "a kernel was to be loaded while a CUDA graph was being captured, which CUDA does not "
+            "permit. Call the function once with such arguments before capturing."
+        )
     if isinstance(error, RuntimeError) and "Failed to find C compiler" in text:
         return f"no C compiler: CC is not set, and PATH has no gcc or clang. {_PURPOSE} {_INSTALL}"
     if isinstance(error, OSError):
