@@ -186,6 +186,50 @@ def test_split_keys_merge(
 
 
 @_settings
+@given(
+    lengths=st.lists(st.integers(0, 70), min_size=1, max_size=3),
+    seqlen_q=st.integers(1, 20),
+    page_size=st.sampled_from([1, 7, 16, 64]),
+    heads=HEADS,
+    headdim=HEADDIMS,
+    chosen=options(),
+    seed=SEEDS,
+)
+def test_pages_are_a_dense_cache(
+    device: str,
+    lengths: list[int],
+    seqlen_q: int,
+    page_size: int,
+    heads: tuple[int, int],
+    headdim: int,
+    chosen: dict[str, Any],
+    seed: int,
+) -> None:
+    """Keys in shuffled pages, among pages of nobody, and the same keys one after another."""
+    torch.manual_seed(seed)
+    batch, blocks = len(lengths), -(-70 // page_size)
+    table = torch.randperm(batch * blocks + 2)[: batch * blocks].view(batch, blocks)
+    q = torch.randn(batch, seqlen_q, heads[0], headdim)
+    pages = torch.randn(2, batch * blocks + 2, page_size, heads[1], headdim)
+    k, v = pages[:, table].flatten(2, 3).to(device)
+    own = {"cache_seqlens": torch.tensor(lengths, dtype=torch.int32, device=device), **chosen}
+    dense = flash_attn.flash_attn_with_kvcache(
+        q.to(device), k, v, num_splits=1, return_softmax_lse=True, **own
+    )
+    paged = flash_attn.flash_attn_with_kvcache(
+        q.to(device), *pages.to(device), block_table=table.int().to(device), num_splits=1,
+        return_softmax_lse=True, **own,
+    )  # fmt: skip
+    for row, length in enumerate(lengths):
+        keys = (x[row : row + 1, :length] for x in (k, v))
+        alone = q[row : row + 1].to(device)
+        deviation = rounding.deviations(support.Inputs(alone, *keys, alone, chosen))
+        for x, y, name in zip(paged, dense, ("out", "lse"), strict=True):
+            both = 2**0.5 * getattr(deviation, name)
+            rounding.assert_within(x[row : row + 1], y[row : row + 1], both, name)
+
+
+@_settings
 @given(call=calls(), chosen=options(), order=st.permutations([0, 1, 2]))
 def test_batch_permutation(
     device: str, call: dict[str, Any], chosen: dict[str, Any], order: list[int]

@@ -62,6 +62,45 @@ def decode(device: str = "cuda", num_splits: int = 3) -> Call:
     return call
 
 
+def paged(device: str = "cuda") -> Call:
+    """Packed queries over pages, and cached ones with a row appended."""
+    q, new = randn(5, 4, 64, device=device), randn(2, 1, 2, 64, device=device)
+    pages = [randn(20, 16, 2, 64, device=device) for _ in "kv"]
+    table = torch.arange(16, device=device, dtype=torch.int32).view(2, 8).flip(1)
+    cu_q, cu_k = (
+        torch.tensor(x, device=device, dtype=torch.int32) for x in ([0, 4, 5], [0, 9, 99])
+    )
+    lengths = torch.tensor([100, 37], device=device, dtype=torch.int32)
+
+    def call() -> tuple[Tensor, ...]:
+        packed = flash_attn_varlen_func(
+            q, *pages, cu_q, cu_k, 4, 90, causal=True, block_table=table
+        )
+        cached = flash_attn_with_kvcache(
+            q[:2, None], *pages, new, new, cache_seqlens=lengths, block_table=table, num_splits=2
+        )
+        return packed, cached, pages[0]
+
+    return call
+
+
+def empty(device: str = "cuda") -> Call:
+    """No keys at all, and sequences without queries or keys among others."""
+    q, k = randn(1, 3, 2, 64, device=device), randn(1, 0, 2, 64, device=device)
+    x = randn(9, 2, 64, device=device).requires_grad_()
+    cu_q, cu_k = (
+        torch.tensor(bounds, device=device, dtype=torch.int32)
+        for bounds in ([0, 0, 4, 9, 9], [0, 5, 5, 8, 9])
+    )
+
+    def call() -> tuple[Tensor, ...]:
+        out = flash_attn_varlen_func(x, x, x, cu_q, cu_k, 5, 5, causal=True)
+        (grad,) = torch.autograd.grad(out, x, torch.ones_like(out))
+        return out.detach(), grad, flash_attn_func(q, k, k)
+
+    return call
+
+
 CALLS: dict[str, Callable[..., Call]] = {
     "dense": dense,
     "causal": lambda device="cuda": dense(device, causal=True),
@@ -69,6 +108,8 @@ CALLS: dict[str, Callable[..., Call]] = {
     "d256": lambda device="cuda": dense(device, headdim=256, causal=True, deterministic=True),
     "varlen": varlen,
     "decode": decode,
+    "paged": paged,
+    "empty": empty,
 }
 
 

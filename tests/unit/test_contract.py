@@ -307,16 +307,12 @@ def test_opcheck(operator, arguments):
     torch.library.opcheck(
         operator,
         arguments,
-        test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
-    )
-
-
-def test_opcheck_with_dynamic_shapes():
-    q, k, v = dense_tensors()
-    torch.library.opcheck(
-        torch.ops.flash_attn._flash_attn_forward.default,
-        (q, k, v, 0.0, 0.25, True, -1, -1, 0.0, None, False),
-        test_utils=("test_aot_dispatch_dynamic",),
+        test_utils=(
+            "test_schema",
+            "test_faketensor",
+            "test_autograd_registration",
+            "test_aot_dispatch_dynamic",
+        ),
     )
 
 
@@ -405,6 +401,17 @@ def test_compiled_with_dynamic_shapes_once():
         assert same(gradients(compiled, inputs), gradients(function, inputs))
         frames.append(counter.frame_count)
     assert frames[0] == frames[-1] > 0
+
+
+@pytest.mark.parametrize("lengths", [(0, 5), (5, 0), (0, 0)], ids=str)
+def test_compiled_without_queries_or_keys(lengths):
+    torch._dynamo.reset()
+    function = partial(flash_attn.flash_attn_func, causal=True)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    inputs = dense_tensors(seqlen_q=lengths[0], seqlen_k=lengths[1])
+    found = gradients(compiled, inputs)
+    assert same(found, gradients(function, inputs))
+    assert not any(x.any() for x in found)
 
 
 def test_compiled_packed_sequences():

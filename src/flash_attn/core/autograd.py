@@ -45,7 +45,8 @@ class Options(NamedTuple):
 
 def last_dim_contiguous(x: Tensor) -> Tensor:
     """Copy ``x`` only if its last dimension does not lie together."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    # Not .contiguous(): an empty tensor counts as contiguous whatever its strides.
+    return x if x.stride(-1) == 1 else x.clone(memory_format=torch.contiguous_format)
 
 
 def run_forward(

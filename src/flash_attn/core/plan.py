@@ -29,6 +29,8 @@ class PlanKey(NamedTuple):
         masked: whether a causal mask or a window is on.
         heavy: whether dropout, ALiBi, softcap or pages need further registers.
         few_rows: whether there are at most 16 queries a sequence (decoding).
+        windowed: whether the mask has a left limit, for which more is kept in registers.
+        padded: whether the head dim is less than block_d, so that columns are masked.
     """
 
     kernel: str
@@ -39,6 +41,8 @@ class PlanKey(NamedTuple):
     masked: bool
     heavy: bool
     few_rows: bool = False
+    windowed: bool = False
+    padded: bool = False
 
 
 @dataclass(frozen=True)

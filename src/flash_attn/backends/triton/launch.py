@@ -91,6 +91,8 @@ def plan_key(kernel: str, problem: AttentionProblem, facts: Facts) -> PlanKey:
         named["HAS_LEFT"] or named["HAS_RIGHT"],
         named["HAS_SOFTCAP"] or named["HAS_ALIBI"] or named["HAS_DROPOUT"] or problem.is_paged,
         not problem.is_varlen_q and problem.q.shape[1] <= _FEW_ROWS,
+        named["HAS_LEFT"],
+        problem.headdim < facts.block_d,
     )
 
 
