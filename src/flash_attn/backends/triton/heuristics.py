@@ -201,6 +201,15 @@ _FLOAT32 = {
         dq=[(16, 16, 8, 1), (16, 16, 8, 1), (16, 32, 8, 1)],
     ),
 }
+# CDNA: four warps have twice the registers of eight, and 64 KB hold no second stage.
+_FLOAT32_AMD = _changed(
+    _FLOAT32,
+    {
+        64: _variants(dkdv=[(32, 32, 4, 1)]),
+        128: _variants(dq=[(32, 32, 4, 1)]),
+        256: _variants(dkdv=[(16, 16, 8, 1)]),
+    },
+)
 _TABLES = {
     "sm80": _SM80,
     "sm86": _SM86,
@@ -211,6 +220,7 @@ _TABLES = {
     "gfx942": _GFX942,
     "generic": _GENERIC,
     "float32": _FLOAT32,
+    "float32 amd": _FLOAT32_AMD,
 }
 # Head dims that are not powers of two: what differs, since masks of columns take registers too.
 _PADDED: dict[str, _Table] = {}
@@ -219,7 +229,7 @@ _PADDED: dict[str, _Table] = {}
 def family_of(key: PlanKey) -> str:
     """The name of the table for ``key``: that of its GPU, or of the closest relative."""
     if key.itemsize == 4:
-        return "float32"
+        return "float32 amd" if key.arch.startswith("gfx") else "float32"
     newer = " newer" if key.triton >= (3, 7) else ""
     if key.arch == "sm90":
         return "sm90" + newer
