@@ -495,6 +495,17 @@ def check(inputs: Inputs, got: Solution, rng_state: Tensor | None = None) -> Non
         check_direction(name, *tensors, owed.get(name))
 
 
+def check_forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """Run the private forward function, hold it against the budget, and return out and lse."""
+    problem = inputs.problem()
+    out, lse, *_ = run_forward(inputs)
+    true, _ = exact(problem, inputs.dout)
+    check_lse(lse, true.lse)
+    floor = _floors(problem, inputs.dout)["out"]
+    check_error("out", out, true.out, plain(problem, inputs.dout).out, 2.0, floor)
+    return out, lse
+
+
 def run_and_check(inputs: Inputs) -> Solution:
     """Run the public function, hold it against the budget, and return what it gave."""
     got = run(inputs)

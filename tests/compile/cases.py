@@ -20,6 +20,8 @@ from flash_attn.core.problem import (
 
 ARCHS = ("sm80", "sm86", "sm89", "sm90", "sm100", "sm120", "gfx942")
 HEADDIMS = (16, 32, 64, 96, 128, 256)
+# Less than the next power of two: columns are masked.
+PADDED_HEADDIMS = (8, 24, 40, 192)
 MASKS = {
     "full": Visibility(),
     "causal": Visibility(None, 0),
@@ -272,9 +274,13 @@ def wide_cases(arch: str) -> list[Case]:
         for mask in MASKS:
             cases += _attention(d, "float16", mask, ("plain",))
         cases += _attention(d, "bfloat16", "window", FORWARD_FEATURES)
-        if arch in ("sm80", "sm90", "gfx942") and d != 96:
-            cases += _attention(d, "float32", "causal", ("plain",))
-            cases += _attention(d, "float32", "window", ("dropout", "softcap"))
+        cases += _attention(d, "float32", "causal", ("plain",))
+        cases += _attention(d, "float32", "window", ("dropout", "softcap"))
+    for d in PADDED_HEADDIMS:
+        for mask in MASKS:
+            cases += _attention(d, "float16", mask, ("plain",))
+        cases += _attention(d, "bfloat16", "window", ("dropout", "varlen", "paged"))
+        cases += _attention(d, "float32", "causal", ("plain",))
     cases += _attention(40, "float16", "causal", FORWARD_FEATURES)
     cases += _attention(64, "float16", "full", FORWARD_FEATURES)
     cases += [Case(kind, 128) for kind in SMALLER]

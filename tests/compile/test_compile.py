@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -60,3 +61,37 @@ def test_every_gpu_has_plans(arch: str, block_d: int) -> None:
                 sizes = (plan.block_m, plan.block_n, plan.num_warps)
                 assert all(x > 0 and x & (x - 1) == 0 for x in sizes), (key, plan)
                 assert min(plan.block_m, plan.block_n) >= 16
+
+
+_PLANS = """
+import itertools, hashlib
+from flash_attn.backends.triton.heuristics import plan_for
+from flash_attn.core.plan import PlanKey
+digest = hashlib.sha256()
+flags = [(False, True)] * 5
+for arch in ("sm80", "sm86", "sm90", "sm100", "gfx942", "interpreter"):
+    for kernel, triton, size, block_d, *rest in itertools.product(
+        ("forward", "dkdv", "dq"), [(3, 6), (3, 9)], (2, 4), (16, 32, 64, 128, 256), *flags
+    ):
+        digest.update(repr(plan_for(PlanKey(kernel, arch, triton, size, block_d, *rest))).encode())
+print(digest.hexdigest())
+"""
+
+
+def test_processes_agree_on_plans() -> None:
+    """Nothing but the key counts: not the order of sets, not what ran before, not time."""
+    digests = set()
+    for seed in range(8):
+        done = subprocess.run(
+            [sys.executable, "-c", _PLANS],
+            env={
+                **os.environ,
+                "PYTHONHASHSEED": str(seed),
+                "PYTHONPATH": str(_SCRIPT.parents[1] / "src"),
+            },
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        digests.add(done.stdout)
+    assert len(digests) == 1

@@ -501,6 +501,17 @@ def test_compiled_with_dynamic_shapes_once():
     assert frames[0] == frames[-1] > 0
 
 
+@pytest.mark.parametrize("lengths", [(0, 5), (5, 0), (0, 0)], ids=str)
+def test_compiled_without_queries_or_keys(lengths):
+    torch._dynamo.reset()
+    function = partial(flash_attn.flash_attn_func, causal=True)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    inputs = dense_tensors(seqlen_q=lengths[0], seqlen_k=lengths[1])
+    found = gradients(compiled, inputs)
+    assert same(found, gradients(function, inputs))
+    assert not any(x.any() for x in found)
+
+
 def test_compiled_packed_sequences():
     torch._dynamo.reset()
     lengths = (bounds(3, 5), bounds(4, 7), 5, 7)

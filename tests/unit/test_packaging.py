@@ -88,6 +88,12 @@ def test_it_holds_the_package_and_no_more(files):
     assert not [name for name in files if name.endswith((".so", ".cu", ".pyc"))]
 
 
+def test_the_oldest_python_can_parse_it(files):
+    for name, source in files.items():
+        if name.endswith(".py"):
+            ast.parse(source, name, feature_version=(3, 10))
+
+
 def test_its_metadata(files):
     metadata = message_from_string(files["flash_attn-2.8.3.dist-info/METADATA"].decode())
     assert metadata["Name"] == "flash-attn"
@@ -119,6 +125,8 @@ print(set(owners["flash_attn"]), set(owners["flash_attn_2_cuda"]), metadata.vers
 import flash_attn, flash_attn_2_cuda, torch
 print(flash_attn.__file__.startswith(__import__("sys").argv[1]), flash_attn.__version__)
 print(tuple(flash_attn.flash_attn_func(*torch.randn(3, 1, 4, 2, 8)).shape))
+import importlib.util
+print([importlib.util.find_spec(name) for name in ("flash_attn.cute", "flash_attn_interface")])
 """
     kept = {name: text for name, text in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
@@ -134,6 +142,7 @@ print(tuple(flash_attn.flash_attn_func(*torch.randn(3, 1, 4, 2, 8)).shape))
         "{'flash-attn'} {'flash-attn'} 2.8.3",
         "True 2.8.3",
         "(1, 4, 2, 8)",
+        "[None, None]",  # what others take for FlashAttention 4 and 3
     ]
 
 

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core.outputs import softmax_d_shape
 from ..core.problem import AttentionProblem, BackwardInputs
 from ..errors import UnsupportedProblemError
 
@@ -78,14 +77,6 @@ def clear_unused_rows(x: Tensor, cu_seqlens: Tensor | None, value: float, dim: i
     shape = [1] * x.dim()
     shape[dim] = -1
     x.masked_fill_(rows.view(shape), value)
-
-
-def softmax_d(problem: AttentionProblem, inputs: BackwardInputs) -> Tensor:
-    """rowsum(out * dout) in the padded layout of :func:`softmax_d_shape`."""
-    rows = (inputs.out.float() * inputs.dout.float()).sum(-1)
-    result = torch.zeros(softmax_d_shape(problem), device=rows.device)
-    result[..., : rows.shape[-2]] = rows.transpose(-1, -2)
-    return result
 
 
 def refuse_lse_gradient(name: str, inputs: BackwardInputs) -> None:

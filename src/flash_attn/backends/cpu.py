@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..core import rng
 from ..core.masking import visible_keys
-from ..core.outputs import empty_out, lse_without_keys, new_s_dmask, softmax_d_shape
+from ..core.outputs import empty_out, lse_without_keys, new_s_dmask, softmax_d
 from ..core.problem import (
     AttentionProblem,
     AttentionResult,
@@ -241,8 +241,8 @@ def _write_s_dmask(
 
 def _backward_slice(
     problem: AttentionProblem, part: _Slice, inputs: BackwardInputs, grads: _Gradients
-) -> Tensor:
-    """Fill ``grads``; returns rowsum(out * dout) - dlse (nheads, seqlen_q)."""
+) -> None:
+    """Fill ``grads``."""
     rows_of_q = part.sequence.q_rows
     dout = inputs.dout[rows_of_q].to(part.q.dtype).transpose(0, 1)
     out = inputs.out[rows_of_q].to(part.q.dtype).transpose(0, 1)
@@ -270,7 +270,6 @@ def _backward_slice(
         grads.dq[:, rows] += torch.matmul(ds, _heads_like(problem, part.k[:, keys]))
         grads.dk[:, keys] += _sum_group(problem, torch.matmul(ds.mT, part.q[:, rows]))
         grads.dv[:, keys] += _sum_group(problem, torch.matmul(dropped.mT, dout[:, rows]))
-    return delta
 
 
 def _sum_group(problem: AttentionProblem, x: Tensor) -> Tensor:
@@ -279,9 +278,8 @@ def _sum_group(problem: AttentionProblem, x: Tensor) -> Tensor:
     )
 
 
-def _backward_blocks(problem: AttentionProblem, inputs: BackwardInputs) -> Tensor:
-    """Write all gradients but the sinks', by blocks; returns softmax_d."""
-    softmax_d = torch.zeros(softmax_d_shape(problem))
+def _backward_blocks(problem: AttentionProblem, inputs: BackwardInputs) -> None:
+    """Write all gradients but the sinks', by blocks."""
     targets = (inputs.dq, inputs.dk, inputs.dv)
     for grad in targets:
         grad.zero_()
@@ -291,15 +289,12 @@ def _backward_blocks(problem: AttentionProblem, inputs: BackwardInputs) -> Tenso
     for part in _slices(problem):
         dq, dk, dv = (torch.zeros_like(x) for x in (part.q, part.k, part.v))
         grads = _Gradients(dq, dk, dv, _of_sequence(dmask, part.sequence.number))
-        delta = _backward_slice(problem, part, inputs, grads)
+        _backward_slice(problem, part, inputs, grads)
         rows = (part.sequence.q_rows, part.sequence.k_rows, part.sequence.k_rows)
         for target, row, grad in zip(targets, rows, grads[:3], strict=True):
             target[row] = grad.transpose(0, 1).to(target.dtype)
-        index = part.sequence.lse_index(problem.is_varlen_q)
-        softmax_d[index][:, : delta.shape[1]] = delta.float()
     if inputs.dmask is not None and dmask is not None:
         inputs.dmask.copy_(dmask)
-    return softmax_d
 
 
 class CpuBackend:
@@ -338,11 +333,9 @@ class CpuBackend:
                 for grad in (inputs.dq, inputs.dk, inputs.dv):
                     grad.zero_()
                 cpu_flash.backward(problem, inputs)
-                softmax_d = torch.zeros(softmax_d_shape(problem))
-                delta = (inputs.out.float() * inputs.dout.float()).sum(-1).transpose(-1, -2)
-                softmax_d[..., : delta.shape[-1]] = delta
-                return softmax_d
-            return _backward_blocks(problem, inputs)
+            else:
+                _backward_blocks(problem, inputs)
+            return softmax_d(problem, inputs.out, inputs.dout, inputs.dlse)
 
     def rotate(
         self,

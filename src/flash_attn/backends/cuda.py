@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..core.outputs import empty_lse, empty_out, new_s_dmask
+from ..core.outputs import empty_lse, empty_out, new_s_dmask, softmax_d
 from ..core.problem import AttentionProblem, AttentionResult, BackwardInputs
 from ..core.rng import unused_state
 from ._foreign import (
@@ -18,7 +18,6 @@ from ._foreign import (
     pad_headdim,
     refuse_lse_gradient,
     refused_inputs,
-    softmax_d,
     window,
 )
 
@@ -152,7 +151,7 @@ class CudaBackend:
         for target, grad, cu_seqlens in zip(targets, grads, bounds, strict=True):
             target.copy_(grad[..., : problem.headdim])
             clear_unused_rows(target, cu_seqlens, 0.0)
-        return softmax_d(problem, inputs)
+        return softmax_d(problem, inputs.out, inputs.dout)
 
 
 BACKEND = CudaBackend()

@@ -10,6 +10,7 @@ from triton import knobs
 
 from ...core.problem import AttentionProblem, AttentionResult, BackwardInputs
 from ...core.repeated import Solve
+from ...core.toolchain import explains_toolchain
 from .._launcher import undisturbed
 from . import launch, launch_backward, launch_cache, record
 from .launch_rotary import apply_rotary
@@ -33,9 +34,11 @@ class TritonBackend:
             reasons.append("does not compute in float64, the dtype of `q`")
         return reasons
 
+    @explains_toolchain
     def forward(self, problem: AttentionProblem, out: Tensor | None = None) -> AttentionResult:
         return launch.forward(problem, out)
 
+    @explains_toolchain
     def backward(self, problem: AttentionProblem, inputs: BackwardInputs) -> Tensor:
         return launch_backward.backward(problem, inputs)
 
@@ -64,6 +67,7 @@ class TritonBackend:
         """Rotary embedding of dense or packed rows, into a new tensor."""
         return apply_rotary(x, cos, sin, seqlen_offsets, cu_seqlens, interleaved=interleaved)
 
+    @explains_toolchain
     def append_kv(
         self,
         problem: AttentionProblem,

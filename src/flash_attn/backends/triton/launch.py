@@ -111,6 +111,8 @@ def plan_key(kernel: str, problem: AttentionProblem, facts: Facts, rows: int = 0
         0 < rows <= _FEW_ROWS,
         facts.block_dv,
         problem.qv is not None,
+        named["HAS_LEFT"],
+        problem.headdim < facts.block_d,
     )
 
 

@@ -36,7 +36,9 @@ def backward(problem: AttentionProblem, inputs: BackwardInputs) -> Tensor:
     """Write dq, dk, dv in place, honouring their strides; returns softmax_d."""
     shape, device = softmax_d_shape(problem), problem.q.device
     # Row statistics, each sequence padded to a multiple of 128 rows: delta and base-2 LSE.
-    softmax_d = torch.empty(shape, dtype=torch.float32, device=device)
+    # Packed, nothing writes what lies between the sequences.
+    allocate = torch.zeros if problem.is_varlen_q else torch.empty
+    softmax_d = allocate(shape, dtype=torch.float32, device=device)
     lse_log2 = scratch(shape, torch.float32, device)
     lse = inputs.softmax_lse
     lse = lse if lse.stride(-1) == 1 or lse.shape[-1] == 1 else lse.contiguous()

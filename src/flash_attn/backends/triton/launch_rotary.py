@@ -8,6 +8,7 @@ from torch import Tensor
 from ...core.device import guard
 from ...core.outputs import mark_written
 from ...core.rotary import check_rotary
+from ...core.toolchain import explains_toolchain
 from ...kernels.rotary import rotary_kernel
 
 # Heads that share one reading of the tables. A constant: the head count must not choose a kernel.
@@ -43,6 +44,7 @@ def apply_rotary(
     return out
 
 
+@explains_toolchain
 def _launch(
     out: Tensor,
     x: Tensor,

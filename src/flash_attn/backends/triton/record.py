@@ -50,12 +50,20 @@ def backward(
     """Write the gradients; repeated, ``tensors`` give (softmax_d,) and theirs are written."""
     with recording() as tape:
         softmax_d = launch_backward.backward(problem, inputs)
-    return softmax_d, _solve(tape, tensors, (softmax_d,), inputs.rng_state)
+    # What lies between packed sequences is written by no kernel.
+    zeroed = problem.is_varlen_q
+    return softmax_d, _solve(tape, tensors, (softmax_d,), inputs.rng_state, zeroed)
 
 
 def _solve(
-    tape: Tape, tensors: Sequence[Tensor], made: tuple[Tensor, ...], rng_state: Tensor
+    tape: Tape,
+    tensors: Sequence[Tensor],
+    made: tuple[Tensor, ...],
+    rng_state: Tensor,
+    zeroed: bool = False,
 ) -> Solve | None:
+    """How the launches of ``tape`` are repeated on tensors in the place of ``tensors``, with
+    results like ``made``, zeros before if ``zeroed``; None if they cannot be."""
     repeated = repeat(tape, [*tensors, *made, rng_state])
     if repeated is None:
         return None
@@ -68,6 +76,9 @@ def _solve(
             with torch.cuda.device(launches.device):
                 return solve(tensors)
         results = tuple([allocate(*layout) for layout in layouts])
+        if zeroed:
+            for x in results:
+                x.zero_()
         addresses = [x.data_ptr() for x in tensors]
         addresses += [x.data_ptr() for x in results]
         addresses.append(0)  # rng_state, which nothing reads without dropout
