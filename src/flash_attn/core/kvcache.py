@@ -315,7 +315,7 @@ def kvcache_problem(
         cache_batch_idx=cache_batch_idx,
     )
     check_flash_2(layout, num_splits)
-    check_same_headdim(q, v_cache)
+    check_same_headdim(q, k_cache, v_cache)
     problem = AttentionProblem(
         q, k_cache, v_cache, transform, visibility, layout, num_splits=num_splits
     )

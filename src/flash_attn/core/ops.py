@@ -72,7 +72,7 @@ def dense_problem(
     return_softmax: bool = False,
 ) -> AttentionProblem:
     """The problem that the dense operators' flat arguments describe."""
-    check_same_headdim(q, v)
+    check_same_headdim(q, k, v)
     return AttentionProblem(
         q,
         k,
@@ -143,7 +143,7 @@ def varlen_problem(
         max_seqlen_k=max_seqlen_k,
     )
     check_flash_2(layout, num_splits)
-    check_same_headdim(q, v)
+    check_same_headdim(q, k, v)
     return AttentionProblem(
         q,
         k,

@@ -465,9 +465,10 @@ def check_flash_2(layout: SequenceLayout, num_splits: int) -> None:
         )
 
 
-def check_same_headdim(q: Tensor, v: Tensor) -> None:
+def check_same_headdim(q: Tensor, k: Tensor, v: Tensor) -> None:
     """FlashAttention-2's interface has one head dim for all tensors."""
-    if v.shape[-1:] != q.shape[-1:]:
+    # A wrong `k` is reported with all else that is checked of it.
+    if v.shape[-1:] != q.shape[-1:] and k.shape[-1:] == q.shape[-1:]:
         raise ConstraintError(
             f"`v` must have head dim {q.shape[-1]} like `q`, found {v.shape[-1]}; "
             "flash_attn_interface.flash_attn_func takes a head dim of v of its own"
