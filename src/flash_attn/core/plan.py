@@ -27,12 +27,13 @@ class PlanKey(NamedTuple):
         itemsize: bytes of an element of q.
         block_d: head dim, rounded up to a power of two, at least 16.
         masked: whether a causal mask or a window is on.
-        heavy: whether dropout, ALiBi, softcap, a mask tensor or pages need further registers.
+        heavy: whether dropout, ALiBi, softcap or pages need further registers.
         few_rows: whether there are at most 16 queries a sequence (decoding).
         block_dv: head dim of v, rounded up likewise; 0 is that of q.
         second: whether there is a second product, of queries with values.
         windowed: whether the mask has a left limit, for which more is kept in registers.
         padded: whether the head dim is less than block_d, so that columns are masked.
+        mask_tensor: whether the scores have a mask tensor.
     """
 
     kernel: str
@@ -47,6 +48,7 @@ class PlanKey(NamedTuple):
     second: bool = False
     windowed: bool = False
     padded: bool = False
+    mask_tensor: bool = False
 
 
 @dataclass(frozen=True)

@@ -558,7 +558,7 @@ def attention_dmask(
             row_lse = tl.load(lse_log2 + at + rows, mask=counted, other=float("inf"))
             delta = tl.load(softmax_d + at + rows, mask=counted, other=0.0)
             last_row = tl.minimum(tile_m * BLOCK_M + BLOCK_M, rows_q) - 1
-            any_first, any_end, _, _ = key_bounds(
+            any_first, any_end, _first, _end = key_bounds(
                 tile_m * BLOCK_M, last_row, rows_q, rows_k, window_left, window_right, chunk,
                 HAS_LEFT, HAS_RIGHT, HAS_CHUNK,
             )  # fmt: skip
@@ -576,7 +576,7 @@ def attention_dmask(
                 v_tile = load_rows(v_base, keys, stride_vn, cols_v, rows_k, HEAD_DIM_V, BLOCK_DV,
                                    True, WIDE)  # fmt: skip
                 s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
-                s, _ = transform_scores(s, rows[:, None], keys[None, :], rows_q, rows_k,
+                s, _capped = transform_scores(s, rows[:, None], keys[None, :], rows_q, rows_k,
                                         softmax_scale, softcap, slope, mask, HAS_SOFTCAP,
                                         HAS_ALIBI, True, WIDE)  # fmt: skip
                 p = tl.exp2(s - row_lse[:, None])

@@ -12,6 +12,7 @@ from triton.language.random import philox_impl
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 DROPOUT_ROUNDS = tl.constexpr(7)
+LOWEST = tl.constexpr(-3.4e38)
 
 
 @triton.jit
@@ -226,20 +227,36 @@ def tanh(x):
 
 
 @triton.jit
-def add_mask(s, rows, keys, mask, WIDE: tl.constexpr):
-    """Scores in base 2 with a mask on top: -inf where it hides keys, and outside of it.
+def mask_values(rows, keys, mask, factor, WIDE: tl.constexpr):
+    """A tile of a mask as numbers to add, ``factor`` times its own; -inf where it hides keys.
 
-    ``mask`` is (pointer to the head's first element, strides of rows and keys, sizes of both);
-    bytes are bools. Broadcast dimensions have stride 0 and no end.
+    ``mask`` is (pointer to the head's first element, strides of rows and keys, sizes of both):
+    positions outside of it are hidden, bytes are bools, and a stride of None is a dimension that is
+    broadcast. Numbers too low for float32 become the lowest one, which still is not -inf.
     """
     base, stride_m, stride_n, mask_rows, mask_keys = mask
-    inside = (rows < mask_rows) & (keys < mask_keys)
-    pointers = base + tile_offsets(rows, stride_m, WIDE) + tile_offsets(keys, stride_n, WIDE)
-    if pointers.dtype.element_ty == tl.uint8:
-        s = tl.where(tl.load(pointers, mask=inside, other=0) != 0, s, float("-inf"))
+    IS_BOOL: tl.constexpr = base.dtype.element_ty == tl.uint8
+    hidden = 0 if IS_BOOL else float("-inf")
+    if stride_m is None and stride_n is None:
+        value = tl.load(base)
+    elif stride_m is None:
+        pointers = base + tile_offsets(keys, stride_n, WIDE)
+        value = tl.load(pointers, mask=keys < mask_keys, other=hidden)
+    elif stride_n is None:
+        pointers = base + tile_offsets(rows, stride_m, WIDE)
+        value = tl.load(pointers, mask=rows < mask_rows, other=hidden)
     else:
-        s += tl.load(pointers, mask=inside, other=float("-inf")).to(tl.float32) * LOG2E
-    return s
+        pointers = base + tile_offsets(rows, stride_m, WIDE) + tile_offsets(keys, stride_n, WIDE)
+        inside = (rows < mask_rows) & (keys < mask_keys)
+        value = tl.load(pointers, mask=inside, other=hidden)
+    if IS_BOOL:
+        value = tl.where(value != 0, 0.0, float("-inf"))
+    else:
+        number = value.to(tl.float32)
+        value = number * factor
+        if base.dtype.element_ty != tl.float16:
+            value = tl.where(number == float("-inf"), number, tl.maximum(value, LOWEST))
+    return value
 
 
 @triton.jit
@@ -257,7 +274,7 @@ def transform_scores(s, rows, keys, seqlen_q, seqlen_k, softmax_scale, softcap, 
         distance = tl.abs(rows + (seqlen_k - seqlen_q) - keys)
         s = s - distance.to(tl.float32) * (slope * LOG2E)
     if HAS_MASK:
-        s = add_mask(s, rows, keys, mask, WIDE)
+        s += mask_values(rows, keys, mask, LOG2E, WIDE)
     return s, capped
 
 

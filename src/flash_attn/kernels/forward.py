@@ -32,6 +32,7 @@ from .common import (
     key_bounds,
     key_range,
     load_rows,
+    mask_values,
     seen_interval,
     split_loop,
     store_rows,
@@ -130,8 +131,14 @@ def attend_tiles(acc, l_i, m_i, q, qv, k_base, v_base, table, rng_state, begin, 
                       num_pages, cols, keys_first, keys_end, HEAD_DIM, BLOCK_N, BLOCK_D,
                       IS_PAGED, MASKED, WIDE)  # fmt: skip
         k = to_operand(k)
-        s = row_products(q, k, PRECISION)  # (BLOCK_M, BLOCK_N)
         keys = start_n + offs_n
+        if HAS_MASK and FOLD_SCALE:
+            # Sums start from the mask. (Adding it to them would pull its layout into the softmax.)
+            start = mask_values(rows[:, None], keys[None, :], mask, 1.0 / softmax_scale, WIDE)
+            start = tl.broadcast_to(start, [BLOCK_M, BLOCK_N])
+            s = tl.dot(q, tl.trans(k), start, input_precision=PRECISION)
+        else:
+            s = row_products(q, k, PRECISION)  # (BLOCK_M, BLOCK_N)
         if HAS_QV:
             v = load_keys(v_base, start_n, first_key, stride_vn, stride_vb, table, page_size,
                           num_pages, cols_v, keys_first, keys_end, HEAD_DIM_V, BLOCK_N, BLOCK_DV,

@@ -10,6 +10,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 from ...core.plan import PlanKey, TilePlan, overridden, report
+from .extended_plans import extended_plan, size_of
 
 _Variants = tuple[TilePlan, TilePlan, TilePlan, TilePlan]
 _Table = dict[int, dict[str, _Variants]]
@@ -61,8 +62,6 @@ _SM90 = {
         dkdv=[(32, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1)],
         dq=[(64, 32, 8, 2), (32, 32, 8, 1)],
     ),
-    512: _variants(forward=[(16, 16, 4, 1)], dkdv=[(16, 16, 4, 1)], dq=[(16, 16, 4, 1)]),
-    1024: _variants(forward=[(16, 16, 4, 1)], dkdv=[(16, 16, 4, 1)], dq=[(16, 16, 4, 1)]),
 }
 # What newer compilers need instead: from Triton 3.7 on.
 _SM90_NEWER = _changed(
@@ -95,8 +94,6 @@ _SM80 = {
         dkdv=[(32, 64, 8, 2), (16, 32, 8, 1)],
         dq=[(64, 64, 8, 2), (64, 32, 8, 1), (32, 128, 8, 1), (64, 32, 8, 1)],
     ),
-    512: _variants(forward=[(16, 16, 4, 1)], dkdv=[(16, 16, 4, 1)], dq=[(16, 16, 4, 1)]),
-    1024: _variants(forward=[(16, 16, 4, 1)], dkdv=[(16, 16, 4, 1)], dq=[(16, 16, 4, 1)]),
 }
 # The other Ampere, Ada and GeForce Blackwell GPUs, and any unknown one: 99 KB of shared memory.
 _SM86 = {
@@ -125,8 +122,6 @@ _SM86 = {
         dkdv=[(16, 64, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1)],
         dq=[(64, 32, 8, 1), (64, 32, 8, 1), (32, 32, 8, 1)],
     ),
-    512: _variants(forward=[(16, 16, 4, 1)], dkdv=[(16, 16, 4, 1)], dq=[(16, 16, 4, 1)]),
-    1024: _variants(forward=[(16, 16, 4, 1)], dkdv=[(16, 16, 4, 1)], dq=[(16, 16, 4, 1)]),
 }
 # What newer compilers need instead: from Triton 3.7 on.
 _SM86_NEWER = _changed(_SM86, {128: _variants(forward=[(128, 64, 8, 3), (64, 32, 4, 2)])})
@@ -157,8 +152,6 @@ _SM100 = {
         dkdv=[(32, 64, 8, 2), (16, 64, 8, 1), (32, 32, 8, 1)],
         dq=[(64, 64, 8, 2), (64, 32, 8, 1), (32, 32, 8, 1)],
     ),
-    512: _variants(forward=[(16, 16, 4, 1)], dkdv=[(16, 16, 4, 1)], dq=[(16, 16, 4, 1)]),
-    1024: _variants(forward=[(16, 16, 4, 1)], dkdv=[(16, 16, 4, 1)], dq=[(16, 16, 4, 1)]),
 }
 # CDNA GPUs: 64 KB of shared memory, up to 512 registers with 4 warps of 64 threads.
 _GFX942 = {
@@ -175,8 +168,6 @@ _GFX942 = {
         dkdv=[(32, 32, 4, 1), (16, 32, 4, 1)],
         dq=[(32, 32, 4, 1)],
     ),
-    512: _variants(forward=[(16, 16, 4, 1)], dkdv=[(16, 16, 4, 1)], dq=[(16, 16, 4, 1)]),
-    1024: _variants(forward=[(16, 16, 4, 1)], dkdv=[(16, 16, 4, 1)], dq=[(16, 16, 4, 1)]),
 }
 # The interpreter: small tiles, so that small problems have several.
 _GENERIC = {
@@ -185,8 +176,6 @@ _GENERIC = {
     64: _variants(forward=[(64, 64, 4, 2)], dkdv=[(64, 64, 4, 2)], dq=[(64, 64, 4, 2)]),
     128: _variants(forward=[(64, 32, 4, 2)], dkdv=[(32, 64, 4, 1)], dq=[(64, 32, 4, 1)]),
     256: _variants(forward=[(64, 32, 8, 1)], dkdv=[(32, 32, 8, 1)], dq=[(32, 32, 8, 1)]),
-    512: _variants(forward=[(32, 32, 8, 1)], dkdv=[(32, 32, 8, 1)], dq=[(32, 32, 8, 1)]),
-    1024: _variants(forward=[(32, 32, 8, 1)], dkdv=[(32, 32, 8, 1)], dq=[(32, 32, 8, 1)]),
 }
 # Full float32 products have no tensor cores to feed: tiles are small.
 _FLOAT32 = {
@@ -212,8 +201,6 @@ _FLOAT32 = {
         dkdv=[(16, 16, 8, 2)],
         dq=[(16, 16, 8, 1), (16, 16, 8, 1), (16, 32, 8, 1)],
     ),
-    512: _variants(forward=[(16, 16, 8, 1)], dkdv=[(16, 16, 8, 1)], dq=[(16, 16, 8, 1)]),
-    1024: _variants(forward=[(16, 16, 8, 1)], dkdv=[(16, 16, 8, 1)], dq=[(16, 16, 8, 1)]),
 }
 # CDNA: four warps have twice the registers of eight, and 64 KB hold no second stage.
 _FLOAT32_AMD = _changed(
@@ -284,43 +271,15 @@ def variant_of(key: PlanKey) -> int:
     return 3 if key.windowed else int(key.masked)
 
 
-def _size(key: PlanKey) -> int:
-    """The row of the tables: the larger head dim, and twice that where there is more beside it."""
-    size = max(key.block_d, key.block_dv)
-    return 2 * size if key.second or (size == 512 and key.block_d > 64) else size
-
-
-def _dmask_plan(key: PlanKey, size: int) -> TilePlan:
-    """Small tiles, which fit everywhere: writing the gradient takes longer than the products."""
-    block = 16 if key.itemsize == 4 or size > 256 else 32
-    return TilePlan(block, block, 4, 1)
-
-
-def float8_product(key: PlanKey) -> bool:
-    """Whether the tensor cores multiply float8 (e4m3, as NVIDIA writes it) as it is."""
-    return key.arch in ("sm89", "sm90") or key.arch.startswith(("sm10", "sm12"))
-
-
-def converts_float8_ahead(rows: int) -> bool:
-    """Whether float8 is converted before the kernel, once, where each key meets ``rows`` rows."""
-    return rows >= 1024
-
-
-def float8_weights(key: PlanKey) -> bool:
-    """Whether weights are rounded to float8 for float8 values, instead of both to float16."""
-    return False
-
-
 @lru_cache(maxsize=1024)
 def _lookup(key: PlanKey) -> TilePlan:
-    size = _size(key)
-    if key.kernel == "dmask":
-        return _dmask_plan(key, size)
-    family = family_of(key)
-    kernels = _TABLES[family][size]
-    if key.padded:
-        kernels = {**kernels, **_PADDED.get(family, {}).get(size, {})}
-    plan = kernels[key.kernel][variant_of(key)]
+    plan = extended_plan(key)
+    if plan is None:
+        family, size = family_of(key), size_of(key)
+        kernels = _TABLES[family][size]
+        if key.padded:
+            kernels = {**kernels, **_PADDED.get(family, {}).get(size, {})}
+        plan = kernels[key.kernel][variant_of(key)]
     if key.few_rows and key.kernel == "forward":
         plan = TilePlan(16, min(plan.block_n, 64), 4, plan.num_stages)
     return plan

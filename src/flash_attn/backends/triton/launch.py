@@ -17,7 +17,8 @@ from ...kernels import combine as combine_kernels
 from ...kernels import forward as forward_kernels
 from ...kernels.softmax_debug import softmax_debug
 from .._launcher import Launcher, scratch
-from .heuristics import converts_float8_ahead, float8_product, float8_weights, plan_for
+from .extended_plans import converts_float8_ahead, float8_product, float8_weights
+from .heuristics import plan_for
 
 attention_forward = Launcher(forward_kernels.attention_forward)
 attention_combine = Launcher(combine_kernels.attention_combine)
@@ -103,16 +104,13 @@ def plan_key(kernel: str, problem: AttentionProblem, facts: Facts, rows: int = 0
         problem.q.element_size(),
         facts.block_d,
         named["HAS_LEFT"] or named["HAS_RIGHT"],
-        named["HAS_SOFTCAP"]
-        or named["HAS_ALIBI"]
-        or named["HAS_DROPOUT"]
-        or problem.transform.attn_mask is not None
-        or problem.is_paged,
+        named["HAS_SOFTCAP"] or named["HAS_ALIBI"] or named["HAS_DROPOUT"] or problem.is_paged,
         0 < rows <= _FEW_ROWS,
         facts.block_dv,
         problem.qv is not None,
         named["HAS_LEFT"],
         problem.headdim < facts.block_d,
+        problem.transform.attn_mask is not None,
     )
 
 
@@ -164,14 +162,18 @@ def choose_splits(problem: AttentionProblem, tiles: int, plan: TilePlan) -> int:
 
 
 def mask_arguments(problem: AttentionProblem) -> tuple[Any, ...]:
-    """The mask, its four strides and its sizes in rows and keys, as all kernels take them."""
+    """The mask, its four strides and its sizes in rows and keys, as all kernels take them.
+
+    Where rows or keys are broadcast, their stride and size are None.
+    """
     mask = problem.transform.attn_mask
     if mask is None:
         return (None,) * 7
     mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
-    sizes = mask.shape
-    strides = (0 if size == 1 else mask.stride(dim) for dim, size in enumerate(sizes))
-    return (mask, *strides, *(_NO_LIMIT if size == 1 else size for size in sizes[2:]))
+    sizes, strides = mask.shape, mask.stride()
+    outer = (0 if sizes[dim] == 1 else strides[dim] for dim in (0, 1))
+    inner = (None if sizes[dim] == 1 else strides[dim] for dim in (2, 3))
+    return (mask, *outer, *inner, *(None if size == 1 else size for size in sizes[2:]))
 
 
 def mask_is_wide(problem: AttentionProblem) -> bool:
@@ -300,10 +302,13 @@ def _launch_forward(
     # Partial results carry a leading dimension of splits and say -inf where they saw nothing.
     stride_os, stride_ls = (out.stride(0), lse.stride(0)) if split else (0, 0)
     one_out, one_lse = (out[0], lse[0]) if split else (out, lse)
-    simple = not (named["HAS_SOFTCAP"] or named["HAS_ALIBI"] or transform.attn_mask is not None)
-    # With descales, the queries take the sign of the scale.
+    simple = not (named["HAS_SOFTCAP"] or named["HAS_ALIBI"])
+    # With descales, the queries take the sign of the scale, which may be next to 0.
     descales = _descale_arguments(problem)
     signed = qv is None and any(x is not None for x in descales)
+    if signed or q.element_size() == 1 or transform.softmax_scale < 1e-6:
+        # No sums that start from the mask: float8 ones have too few bits, the others overflow.
+        simple = simple and transform.attn_mask is None
     wide = needs_wide_offsets(q, k, v, one_out, *([] if qv is None else [qv]))
     float8_p = is_float8(v.dtype) and float8_weights(plan_key("forward", problem, facts))
     attention_forward[(plan.programs * splits,)](
@@ -363,7 +368,7 @@ def _forward_split(
     partial_lse = scratch((splits, *lse.shape), torch.float32, lse.device)
     _launch_forward(problem, facts, plan, rng_state, partial_out, partial_lse, splits)
     rows = problem.q.shape[-3]
-    block_m = 16
+    block_m = 16 if facts.block_dv <= 256 else 8
     row_tiles = triton.cdiv(rows, block_m)
     batch_size = 1 if problem.is_varlen_q else problem.batch_size
     attention_combine[(row_tiles * problem.nheads * batch_size,)](
