@@ -36,6 +36,15 @@ FORWARD_FEATURES = (
 )  # fmt: skip
 # (head dim of q, of v); with a second product only those of v that are larger.
 HEADDIMS_V = ((64, 512), (192, 128), (64, 32), (16, 256), (256, 512))
+# Bytes that spill: (architecture, kernel, label) under Triton 3.6. A product of 256-wide float32
+# rows, which tensor cores do not serve, keeps whole rows in a thread's registers, and dropout's
+# random numbers come on top. Tried: 16x16, 16x32 and 32x16 with 4 and 8 warps and 1 to 3 stages. Of
+# these only dkdv with 16x32 and two stages keeps all in registers, in 102528 bytes of shared
+# memory: more than the GPUs have that share this table.
+KNOWN_SPILLS = {
+    ("sm90", "attention_dkdv", "d256 float32 window dropout"): 16,
+    ("sm90", "attention_dq", "d256 float32 window dropout"): 8,
+}
 _ROWS = 256
 
 
