@@ -21,7 +21,7 @@ from flash_attn import flash_attn_interface as interface
 from flash_attn.core import ops, reference, rng
 from flash_attn.core.masking import visible_matrix
 from flash_attn.core.problem import AttentionProblem
-from flash_attn.core.sequences import sequences
+from flash_attn.core.sequences import Sequence, sequences
 
 # The tensors on the CPU are small: threads would only get in each other's way.
 torch.set_num_threads(1)
@@ -233,93 +233,173 @@ def run_private(
 # Error budget ------------------------------------------------------------------------------------
 
 
+# The tensors of a problem that have gradients, by the gradients' names.
+_LEAVES = {"dq": "q", "dk": "k", "dv": "v", "dmask": "attn_mask", "dsinks": "sinks"}
+
+
+def with_leaves(
+    problem: AttentionProblem, dtype: torch.dtype | None = None
+) -> tuple[AttentionProblem, dict[str, Tensor]]:
+    """A copy on leaf tensors, in ``dtype`` or their own, and those leaves by gradient name."""
+    found = {name: getattr(problem, key) for name, key in list(_LEAVES.items())[:3]}
+    found |= {name: getattr(problem.transform, _LEAVES[name]) for name in ("dmask", "dsinks")}
+    leaves = {
+        name: x.detach().clone().to(dtype or x.dtype).requires_grad_()
+        for name, x in found.items()
+        if x is not None and x.dtype != torch.bool
+    }
+    changes = {_LEAVES[name]: leaf for name, leaf in leaves.items()}
+    transform = {key: changes.pop(key) for key in ("attn_mask", "sinks") if key in changes}
+    return problem._replace(**changes, transform=problem.transform._replace(**transform)), leaves
+
+
+def exact_answer(
+    problem: AttentionProblem,
+    dout: Tensor,
+    rng_state: Tensor | None = None,
+    returned: Tensor | None = None,
+    dlse: Tensor | None = None,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Out, lse and all gradients in float64, and what a gradient owes to the output's error.
+
+    Backward starts from rowsum(out * dout) of the output as it was ``returned``, whose own error is
+    bounded by itself. An error e of that sum changes the score gradients by -e times the softmax,
+    which is the gradient of the log-sum-exp.
+    """
+    copy, leaves = with_leaves(problem, torch.float64)
+    result = reference.attention(copy, torch.float64, rng_state)
+    true, lse = result.out.detach(), result.softmax_lse
+    answer = {"out": true, "lse": lse.detach()}
+    if not result.out.requires_grad:
+        return answer | {name: torch.zeros_like(x) for name, x in leaves.items()}, {}
+    finite = torch.isfinite(lse)
+    grads = _gradients(result.out, leaves, dout.double())
+    returned = true.to(problem.q.dtype) if returned is None else returned
+    shift = ((returned.double() - true) * dout.double()).sum(-1).transpose(-1, -2)
+    through_lse = {}
+    for name, dx in (("shift", shift), ("dlse", dlse)):
+        if dx is not None and lse.requires_grad:
+            through_lse[name] = _gradients(lse, leaves, dx.double().masked_fill(~finite, 0.0))
+    for name, grad in through_lse.get("dlse", {}).items():
+        grads[name] = grads[name] + grad
+    return answer | grads, through_lse.get("shift", {})
+
+
 def exact(
     problem: AttentionProblem,
     dout: Tensor,
     rng_state: Tensor | None = None,
     returned: Tensor | None = None,
 ) -> tuple[Solution, dict[str, Tensor]]:
-    """The answer in float64, and by name what a gradient owes to the error of the output.
-
-    Backward starts from rowsum(out * dout) of the output as it was ``returned``, whose own error is
-    bounded by itself. An error e of that sum changes the score gradients by -e times the softmax,
-    which is the gradient of the log-sum-exp.
-    """
-    leaves = [x.detach().double().requires_grad_() for x in (problem.q, problem.k, problem.v)]
-    q, k, v = leaves
-    copy = problem._replace(q=q, k=k, v=v)
-    result = reference.attention(copy, torch.float64, rng_state)
-    true = result.out.detach()
-    if not result.out.requires_grad:
-        zeros = [torch.zeros_like(x) for x in leaves]
-        return Solution(true, result.softmax_lse, *zeros), {}
-    grads = _gradients(result.out, leaves, dout.double())
-    returned = true.to(problem.q.dtype) if returned is None else returned
-    shift = ((returned.double() - true) * dout.double()).sum(-1)
-    lse = result.softmax_lse
-    shift = shift.transpose(-1, -2).masked_fill(torch.isinf(lse), 0.0)
-    dq, dk, _ = _gradients(lse, leaves, shift) if lse.requires_grad else grads
-    return Solution(true, lse.detach(), *grads), {"dq": dq, "dk": dk}
+    """:func:`exact_answer` of a problem whose gradients are dq, dk and dv alone."""
+    answer, owed = exact_answer(problem, dout, rng_state, returned)
+    return Solution(**answer), owed
 
 
-def _gradients(x: Tensor, leaves: list[Tensor], dx: Tensor) -> list[Tensor]:
-    grads = torch.autograd.grad(x, leaves, dx, retain_graph=True, allow_unused=True)
-    return [
-        torch.zeros_like(leaf) if grad is None else grad
-        for leaf, grad in zip(leaves, grads, strict=True)
-    ]
+def _gradients(x: Tensor, leaves: dict[str, Tensor], dx: Tensor) -> dict[str, Tensor]:
+    grads = torch.autograd.grad(x, leaves.values(), dx, retain_graph=True, allow_unused=True)
+    return {
+        name: torch.zeros_like(leaf) if grad is None else grad
+        for (name, leaf), grad in zip(leaves.items(), grads, strict=True)
+    }
 
 
-def _plain_forward(
-    problem: AttentionProblem, leaves: list[Tensor], rng_state: Tensor | None
-) -> Tensor:
-    """Attention as one writes it in PyTorch: products in the dtype, softmax in float32."""
-    q, k, v = leaves
-    transform, group = problem.transform, problem.nheads // problem.nheads_k
-    out = q.new_zeros(problem.out_shape)
+def _repeated(problem: AttentionProblem, x: Tensor, name: str, index: int) -> Tensor:
+    """(rows, heads, dim) as (nheads, rows, dim) of numbers to multiply; float8 in float32."""
+    factors = getattr(problem.transform, f"{name}_descale")
+    if x.dtype == torch.float8_e4m3fn:
+        x = x.float()
+    if factors is not None:
+        x = x * factors[index].repeat_interleave(x.shape[1] // factors.shape[1])[:, None]
+    return x.repeat_interleave(problem.nheads // x.shape[1], dim=1).transpose(0, 1)
+
+
+def _plain_scores(problem: AttentionProblem, sequence: Sequence) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores in float32, where they are seen, and values (nheads, seqlen_k, headdim_v)."""
+    transform, index = problem.transform, sequence.number
+    q = _repeated(problem, problem.q[sequence.q_rows], "q", index) * transform.softmax_scale
+    k = _repeated(problem, problem.k[sequence.k_rows], "k", index)
+    v = _repeated(problem, problem.v[sequence.k_rows], "v", index)
+    s = (q @ k.mT).float()
+    if problem.qv is not None:
+        qv = problem.qv[sequence.q_rows]
+        qv = (qv.float() if qv.dtype == torch.float8_e4m3fn else qv).transpose(0, 1)
+        s = s + ((qv * transform.softmax_scale) @ v.mT).float()
+    seqlen_q, seqlen_k = s.shape[-2:]
+    if transform.softcap > 0.0:
+        s = transform.softcap * torch.tanh(s / transform.softcap)
+    if transform.alibi_slopes is not None:
+        slopes = transform.alibi_slopes
+        slopes = slopes if slopes.dim() == 1 else slopes[index]
+        row = torch.arange(seqlen_q, device=s.device)[:, None] + (seqlen_k - seqlen_q)
+        distance = (row - torch.arange(seqlen_k, device=s.device)).abs()
+        s = s - slopes[:, None, None] * distance
+    seen = visible_matrix(seqlen_q, seqlen_k, problem.visibility, s.device)
+    if transform.attn_mask is not None:
+        mask = reference.mask_block(transform.attn_mask, index, seqlen_q, seqlen_k)
+        seen = seen & (mask != float("-inf"))
+        s = s + mask.float()
+    return s, seen.expand(s.shape), v
+
+
+def _plain_forward(problem: AttentionProblem, rng_state: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Attention as one writes it in PyTorch: products in the dtype, softmax in float32; float8
+    weights, scaled to their whole range, for float8 values. Also the log-sum-exp."""
+    transform, is_float8 = problem.transform, problem.q.dtype == torch.float8_e4m3fn
+    out = torch.zeros(problem.out_shape, dtype=problem.result_dtype, device=problem.q.device)
+    lse = torch.zeros(problem.lse_shape, device=problem.q.device)
     for sequence in sequences(problem):
-        q_part = q[sequence.q_rows].transpose(0, 1) * transform.softmax_scale
-        k_part, v_part = (
-            x[sequence.k_rows].repeat_interleave(group, dim=1).transpose(0, 1) for x in (k, v)
-        )
-        s = (q_part @ k_part.mT).float()
-        seqlen_q, seqlen_k = s.shape[-2:]
-        if transform.softcap > 0.0:
-            s = transform.softcap * torch.tanh(s / transform.softcap)
-        if transform.alibi_slopes is not None:
-            slopes = transform.alibi_slopes
-            slopes = slopes if slopes.dim() == 1 else slopes[sequence.number]
-            row = torch.arange(seqlen_q, device=s.device)[:, None] + (seqlen_k - seqlen_q)
-            distance = (row - torch.arange(seqlen_k, device=s.device)).abs()
-            s = s - slopes[:, None, None] * distance
-        seen = visible_matrix(seqlen_q, seqlen_k, problem.visibility, s.device)
+        s, seen, v = _plain_scores(problem, sequence)
         dead = ~seen.any(-1, keepdim=True)
         # A finite stand-in keeps rows without keys free of NaN; they are blanked afterwards.
         s = s.masked_fill(~seen, -1e30)
         if transform.sinks is not None:
-            sinks = transform.sinks.float()[:, None, None].expand(-1, seqlen_q, 1)
+            sinks = transform.sinks.float()[:, None, None].expand(*s.shape[:-1], 1)
             s = torch.cat([s, sinks], dim=-1)
-        p = torch.softmax(s, dim=-1)[..., :seqlen_k].masked_fill(dead, 0.0)
+        elif not s.shape[-1]:
+            continue
+        p = torch.softmax(s, dim=-1)[..., : v.shape[-2]].masked_fill(dead, 0.0)
+        lse[sequence.lse_index(problem.is_varlen_q)] = torch.logsumexp(s, dim=-1)
         if problem.dropout_p > 0.0 and rng_state is not None:
-            rows = torch.arange(seqlen_q, device=s.device)
-            keys = torch.arange(seqlen_k, device=s.device)
+            rows = torch.arange(s.shape[-2], device=s.device)
+            keys = torch.arange(v.shape[-2], device=s.device)
             keep = rng.keep_mask(
                 rng_state, problem.dropout_p, sequence.number, problem.nheads, rows, keys
             )
             p = p.masked_fill(~keep, 0.0) / (1.0 - problem.dropout_p)
-        out[sequence.q_rows] = (p.to(q.dtype) @ v_part).transpose(0, 1)
-    return out
+        if is_float8:
+            largest = p.amax(-1, keepdim=True).clamp_min(1e-30) if v.shape[-2] else 1.0
+            p = (256.0 * p / largest).to(problem.q.dtype).float() * (largest / 256.0)
+        out[sequence.q_rows] = (p.to(v.dtype) @ v).transpose(0, 1).to(out.dtype)
+    return out, lse
+
+
+def plain_answer(
+    problem: AttentionProblem,
+    dout: Tensor,
+    rng_state: Tensor | None = None,
+    dlse: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Out and all gradients by plain PyTorch in the inputs' dtype."""
+    copy, leaves = with_leaves(problem)
+    out, lse = _plain_forward(copy, rng_state)
+    answer = {"out": out.detach()}
+    if not out.requires_grad or problem.q.dtype == torch.float8_e4m3fn:
+        return answer | {name: torch.zeros_like(x) for name, x in leaves.items()}
+    outputs, douts = [out], [dout]
+    if dlse is not None:
+        outputs, douts = [out, lse], [dout, dlse]
+    grads = torch.autograd.grad(outputs, leaves.values(), douts, allow_unused=True)
+    return answer | {
+        name: torch.zeros_like(leaf) if grad is None else grad
+        for (name, leaf), grad in zip(leaves.items(), grads, strict=True)
+    }
 
 
 def plain(problem: AttentionProblem, dout: Tensor, rng_state: Tensor | None = None) -> Solution:
-    """The answer of plain PyTorch in the inputs' dtype (without a log-sum-exp)."""
-    leaves = [x.detach().clone().requires_grad_() for x in (problem.q, problem.k, problem.v)]
-    out = _plain_forward(problem, leaves, rng_state)
-    if not out.requires_grad:
-        zeros = [torch.zeros_like(x) for x in leaves]
-        return Solution(out, out, *zeros)
-    grads = torch.autograd.grad(out, leaves, dout)
-    return Solution(out.detach(), out.detach(), *grads)
+    """:func:`plain_answer` of a problem whose gradients are dq, dk and dv alone (no lse)."""
+    answer = plain_answer(problem, dout, rng_state)
+    return Solution(lse=answer["out"], **answer)
 
 
 def _rms(x: Tensor) -> float:
@@ -413,6 +493,17 @@ def check(inputs: Inputs, got: Solution, rng_state: Tensor | None = None) -> Non
         tensors = [getattr(solution, name) for solution in (got, true, same)]
         check_error(name, *tensors, 3.0, floors[name], owed.get(name))
         check_direction(name, *tensors, owed.get(name))
+
+
+def check_forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """Run the private forward function, hold it against the budget, and return out and lse."""
+    problem = inputs.problem()
+    out, lse, *_ = run_forward(inputs)
+    true, _ = exact(problem, inputs.dout)
+    check_lse(lse, true.lse)
+    floor = _floors(problem, inputs.dout)["out"]
+    check_error("out", out, true.out, plain(problem, inputs.dout).out, 2.0, floor)
+    return out, lse
 
 
 def run_and_check(inputs: Inputs) -> Solution:

@@ -23,6 +23,7 @@ _FILES = [
     "test_masking.py",
     "test_dropout.py",
     "test_layouts.py",
+    "test_extensions.py",
 ]
 
 

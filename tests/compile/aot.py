@@ -55,6 +55,7 @@ class Launch(NamedTuple):
     kernel: JITFunction
     arguments: tuple[Any, ...]
     keywords: dict[str, Any]
+    key: PlanKey | None = None  # of the plan that it took, if it took one
 
     @property
     def name(self) -> str:
@@ -65,6 +66,10 @@ class Launch(NamedTuple):
         """Tile sizes, warps and stages, as far as the call names them."""
         names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
         return [self.keywords.get(name) for name in names]
+
+    def under(self, plan: TilePlan) -> Launch:
+        """The same call with another plan."""
+        return self._replace(keywords={**self.keywords, **launch.compile_options(plan)})
 
 
 @dataclass(frozen=True)
@@ -102,18 +107,21 @@ class Resources:
 def recorded(arch: str) -> Iterator[list[Launch]]:
     """Record kernel calls instead of running them; plans are those of ``arch``."""
     launches: list[Launch] = []
+    keys: dict[str, PlanKey] = {}
 
     def record(self: JITFunction, *args: Any, grid: Any, warmup: bool, **keywords: Any) -> None:
-        launches.append(Launch(self, args, keywords))
+        launches.append(Launch(self, args, keywords, keys.pop(self.__name__, None)))
 
-    def plan_for(key: PlanKey) -> TilePlan:
-        return _real_plan_for(key._replace(arch=arch))
+    def plan_key(kernel: str, *args: Any) -> PlanKey:
+        key = _real_plan_key(kernel, *args)._replace(arch=arch)
+        keys["attention_" + kernel] = key
+        return key
 
-    _real_plan_for = launch.plan_for
+    _real_plan_key = launch.plan_key
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(JITFunction, "run", record))
-        stack.enter_context(mock.patch.object(launch, "plan_for", plan_for))
-        stack.enter_context(mock.patch.object(launch_backward, "plan_for", plan_for))
+        stack.enter_context(mock.patch.object(launch, "plan_key", plan_key))
+        stack.enter_context(mock.patch.object(launch_backward, "plan_key", plan_key))
         yield launches
 
 

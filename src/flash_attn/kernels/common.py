@@ -12,6 +12,7 @@ from triton.language.random import philox_impl
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 DROPOUT_ROUNDS = tl.constexpr(7)
+LOWEST = tl.constexpr(-3.4e38)
 
 
 @triton.jit
@@ -27,6 +28,12 @@ def int64(x):
 
 
 @triton.jit
+def floor_multiple(x, step):
+    """The largest multiple of ``step`` that is at most ``x``; ``//`` alone rounds towards 0."""
+    return tl.where(x < 0, -((step - 1 - x) // step), x // step) * step
+
+
+@triton.jit
 def segment_bound(cu_seqlens, segment, batch_size, total):
     """First row of a segment; segments are the rows before, of, and after the packed sequences."""
     index = clamp(segment - 1, 0, batch_size)
@@ -35,7 +42,7 @@ def segment_bound(cu_seqlens, segment, batch_size, total):
 
 
 @triton.jit
-def locate_packed_tile(cu_seqlens, tile, batch_size, total, BLOCK: tl.constexpr):
+def locate_packed_tile(cu_seqlens, tile, batch_size, total, BLOCK):
     """Which sequence the ``tile``-th tile of all packed rows belongs to.
 
     Segment s starts at tile ``bound[s] // BLOCK + s``: that leaves every segment room for all its
@@ -69,11 +76,11 @@ def packed_range(cu_seqlens, b, batch_size, total):
 
 @triton.jit
 def tile_of_program(pid, cu_seqlens, batch_size, nheads, seqlen, num_tiles,
-                    IS_VARLEN: tl.constexpr, REVERSE: tl.constexpr,
-                    BLOCK: tl.constexpr):  # fmt: skip
+                    IS_VARLEN: tl.constexpr, REVERSE: tl.constexpr, BLOCK):  # fmt: skip
     """(sequence, head, tile, first row, rows) of a one-dimensional grid, tiles running fastest.
 
-    REVERSE puts the last tiles first: with a causal mask these have the most work.
+    Tiles have BLOCK rows. REVERSE puts the last tiles first: with a causal mask these have the most
+    work.
     """
     tile = pid % num_tiles
     head_batch = pid // num_tiles
@@ -114,11 +121,34 @@ def key_range(b, cu_seqlens_k, seqused_k, leftpad_k, batch_size, seqlen_k,
 
 
 @triton.jit
-def key_bounds(first_row, last_row, seqlen_q, seqlen_k, window_left, window_right,
-               HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):  # fmt: skip
+def used_rows(seqused, b, batch_size, rows, HAS_SEQUSED: tl.constexpr):
+    """How many of the ``rows`` of sequence ``b`` are in use."""
+    if HAS_SEQUSED:
+        rows = clamp(tl.load(seqused + clamp(b, 0, batch_size - 1)), 0, rows)
+    return rows
+
+
+@triton.jit
+def chunk_start(row, shift, chunk, OF_KEYS: tl.constexpr):
+    """First key of the chunk of query ``row``; OF_KEYS: first query of the chunk of key ``row``.
+
+    Chunks divide key positions; a query stands at its row plus ``shift``.
+    """
+    if OF_KEYS:
+        start = floor_multiple(row, chunk) + shift
+    else:
+        start = floor_multiple(row + shift, chunk)
+    return start
+
+
+@triton.jit
+def key_bounds(first_row, last_row, seqlen_q, seqlen_k, window_left, window_right, chunk,
+               HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_CHUNK: tl.constexpr,
+               OF_KEYS: tl.constexpr = False):  # fmt: skip
     """What a tile of rows sees: keys [any_first, any_end) by some row, [all_first, all_end) by all.
 
-    Restates flash_attn.core.masking.visible_keys for the first and the last row of the tile.
+    Restates flash_attn.core.masking.visible_keys for the first and the last row of the tile; with
+    OF_KEYS, queries and keys in exchanged roles, visible_queries.
     """
     shift = seqlen_k - seqlen_q
     any_first = 0
@@ -131,6 +161,13 @@ def key_bounds(first_row, last_row, seqlen_q, seqlen_k, window_left, window_righ
     if HAS_RIGHT:
         any_end = tl.minimum(last_row + shift + window_right + 1, seqlen_k)
         all_end = tl.minimum(first_row + shift + window_right + 1, seqlen_k)
+    if HAS_CHUNK:
+        of_first = chunk_start(first_row, shift, chunk, OF_KEYS)
+        of_last = chunk_start(last_row, shift, chunk, OF_KEYS)
+        any_first = tl.maximum(any_first, of_first)
+        all_first = tl.maximum(all_first, of_last)
+        any_end = tl.minimum(any_end, of_last + chunk)
+        all_end = tl.minimum(all_end, of_first + chunk)
     return any_first, any_end, all_first, all_end
 
 
@@ -149,9 +186,10 @@ def split_loop(any_first, any_end, all_first, all_end, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def seen_interval(rows, seqlen_q, seqlen_k, window_left, window_right,
-                  HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):  # fmt: skip
-    """(first, last) key that each row sees. Restates flash_attn.core.masking.visible_keys.
+def seen_interval(rows, seqlen_q, seqlen_k, window_left, window_right, chunk,
+                  HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_CHUNK: tl.constexpr,
+                  OF_KEYS: tl.constexpr = False):  # fmt: skip
+    """(first, last) key that each row sees. Restates flash_attn.core.masking like key_bounds.
 
     A mask is then two comparisons with vectors that are computed once; pairwise distances would
     occupy as many registers as the scores.
@@ -163,6 +201,10 @@ def seen_interval(rows, seqlen_q, seqlen_k, window_left, window_right,
         first = tl.maximum(position - window_left, 0)
     if HAS_RIGHT:
         last = tl.minimum(position + window_right, last)
+    if HAS_CHUNK:
+        start = chunk_start(rows, seqlen_k - seqlen_q, chunk, OF_KEYS)
+        first = tl.maximum(first, start)
+        last = tl.minimum(last, start + (chunk - 1))
     return first, last
 
 
@@ -185,8 +227,42 @@ def tanh(x):
 
 
 @triton.jit
-def transform_scores(s, rows, keys, seqlen_q, seqlen_k, softmax_scale, softcap, slope,
-                     HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr):  # fmt: skip
+def mask_values(rows, keys, mask, factor, WIDE: tl.constexpr):
+    """A tile of a mask as numbers to add, ``factor`` times its own; -inf where it hides keys.
+
+    ``mask`` is (pointer to the head's first element, strides of rows and keys, sizes of both):
+    positions outside of it are hidden, bytes are bools, and a stride of None is a dimension that is
+    broadcast. Numbers too low for float32 become the lowest one, which still is not -inf.
+    """
+    base, stride_m, stride_n, mask_rows, mask_keys = mask
+    IS_BOOL: tl.constexpr = base.dtype.element_ty == tl.uint8
+    hidden = 0 if IS_BOOL else float("-inf")
+    if stride_m is None and stride_n is None:
+        value = tl.load(base)
+    elif stride_m is None:
+        pointers = base + tile_offsets(keys, stride_n, WIDE)
+        value = tl.load(pointers, mask=keys < mask_keys, other=hidden)
+    elif stride_n is None:
+        pointers = base + tile_offsets(rows, stride_m, WIDE)
+        value = tl.load(pointers, mask=rows < mask_rows, other=hidden)
+    else:
+        pointers = base + tile_offsets(rows, stride_m, WIDE) + tile_offsets(keys, stride_n, WIDE)
+        inside = (rows < mask_rows) & (keys < mask_keys)
+        value = tl.load(pointers, mask=inside, other=hidden)
+    if IS_BOOL:
+        value = tl.where(value != 0, 0.0, float("-inf"))
+    else:
+        number = value.to(tl.float32)
+        value = number * factor
+        if base.dtype.element_ty != tl.float16:
+            value = tl.where(number == float("-inf"), number, tl.maximum(value, LOWEST))
+    return value
+
+
+@triton.jit
+def transform_scores(s, rows, keys, seqlen_q, seqlen_k, softmax_scale, softcap, slope, mask,
+                     HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr, HAS_MASK: tl.constexpr,
+                     WIDE: tl.constexpr):  # fmt: skip
     """From q.k to scores in base 2. Also returns tanh(...) where softcap is on, else 0."""
     capped = 0.0
     if HAS_SOFTCAP:
@@ -197,6 +273,8 @@ def transform_scores(s, rows, keys, seqlen_q, seqlen_k, softmax_scale, softcap, 
     if HAS_ALIBI:
         distance = tl.abs(rows + (seqlen_k - seqlen_q) - keys)
         s = s - distance.to(tl.float32) * (slope * LOG2E)
+    if HAS_MASK:
+        s += mask_values(rows, keys, mask, LOG2E, WIDE)
     return s, capped
 
 
@@ -245,6 +323,20 @@ def load_rows(base, rows, stride, cols, rows_end, HEAD_DIM: tl.constexpr, BLOCK_
     if MASK_ROWS:
         return tl.load(pointers, mask=(rows < rows_end)[:, None], other=0.0)
     return tl.load(pointers)
+
+
+@triton.jit
+def to_operand(x):
+    """``x`` as an operand of a product: bytes are float8 (e4m3) numbers, exact in float16.
+
+    The exponent's bias is 8 less than float16's, subnormal numbers included.
+    """
+    if x.dtype == tl.uint8:
+        bits = x.to(tl.uint16)
+        moved = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
+        number = moved.to(tl.float16, bitcast=True) * 256.0
+        x = tl.where((bits & 0x7F) == 0x7F, float("nan"), number).to(tl.float16)
+    return x
 
 
 @triton.jit

@@ -10,28 +10,42 @@ from torch import Tensor
 from ...core.device import guard, side_stream
 from ...core.outputs import softmax_d_shape
 from ...core.problem import AttentionProblem, BackwardInputs
-from ...kernels.backward import attention_dkdv, attention_dq, attention_row_statistics
+from ...kernels import backward as kernels
+from .._launcher import Launcher, scratch
 from .heuristics import overlaps_backward, plan_for
 from .launch import (
     Facts,
     compile_options,
     facts_of,
     lse_strides,
+    mask_arguments,
+    mask_is_wide,
     needs_wide_offsets,
     plan_key,
     row_strides,
     tiles_of,
 )
 
+attention_row_statistics = Launcher(kernels.attention_row_statistics)
+attention_dkdv = Launcher(kernels.attention_dkdv)
+attention_dq = Launcher(kernels.attention_dq)
+attention_dmask = Launcher(kernels.attention_dmask)
+
 
 def backward(problem: AttentionProblem, inputs: BackwardInputs) -> Tensor:
     """Write dq, dk, dv in place, honouring their strides; returns softmax_d."""
-    shape = (2, *softmax_d_shape(problem))
+    shape, device = softmax_d_shape(problem), problem.q.device
     # Row statistics, each sequence padded to a multiple of 128 rows: delta and base-2 LSE.
-    softmax_d, lse_log2 = torch.empty(shape, dtype=torch.float32, device=problem.q.device)
+    # Packed, nothing writes what lies between the sequences.
+    allocate = torch.zeros if problem.is_varlen_q else torch.empty
+    softmax_d = allocate(shape, dtype=torch.float32, device=device)
+    lse_log2 = scratch(shape, torch.float32, device)
     lse = inputs.softmax_lse
     lse = lse if lse.stride(-1) == 1 or lse.shape[-1] == 1 else lse.contiguous()
-    inputs = inputs._replace(softmax_lse=lse)
+    dlse = inputs.dlse
+    if dlse is not None and (dlse.stride(-1) != 1 or dlse.dtype != torch.float32):
+        dlse = dlse.to(torch.float32).contiguous()
+    inputs = inputs._replace(softmax_lse=lse, dlse=dlse)
     with guard(problem.q):
         facts = facts_of(problem)
         _launch_row_statistics(problem, inputs, facts, softmax_d, lse_log2)
@@ -48,6 +62,8 @@ def backward(problem: AttentionProblem, inputs: BackwardInputs) -> Tensor:
         else:
             _launch_dkdv(problem, inputs, facts, lse_log2, softmax_d, common)
             _launch_dq(problem, inputs, facts, lse_log2, softmax_d, common)
+        if inputs.dmask is not None:
+            _launch_dmask(problem, inputs, inputs.dmask, facts, lse_log2, softmax_d, common)
     return softmax_d
 
 
@@ -59,6 +75,7 @@ def _launch_row_statistics(
     lse_log2: Tensor,
 ) -> None:
     q, cu_seqlens_q = problem.q, problem.layout.cu_seqlens_q
+    dlse = inputs.dlse
     tiles = tiles_of(q.shape[-3], problem.batch_size, problem.is_varlen_q, 128)
     batch_size = 1 if problem.is_varlen_q else problem.batch_size
     attention_row_statistics[(tiles * problem.nheads * batch_size,)](
@@ -67,8 +84,9 @@ def _launch_row_statistics(
         *lse_strides(inputs.softmax_lse), *lse_strides(softmax_d),
         q if cu_seqlens_q is None else cu_seqlens_q,
         problem.batch_size, problem.nheads, q.shape[-3], tiles,
-        HEAD_DIM=problem.headdim, BLOCK_M=64 if facts.block_d <= 128 else 32,
-        BLOCK_D=facts.block_d, IS_VARLEN=problem.is_varlen_q,
+        problem.layout.seqused_q, dlse, *((None,) * 2 if dlse is None else lse_strides(dlse)),
+        HEAD_DIM=problem.headdim_v, BLOCK_M=max(8, min(64, 8192 // facts.block_dv)),
+        BLOCK_D=facts.block_dv, IS_VARLEN=problem.is_varlen_q,
         num_warps=4,
     )  # fmt: skip
 
@@ -76,9 +94,11 @@ def _launch_row_statistics(
 def _common_arguments(
     problem: AttentionProblem, inputs: BackwardInputs, facts: Facts
 ) -> dict[str, Any]:
-    """Arguments that both main kernels take, by name."""
+    """Arguments that the main kernels share, by name."""
     layout, transform, q = problem.layout, problem.transform, problem.q
     slopes = transform.alibi_slopes
+    mask, *mask_strides = mask_arguments(problem)
+    named = ("stride_ab", "stride_ah", "stride_am", "stride_an", "mask_rows", "mask_keys")
     tensors = (q, problem.k, problem.v, inputs.dout, inputs.dq, inputs.dk, inputs.dv)
     return {
         "cu_seqlens_q": q if layout.cu_seqlens_q is None else layout.cu_seqlens_q,
@@ -96,9 +116,16 @@ def _common_arguments(
         "window_right": facts.window_right,
         "keep_threshold": facts.keep_threshold,
         "dropout_scale": facts.dropout_scale,
+        "chunk": facts.chunk,
+        "seqused_q": layout.seqused_q,
+        "seqused_k": layout.seqused_k,
+        "attn_mask": mask,
+        **dict(zip(named, mask_strides, strict=True)),
         "BLOCK_D": facts.block_d,
-        "IS_VARLEN": problem.is_varlen_q,
-        "WIDE": needs_wide_offsets(*tensors),
+        "BLOCK_DV": facts.block_dv,
+        "IS_VARLEN_Q": problem.is_varlen_q,
+        "IS_VARLEN_K": layout.cu_seqlens_k is not None,
+        "WIDE": needs_wide_offsets(*tensors) or mask_is_wide(problem),
         **facts.constexprs,
     }
 
@@ -112,8 +139,9 @@ def _launch_dkdv(
     common: dict[str, Any],
 ) -> None:
     plan = plan_for(plan_key("dkdv", problem, facts))
-    tiles = tiles_of(problem.k.shape[-3], problem.batch_size, problem.is_varlen_q, plan.block_n)
-    batch_size = 1 if problem.is_varlen_q else problem.batch_size
+    packed = problem.layout.cu_seqlens_k is not None
+    tiles = tiles_of(problem.k.shape[-3], problem.batch_size, packed, plan.block_n)
+    batch_size = 1 if packed else problem.batch_size
     attention_dkdv[(tiles * problem.nheads_k * batch_size,)](
         problem.q, problem.k, problem.v, inputs.dout, lse_log2, softmax_d,
         inputs.dk, inputs.dv,
@@ -142,5 +170,28 @@ def _launch_dq(
         *row_strides(inputs.dout), *row_strides(inputs.dq),
         *lse_strides(softmax_d),
         nheads=problem.nheads, num_tiles=tiles,
+        **common, **compile_options(plan),
+    )  # fmt: skip
+
+
+def _launch_dmask(
+    problem: AttentionProblem,
+    inputs: BackwardInputs,
+    dmask: Tensor,
+    facts: Facts,
+    lse_log2: Tensor,
+    softmax_d: Tensor,
+    common: dict[str, Any],
+) -> None:
+    """The gradient of the mask, one program for each tile of its own elements."""
+    plan = plan_for(plan_key("dmask", problem, facts))
+    batch_size, heads, rows, keys = dmask.shape
+    tiles_m, tiles_n = -(-rows // plan.block_m), -(-keys // plan.block_n)
+    attention_dmask[(batch_size * heads * tiles_m * tiles_n,)](
+        problem.q, problem.k, problem.v, inputs.dout, lse_log2, softmax_d, dmask,
+        *row_strides(problem.q), *row_strides(problem.k), *row_strides(problem.v),
+        *row_strides(inputs.dout), *lse_strides(softmax_d), *dmask.stride(),
+        nheads=problem.nheads, mask_batch=batch_size, mask_heads=heads,
+        tiles_m=tiles_m, tiles_n=tiles_n, ONE_ROW=rows == 1, ONE_KEY=keys == 1,
         **common, **compile_options(plan),
     )  # fmt: skip

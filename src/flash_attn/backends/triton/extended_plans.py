@@ -1,0 +1,120 @@
+"""Tile plans for mask tensors, float8, head dims of v beyond 256 and second products.
+
+None of these figures is measured: the largest tiles that compile without spilling vector registers
+and fit the shared memory of the family (the compile tests check this).
+"""
+
+from __future__ import annotations
+
+from ...core.plan import PlanKey, TilePlan
+
+# By kernel, plans without and with a causal mask or a window; one stands for both.
+_Plans = dict[str, tuple[TilePlan, ...]]
+_Table = dict[int, _Plans]
+
+
+def _plans(**rows: tuple[int, ...] | list[tuple[int, ...]]) -> _Plans:
+    listed = {
+        kernel: given if isinstance(given, list) else [given] for kernel, given in rows.items()
+    }
+    return {kernel: tuple(TilePlan(*row) for row in given) for kernel, given in listed.items()}
+
+
+# Mask tensors take registers for their addresses and values.
+_MASK = {
+    16: _plans(forward=(64, 64, 4, 2), dkdv=(32, 64, 4, 2), dq=(64, 64, 4, 2)),
+    32: _plans(forward=(64, 64, 4, 2), dkdv=(32, 64, 4, 2), dq=(64, 64, 4, 2)),
+    64: _plans(forward=(64, 64, 4, 2), dkdv=(32, 64, 4, 2), dq=(64, 64, 4, 2)),
+    128: _plans(forward=(64, 64, 8, 2), dkdv=(32, 64, 8, 1), dq=(64, 32, 8, 2)),
+    256: _plans(forward=(64, 32, 8, 1), dkdv=(16, 32, 8, 1), dq=(32, 32, 8, 1)),
+}
+# Head dims of v of 512, and (1024) those beside a head dim of q beyond 64 or a second product.
+_WIDE = {
+    512: _plans(forward=(32, 64, 8, 2), dkdv=(32, 32, 8, 2), dq=(32, 32, 8, 1)),
+    1024: _plans(forward=(32, 32, 8, 1), dkdv=(32, 32, 8, 1), dq=(32, 32, 8, 1)),
+}
+_SMALL = {
+    512: _plans(forward=(32, 64, 8, 2), dkdv=(32, 32, 8, 2), dq=(32, 32, 8, 1)),
+    1024: _plans(forward=(16, 32, 4, 1), dkdv=(16, 32, 8, 1), dq=(16, 32, 8, 1)),
+}
+_AMD = {
+    512: _plans(forward=(32, 32, 8, 2), dkdv=(16, 16, 4, 1), dq=(16, 16, 4, 1)),
+    1024: _plans(forward=(16, 32, 4, 1), dkdv=(16, 16, 4, 1), dq=(16, 16, 4, 1)),
+}
+# Products with 512 columns in full float32 spill in dkdv and with a second product.
+_FLOAT32 = {
+    16: _plans(forward=(32, 32, 4, 1), dkdv=(32, 32, 4, 1), dq=(32, 32, 4, 1)),
+    32: _plans(forward=(32, 32, 4, 1), dkdv=(32, 32, 4, 1), dq=(32, 32, 4, 1)),
+    64: _plans(forward=(32, 32, 4, 1), dkdv=(32, 32, 8, 1), dq=(32, 32, 8, 1)),
+    128: _plans(forward=(32, 32, 8, 1), dkdv=(16, 16, 8, 1), dq=(16, 32, 8, 1)),
+    256: _plans(forward=(32, 16, 8, 1), dkdv=(16, 16, 8, 1), dq=(16, 16, 8, 1)),
+    512: _plans(forward=(16, 16, 8, 1), dkdv=(16, 16, 8, 1), dq=(16, 16, 4, 1)),
+    1024: _plans(forward=(16, 16, 8, 1), dkdv=(16, 16, 8, 1), dq=(16, 16, 4, 1)),
+}
+_TABLES: dict[str, _Table] = {
+    "sm80": {**_MASK, **_WIDE},
+    "sm86": {**_MASK, **_SMALL},
+    "sm90": {
+        **_MASK,
+        **_WIDE,
+        512: {**_WIDE[512], **_plans(forward=[(64, 64, 8, 2), (64, 32, 8, 2)])},
+    },
+    "sm100": {
+        **_MASK,
+        **_WIDE,
+        512: {**_WIDE[512], **_plans(forward=(64, 32, 8, 1))},
+    },
+    "gfx942": {**_MASK, **_AMD},
+    "float32": _FLOAT32,
+}
+
+
+def _family(key: PlanKey) -> str:
+    """The table for ``key``'s GPU, or for its closest relative."""
+    if key.itemsize == 4:
+        return "float32"
+    if key.arch in ("sm80", "sm90"):
+        return key.arch
+    if key.arch.startswith("sm10"):
+        return "sm100"
+    return "gfx942" if key.arch.startswith("gfx") else "sm86"
+
+
+def size_of(key: PlanKey) -> int:
+    """The row of a table: the larger head dim, and twice that where there is more beside it."""
+    size = max(key.block_d, key.block_dv)
+    return 2 * size if key.second or (size == 512 and key.block_d > 64) else size
+
+
+def extended_plan(key: PlanKey) -> TilePlan | None:
+    """The plan for what this module is about, None for all else."""
+    size = size_of(key)
+    if key.kernel == "dmask":
+        # Small tiles, which fit everywhere: writing the gradient takes longer than the products.
+        return (
+            TilePlan(32, 32, 8, 1) if key.itemsize < 4 and size <= 256 else TilePlan(16, 16, 4, 1)
+        )
+    if size <= 256 and not key.mask_tensor:
+        return None
+    plans = _TABLES[_family(key)][size][key.kernel]
+    heavy = key.masked or key.heavy or key.mask_tensor
+    return plans[-1] if heavy else plans[0]
+
+
+def float8_product(key: PlanKey) -> bool:
+    """Whether the tensor cores multiply float8 (e4m3, as NVIDIA writes it) as it is."""
+    return key.arch in ("sm89", "sm90") or key.arch.startswith(("sm10", "sm12"))
+
+
+def converts_float8_ahead(rows: int) -> bool:
+    """Whether float8 is converted before the kernel, once, where each key meets ``rows`` rows."""
+    return rows >= 1024
+
+
+def float8_weights(key: PlanKey) -> bool:
+    """Whether weights are rounded to float8 for float8 values, instead of both to float16.
+
+    They never are: that product would take half the time, but its errors are 3e-2, ten times those
+    of the other roundings, and Hopper needs the values transposed for it.
+    """
+    return False
