@@ -83,10 +83,8 @@ class Variant(NamedTuple):
                 ("xt", plan.early),
                 ("pp", plan.ping_pong),
                 ("skip", plan.skip),
-                ("pair", plan.paired),
                 ("slim", plan.slim),
                 ("late", plan.late),
-                ("tree", plan.tree),
             )
             if used
         ]
@@ -121,15 +119,6 @@ def variants() -> list[Variant]:
             plain += [replace(x, ping_pong=True) for x in (full, early, single)]
             masked += [replace(x, ping_pong=True) for x in (dynamic, early_dynamic)]
         if headdim == 64:
-            four = ForwardPlan(4, 64, 3, ROUND_ROBIN, 2, 1)
-            plain += [
-                four,
-                replace(four, scheduler=DYNAMIC),
-                replace(four, stages=2),
-                replace(four, q_slots=1),
-                replace(four, early=True),
-                replace(four, scheduler=ONE_TILE, q_slots=1, out_halves=0),
-            ]
             two = ForwardPlan(2, 128, 3, ROUND_ROBIN, 2, 1, early=True)
             plain += [two, replace(two, ping_pong=True)]
             two = replace(two, scheduler=DYNAMIC, section_bytes=L2)
@@ -144,7 +133,6 @@ def variants() -> list[Variant]:
 def trials() -> list[Variant]:
     """Plans that combine the parts that won, beside the best without them."""
     found = []
-    fixed = {"scheduler": ROUND_ROBIN, "paired": True, "section_bytes": 0}
     single = {"scheduler": ONE_TILE, "q_slots": 1, "out_halves": 0, "early": False}
     slim = {"slim": True}
 
@@ -163,9 +151,9 @@ def trials() -> list[Variant]:
     full = ForwardPlan(2, 128, 2, ROUND_ROBIN, 2, 1)
     three = ForwardPlan(3, 64, 3, ROUND_ROBIN, 1, 1)
     base = dynamic(full, q_slots=1)
-    add(128, True, base, replace(base, tree=True), replace(base, **slim))
+    add(128, True, base, replace(base, **slim))
     add(128, True, replace(base, late=True), *sections(base, (8, 32), (16, 32)))
-    add(128, True, *sections(replace(base, late=True), (8, 32)), replace(base, **fixed))
+    add(128, True, *sections(replace(base, late=True), (8, 32)))
     add(128, True, dynamic(three, skip=True), replace(base, **single, skip=True))
     turns = replace(full, ping_pong=True)
     add(128, False, full, turns, replace(turns, **slim), replace(turns, **single))
@@ -174,23 +162,21 @@ def trials() -> list[Variant]:
     # Head dim 256
     full = ForwardPlan(2, 64, 2, ROUND_ROBIN, 1, 2)
     base = dynamic(full, skip=True)
-    add(256, True, base, replace(base, **fixed))
-    add(256, True, replace(base, **fixed, slim=True), replace(base, late=True))
+    add(256, True, base, replace(base, late=True))
     add(256, True, *sections(base, (16, 32), (128, 0)))
     add(256, True, *sections(replace(base, late=True), (16, 32), (128, 0)))
     add(256, True, *sections(replace(base, **single), (32, 0), (128, 0)))
     add(256, False, full, replace(full, **single), replace(full, **slim))
     # Head dim 64
     three = ForwardPlan(3, 128, 2, ROUND_ROBIN, 2, 1, early=True, ping_pong=True)
-    four = ForwardPlan(4, 64, 3, ROUND_ROBIN, 2, 1)
     unhurried = replace(three, early=False)
-    base = dynamic(four, skip=True)
-    add(64, True, base, replace(base, late=True), replace(base, **slim))
-    add(64, True, *sections(replace(base, **slim), (16, 0), (16, 32)))
-    add(64, True, replace(base, **fixed), replace(base, **fixed, slim=True))
+    two = ForwardPlan(2, 128, 3, ROUND_ROBIN, 2, 1, early=True)
+    base = dynamic(two)
+    add(64, True, base, replace(base, **slim), *sections(base, (8, 32), (16, 32)))
+    add(64, True, *sections(replace(base, **slim), (8, 32)))
     base = dynamic(unhurried, skip=True)
-    add(64, True, base, replace(base, **slim))
-    add(64, False, four, replace(four, **slim), unhurried, replace(unhurried, **slim))
+    add(64, True, base, replace(base, **slim), *sections(base, (16, 32)))
+    add(64, False, unhurried, replace(unhurried, **slim))
     add(64, False, replace(three, **slim))
     return list(dict.fromkeys(found))
 
@@ -206,8 +192,7 @@ def traced() -> list[tuple[Variant, tuple[int, ...]]]:
     wanted = {
         "128c dyn 2x128 st2 q1 o1": (1024, 4096),
         "128c dyn 2x128 st2 q1 o1 L2:8M+32M": (512, 1024, 4096),
-        "128c rr 2x128 st2 q1 o1 pair L2:0M": (512, 4096),
-        "64c dyn 4x64 st3 q2 o1 skip slim": (512, 1024, 4096),
+        "64c dyn 2x128 st3 q2 o1 xt": (512, 1024, 4096),
     }
     return [(found[name], lengths) for name, lengths in wanted.items()]
 

@@ -1,10 +1,11 @@
 """Compiling the Hopper kernels for sm_90a without a GPU, and what the compiler made of them.
 
-    python tests/compile/sm90.py [--match TEXT]
+    python tests/compile/sm90.py [--match TEXT] [--selection]
 
 compiles every plan with every mask that it serves, prints a line for each and fails if one spills
-registers, has its warpgroup MMAs made sequential, or takes too much shared memory. In a process of
-its own: the compiler aborts, without an exception, where it does not know its way.
+registers, has its warpgroup MMAs made sequential, or takes too much shared memory. With --selection
+each plan, mask and feature occurs, in the combinations that need the most registers. In a process
+of its own: the compiler aborts, without an exception, where it does not know its way.
 """
 # ruff: noqa: T201
 
@@ -51,7 +52,7 @@ MASKS = {
     "chunk": Visibility(None, 0, 128),
 }
 # What is asked of the kernel besides: a name for each combination that is compiled.
-FEATURES = ("", "packed", "used", "softcap", "sinks", "packed sinks")
+FEATURES = ("", "packed", "used", "softcap", "sinks", "packed sinks", "packed softcap")
 _BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _OPCODE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)")
 
@@ -72,7 +73,7 @@ class Case(NamedTuple):
         scheduler = ("one", "rr", "dyn")[plan.scheduler]
         options = [f"{plan.consumers}x{plan.block_n}", f"st{plan.stages}", f"q{plan.q_slots}"]
         options += [f"o{plan.out_halves}"]
-        flags = ("early", "ping_pong", "skip", "paired", "slim", "late", "tree")
+        flags = ("early", "ping_pong", "skip", "slim", "late")
         options += [name for name in flags if getattr(plan, name)]
         dtype = str(self.dtype).removeprefix("torch.")
         options += [f"v{self.headdim_v}"] if self.headdim_v else []
@@ -212,14 +213,37 @@ def feature_cases() -> list[Case]:
         for features in ("softcap", "sinks"):
             for length in (500, 3000, 9000):
                 cases += [planned(headdim, mask, features, length) for mask in ("full", "causal")]
-        cases += [planned(headdim, "chunk", features) for features in ("", "packed")]
-    for headdim, headdim_v in ((64, 128), (64, 256), (128, 64), (256, 128)):
+        cases.append(planned(headdim, "chunk", ""))
+        cases += [planned(headdim, mask, "packed softcap") for mask in ("full", "window")]
+        if headdim < 256:  # not served
+            cases += [planned(headdim, "chunk", features) for features in ("packed", "used")]
+    for headdim, headdim_v in ((64, 128), (64, 256), (128, 64), (256, 128), (256, 64)):
         cases += [
             planned(headdim, mask, features, 3000, headdim_v)
             for mask in ("full", "causal")
             for features in ("", "packed")
         ]
     return cases
+
+
+def selection() -> list[Case]:
+    """A part of :func:`all_cases` that compiles in a minute or two."""
+    cases = []
+    for block_d, masked, plan in plans.forward_plans():
+        cases.append(Case(plan, block_d, "causal" if masked else "full"))
+    cases += [planned(headdim, "window", "packed sinks") for headdim in (64, 128, 256)]
+    cases += [
+        planned(256, "window", ""),
+        planned(256, "window", "packed softcap"),
+        planned(128, "chunk", "packed"),
+        planned(64, "causal", "softcap", 500)._replace(dtype=torch.float16),
+        planned(256, "causal", "softcap"),
+        planned(128, "full", "sinks"),
+        planned(128, "left", "used"),
+        planned(64, "full", "packed", headdim_v=128),
+        planned(256, "causal", "", headdim_v=64),
+    ]
+    return list(dict.fromkeys(cases))
 
 
 def planned(headdim: int, mask: str, features: str, length: int = 3000, headdim_v: int = 0) -> Case:
@@ -239,10 +263,12 @@ def main() -> int:
     """Compile, print, count what is unfit."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--match", default="", help="only cases whose line contains it")
+    parser.add_argument("--selection", action="store_true", help="cases that cover the features")
     args = parser.parse_args()
     os.environ["TRITON_ALWAYS_COMPILE"] = "1"  # the assembler's log is not cached
     unfit = 0
-    cases = [case for case in all_cases() if args.match in case.label]
+    cases = selection() if args.selection else all_cases()
+    cases = [case for case in cases if args.match in case.label]
     for case in cases:
         result = compile_case(case)
         failures = result.failures(case)

@@ -359,13 +359,13 @@ class Machine:
         elif kind == "sync":
             self.pause(lambda: state[1] > completed)
 
-    def atomic_add(self, counter: Array, step: int) -> Int:
+    def atomic_add(self, counter: Array, step: int, sem: str = "") -> Int:
         self.pause()
         old = counter.numbers[0]
         counter.numbers[0] += step
         return Int(old)
 
-    def atomic_xchg(self, counter: Array, value: int) -> None:
+    def atomic_xchg(self, counter: Array, value: int, sem: str = "") -> None:
         self.pause()
         counter.numbers[0] = value
 
@@ -466,6 +466,8 @@ def load_kernel(machine: Machine) -> dict[str, Any]:
     # Numbers, which the model has not.
     for name in ("mask_scores", "capped"):
         names[name] = lambda work, *arguments: BLANK
+    names["settle_maximum"] = lambda *arguments: BLANK
+    names["warp_has_moved"] = lambda lane: False
     names["partial_sums"] = lambda *arguments: BLANK
     names["weights_of"] = lambda *arguments: (BLANK, BLANK)
     names["finish_rows"] = lambda *arguments: (BLANK, BLANK, BLANK)

@@ -71,7 +71,7 @@ def simulate(problem: AttentionProblem, plan: ForwardPlan, programs: int, seed: 
             arguments[name] = Array(x.reshape(-1).numpy() if x.dtype == torch.int32 else x)
         elif isinstance(x, int) and not isinstance(x, bool) and name.islower():
             arguments[name] = Int(x)
-    for name in ("out", "lse", "sinks"):
+    for name in ("out", "lse", "sinks", "trace"):
         arguments[name] = _NUMBERS
     machine = Machine(seed, grid[0], arguments["BLOCK_DV"])
     machine.run(arguments)
@@ -172,7 +172,7 @@ def packed(
 def variants() -> list[ForwardPlan]:
     """Every plan in use, and with each number of consumers every scheduler and option."""
     plans = [plan for _, _, plan in forward_plans()]
-    for consumers in (1, 2, 3, 4):
+    for consumers in (1, 2, 3):
         base = ForwardPlan(consumers, 64, 2, ROUND_ROBIN, 2, 1)
         plans += [
             base,
@@ -182,11 +182,20 @@ def variants() -> list[ForwardPlan]:
             replace(base, scheduler=DYNAMIC, early=True, skip=True, out_halves=2),
             replace(base, scheduler=DYNAMIC, q_slots=1, out_halves=0),
             replace(base, early=True, stages=3),
-        ]
+            replace(base, early=True, slim=True),
+            replace(base, slim=True),
+            replace(base, scheduler=DYNAMIC, slim=True, early=True),
+            replace(base, scheduler=DYNAMIC, slim=True, skip=True, section_bytes=1 << 15,
+                    last_bytes=1 << 16),
+            replace(base, scheduler=DYNAMIC, late=True, skip=True, section_bytes=1 << 15,
+                    last_bytes=1 << 16),
+            replace(base, scheduler=DYNAMIC, late=True, early=True),
+        ]  # fmt: skip
         if consumers > 1:
             plans += [
                 replace(base, ping_pong=True),
                 replace(base, ping_pong=True, early=True, scheduler=DYNAMIC),
+                replace(base, ping_pong=True, skip=True, scheduler=DYNAMIC),
                 replace(base, ping_pong=True, scheduler=ONE_TILE, q_slots=1, out_halves=0),
             ]
     return list(dict.fromkeys(plans))

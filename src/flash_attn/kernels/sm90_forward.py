@@ -2,12 +2,12 @@
 
     out[i] = sum_j exp(score[i, j] - lse[i]) v[j],  lse[i] = log sum_j exp(score[i, j])
 
-A program has one producer warpgroup (one warp with SLIM), whose only task is to ask for tiles of q, k and v, and
-CONSUMERS warpgroups that compute 64 rows each of the same tile of 64 * CONSUMERS queries. They
-meet in rings of shared memory: for each slot a barrier says "full" (TMA has written it) and another
-"empty" (all its readers are done). A consumer keeps scores, probabilities and the unnormalised
-output in registers and walks over the keys that some row of the tile sees, from the last block to
-the first, one step ahead with the first product:
+A program has one producer warpgroup (with SLIM a warp), whose only task is to ask for tiles of q, k
+and v, and CONSUMERS warpgroups that compute 64 rows each of the same tile of 64 * CONSUMERS
+queries. They meet in rings of shared memory: for each slot a barrier says "full" (TMA has written
+it) and another "empty" (all its readers are done). A consumer keeps scores, probabilities and the
+unnormalised output in registers and walks over the keys that some row of the tile sees, from the
+last block to the first, one step ahead with the first product:
 
     S = q k[0]^T;  P = softmax step of S
     for i = 1 ..: start S = q k[i]^T and O += P v[i - 1]; wait for S; softmax step; wait for O
@@ -193,16 +193,14 @@ class Config:
     HAS_SOFTCAP: gl.constexpr
     HAS_SINKS: gl.constexpr
     LENGTHS: gl.constexpr
-    PAIRED: gl.constexpr
     SLIM: gl.constexpr
     LATE: gl.constexpr
-    TREE: gl.constexpr
     TRACE: gl.constexpr
 
     @gluon.constexpr_function
     def __init__(self, BLOCK_N, BLOCK_D, BLOCK_DV, CONSUMERS, SCHEDULER, OUT_COLUMNS, EARLY,
                  PING_PONG, SKIP, HAS_LEFT, HAS_RIGHT, HAS_CHUNK, HAS_SOFTCAP, HAS_SINKS,
-                 LENGTHS, PAIRED, SLIM, LATE, TREE, TRACE):  # fmt: skip
+                 LENGTHS, SLIM, LATE, TRACE):  # fmt: skip
         self.BLOCK_M = gl.constexpr(64 * CONSUMERS)
         self.BLOCK_N = gl.constexpr(BLOCK_N)
         self.BLOCK_D = gl.constexpr(BLOCK_D)
@@ -221,10 +219,8 @@ class Config:
         self.HAS_SOFTCAP = gl.constexpr(HAS_SOFTCAP)
         self.HAS_SINKS = gl.constexpr(HAS_SINKS)
         self.LENGTHS = gl.constexpr(LENGTHS)
-        self.PAIRED = gl.constexpr(PAIRED)
         self.SLIM = gl.constexpr(SLIM)
         self.LATE = gl.constexpr(LATE)
-        self.TREE = gl.constexpr(TREE)
         self.TRACE = gl.constexpr(TRACE)
 
 
@@ -405,24 +401,16 @@ def place_of(work, index):
     most work, to the first. Small sections spread the memory's work, but end with few light tiles
     to share out: from head ``in_sections`` on the rest is one section.
     """
-    row_count = work.row_tiles
-    side = gl.to_tensor(0)
-    if work.config.PAIRED:
-        row_count = (row_count + 1) // 2
-        side = index % 2
-        index = index // 2
-    span = row_count * work.section
+    span = work.row_tiles * work.section
     first_head = gl.minimum(index // span * work.section, work.in_sections)
     last_head = first_head + work.section
     last_head = gl.where(first_head == work.in_sections, work.sequences, last_head)
-    within = index - first_head * row_count
+    within = index - first_head * work.row_tiles
     # An index past the last tile is asked about too, with EARLY: whatever comes out is unused.
     heads = gl.maximum(gl.minimum(last_head, work.sequences) - first_head, 1)
     row_tile = within // heads
     sequence = first_head + within - row_tile * heads
-    if work.config.PAIRED:
-        row_tile = gl.where(side == 0, work.row_tiles - 1 - row_tile, row_tile)
-    elif work.config.HAS_RIGHT:
+    if work.config.HAS_RIGHT:
         row_tile = work.row_tiles - 1 - row_tile
     batch = sequence // work.nheads
     return batch, sequence - batch * work.nheads, row_tile
@@ -503,24 +491,6 @@ def packed_span(work, head, slot):
 
 
 @gluon.jit
-def first_index(work):
-    """The first tile of this program."""
-    index = gl.program_id(0)
-    if work.config.PAIRED:
-        index = 2 * index
-    return index
-
-
-@gluon.jit
-def step_from(work, index):
-    """The tile after ``index`` in a fixed schedule; with PAIRED a pair's other tile comes next."""
-    step = gl.num_programs(0)
-    if work.config.PAIRED:
-        step = gl.where(index % 2 == 0, 1, 2 * step - 1)
-    return index + step
-
-
-@gluon.jit
 def blocks_to_skip(work, tile, LANE: gl.constexpr):
     """How many of the tile's last blocks no row of consumer LANE sees; at least one remains."""
     skipped = gl.to_tensor(0)
@@ -540,7 +510,7 @@ def blocks_to_skip(work, tile, LANE: gl.constexpr):
 def producer(work, shared, q_desc, k_desc, v_desc, counter):
     """Ask for everything that the consumers read, as slots become empty."""
     config = work.config
-    index = first_index(work)
+    index = gl.program_id(0)
     block_use = 0
     tile_use = 0
     if config.LENGTHS != SHAPES:
@@ -685,7 +655,7 @@ def index_after(work, index, mailbox, use):
         following = get(mailbox, mailbox.index(use, 0))
         mailbox.release(use, 0)
     else:
-        following = step_from(work, index)
+        following = index + gl.num_programs(0)
     return following
 
 
@@ -771,18 +741,6 @@ def now():
 def nanoseconds():
     return gl.inline_asm_elementwise("mov.u32 $0, %globaltimer_lo;", "=r", [], dtype=gl.int32,
                                      is_pure=False, pack=1)  # fmt: skip
-
-
-@gluon.jit
-def row_maximum(work, s):
-    """(ROWS,): the largest score of each row."""
-    if work.config.TREE:
-        BLOCK_N: gl.constexpr = work.config.BLOCK_N
-        parts = s.reshape([ROWS, BLOCK_N // 8, 4, 2])
-        largest = gl.max(gl.max(gl.max(parts, 1), 2), 1)
-        return gl.convert_layout(largest, gl.SliceLayout(1, s.type.layout), assert_trivial=True)
-    else:
-        return gl.max(s, 1)
 
 
 # Whether a row of the warp moved is a bit that the language has no value for: one a warp, which a
@@ -1010,7 +968,7 @@ def consumer(LANE: gl.constexpr, work, shared, target, lse, sinks):
                               pack=1)  # fmt: skip
     most_growth = MOST_GROWTH / work.scale_log2
     zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, SCORES)
-    index = first_index(work)
+    index = gl.program_id(0)
     if config.TRACE:
         record = work.trace + (gl.program_id(0) * config.CONSUMERS + LANE) * (66 * 16)
         gl.store(record, nanoseconds())
@@ -1060,7 +1018,7 @@ def consumer(LANE: gl.constexpr, work, shared, target, lse, sinks):
         # The first block.
         first_key = (tile.first_block + tile.blocks - 1 - skipped) * BLOCK_N
         s = mask_if_needed(work, span, capped(work, s), first_row, first_key)
-        m = row_maximum(work, s)
+        m = gl.max(s, 1)
         p, shift = weights_of(work, s, m, True)
         l = partial_sums(p, BLOCK_N)
         weights = gl.convert_layout(p.to(DTYPE), WEIGHTS)
@@ -1102,7 +1060,7 @@ def consumer(LANE: gl.constexpr, work, shared, target, lse, sinks):
             s = capped(work, s)
             if MASKED:
                 s = mask_if_needed(work, span, s, first_row, first_key)
-            m_new = gl.maximum(m, row_maximum(work, s))
+            m_new = gl.maximum(m, gl.max(s, 1))
             m_new = settle_maximum(m, m_new, m + most_growth, LANE)
             p, shift = weights_of(work, s, m_new, MASKED)
             sums = partial_sums(p, BLOCK_N)
@@ -1223,8 +1181,7 @@ def attention_forward_sm90(
     REGISTERS: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
     HAS_CHUNK: gl.constexpr, HAS_SOFTCAP: gl.constexpr, HAS_SINKS: gl.constexpr,
     LENGTHS: gl.constexpr, HAS_USED_Q: gl.constexpr, HAS_USED_K: gl.constexpr,
-    PAIRED: gl.constexpr, SLIM: gl.constexpr, LATE: gl.constexpr, TREE: gl.constexpr,
-    TRACE: gl.constexpr,
+    SLIM: gl.constexpr, LATE: gl.constexpr, TRACE: gl.constexpr,
 ):  # fmt: skip
     """See the module's docstring; launched with 4 warps, the producer's.
 
@@ -1257,10 +1214,8 @@ def attention_forward_sm90(
         EARLY: start the next tile's first product before storing a tile.
         PING_PONG: consumers take turns in starting products.
         SKIP: consumers leave out the last blocks of keys if none of their rows sees them.
-        PAIRED: with ROUND_ROBIN, tiles are taken in pairs that have the same work together.
         SLIM: the producer is one warp, and the counter has a warp of its own.
         LATE: with DYNAMIC, fetch a tile under the end of the tile before, not under its start.
-        TREE: the maximum of a row over two chains in place of one.
         TRACE: write to ``trace`` where the time goes; without, it is not used.
         REGISTERS: of a consumer's thread.
         LENGTHS: SHAPES, USED (with HAS_USED_Q, HAS_USED_K or both) or PACKED.
@@ -1271,11 +1226,10 @@ def attention_forward_sm90(
     gl.static_assert(OUT_COLUMNS > 0 or BLOCK_D == BLOCK_DV)
     gl.static_assert(LENGTHS == SHAPES or (SCHEDULER == DYNAMIC and not SLIM))
     gl.static_assert(not HAS_CHUNK or (HAS_LEFT and HAS_RIGHT))
-    gl.static_assert(not PAIRED or SCHEDULER == ROUND_ROBIN)
     gl.static_assert(not LATE or (SCHEDULER == DYNAMIC and not SLIM))
     config = Config(BLOCK_N, BLOCK_D, BLOCK_DV, CONSUMERS, SCHEDULER, OUT_COLUMNS, EARLY, PING_PONG,
-                    SKIP, HAS_LEFT, HAS_RIGHT, HAS_CHUNK, HAS_SOFTCAP, HAS_SINKS, LENGTHS, PAIRED,
-                    SLIM, LATE, TREE, TRACE)  # fmt: skip
+                    SKIP, HAS_LEFT, HAS_RIGHT, HAS_CHUNK, HAS_SOFTCAP, HAS_SINKS, LENGTHS, SLIM,
+                    LATE, TRACE)  # fmt: skip
     places = Sequences(batch, cu_seqlens_q, cu_seqlens_k, used_q, used_k, HAS_USED_Q, HAS_USED_K)
     work = Work(scale_log2, cap_scale, empty_lse, nheads, group, seqlen_q, seqlen_k, window_left,
                 window_right, chunk, row_tiles, sequences, section, in_sections, tiles, trace,
@@ -1337,6 +1291,24 @@ def attention_forward_sm90(
                 (scheduler, (work, shared.mailbox, counter)),
             ], [4, 4, 1, 1], [R, R, 24, 24])  # fmt: skip
         else:
+            gl.warp_specialize([
+                (consumer, (0, work, shared, target, lse, sinks)),
+                (consumer, (1, work, shared, target, lse, sinks)),
+                (consumer, (2, work, shared, target, lse, sinks)),
+                (producer, (work, shared, q_desc, k_desc, v_desc, counter)),
+            ], [4, 4, 1], [R, R, 24])  # fmt: skip
+    elif CONSUMERS == 1:
+        gl.warp_specialize([
+            (producer, (work, shared, q_desc, k_desc, v_desc, counter)),
+            (consumer, (0, work, shared, target, lse, sinks)),
+        ], [4], [R])  # fmt: skip
+    elif CONSUMERS == 2:
+        gl.warp_specialize([
+            (producer, (work, shared, q_desc, k_desc, v_desc, counter)),
+            (consumer, (0, work, shared, target, lse, sinks)),
+            (consumer, (1, work, shared, target, lse, sinks)),
+        ], [4, 4], [R, R])  # fmt: skip
+    else:
         gl.warp_specialize([
             (producer, (work, shared, q_desc, k_desc, v_desc, counter)),
             (consumer, (0, work, shared, target, lse, sinks)),

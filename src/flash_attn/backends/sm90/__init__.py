@@ -21,7 +21,10 @@ class Sm90Backend:
     def unsupported(self, problem: AttentionProblem, backward: bool) -> list[str]:
         q = problem.q
         if backward:
-            return ["computes no gradients"]
+            return [
+                "computes no gradients: run the backward pass outside of this choice, where "
+                "another backend takes the results"
+            ]
         if not q.is_cuda:
             return [f"needs tensors on a GPU of compute capability 9.0, `q` is on {q.device}"]
         if arch_of(q.device.index) != "sm90":
@@ -39,10 +42,11 @@ def _tensor_reasons(problem: AttentionProblem) -> list[str]:
     reasons = []
     if not is_half(problem.q.dtype):
         reasons.append(f"computes in float16 and bfloat16, `q` is {problem.q.dtype}")
-    if problem.headdim > MAX_HEADDIM:
-        reasons.append(f"serves head dims up to {MAX_HEADDIM}, found {problem.headdim}")
-    if problem.headdim_v > MAX_HEADDIM:
-        reasons.append(f"serves head dims of v up to {MAX_HEADDIM}, found {problem.headdim_v}")
+    for name, headdim in (("", problem.headdim), (" of v", problem.headdim_v)):
+        if headdim > MAX_HEADDIM or headdim % 8:
+            reasons.append(
+                f"serves head dims{name} of a multiple of 8 up to {MAX_HEADDIM}, found {headdim}"
+            )
     for name, x in (("q", problem.q), ("k", problem.k), ("v", problem.v)):
         if x.numel() and not launch.is_describable(x):
             reasons.append(
@@ -68,6 +72,12 @@ def _feature_reasons(problem: AttentionProblem) -> list[str]:
         "out_dtype": problem.result_dtype != problem.q.dtype,
     }
     reasons = [f"does not serve {name}" for name, used in features.items() if used]
+    widest = max(problem.headdim, problem.headdim_v)
+    if launch.lengths_of(problem) and problem.visibility.attention_chunk and widest > 128:
+        reasons.append(  # the compiler runs out of registers
+            f"serves attention_chunk with cu_seqlens or seqused at head dims up to 128, found "
+            f"{widest}"
+        )
     if not transform.softmax_scale > 0.0:
         reasons.append(f"needs softmax_scale > 0, found {transform.softmax_scale}")
     if not problem.is_varlen_q and problem.num_splits == 0 and problem.q.shape[1] <= _FEW_QUERIES:

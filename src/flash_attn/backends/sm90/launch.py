@@ -84,10 +84,9 @@ def binding_window(problem: AttentionProblem) -> tuple[int | None, int | None]:
     if right is not None and right >= seqlen_q - 1:
         right = None
     widest = max(padded_headdim(problem.headdim), padded_headdim(problem.headdim_v))
-    if problem.is_varlen_q and widest == MAX_HEADDIM and left is None:
-        # Without a left bound the compiler of Triton 3.9 runs out of registers.
-        left = _NO_WINDOW
-    if chunk:
+    # At the largest head dim the compiler of Triton 3.9 runs out of registers for packed sequences
+    # unless both bounds are there.
+    if chunk or (problem.is_varlen_q and widest == MAX_HEADDIM):
         left = _NO_WINDOW if left is None else left
         right = _NO_WINDOW if right is None else right
     return left, right
@@ -137,8 +136,7 @@ def forward(
         elif is_describable(out):
             launch_forward(problem, plan or plan_for(problem), out, lse)
         else:
-            rounded = -(-problem.headdim_v // 8) * 8
-            target = out.new_empty((*out.shape[:-1], rounded))[..., : problem.headdim_v]
+            target = out.new_empty(out.shape)
             launch_forward(problem, plan or plan_for(problem), target, lse)
             out.copy_(target)
     return AttentionResult(out, lse, new_s_dmask(problem), rng.unused_state(device))
@@ -162,12 +160,9 @@ def launch_forward(
     section = min(heads_at_a_time(plan, problem.max_seqlen_k, width, group), sequences)
     tiles = row_tiles * sequences
     programs = tiles
-    if plan.paired:
-        programs = (row_tiles + 1) // 2 * sequences
-        tiles = 2 * programs
-        programs = min(programs, multiprocessors_of(q.device.index or 0))
-    elif plan.scheduler != ONE_TILE:
-        programs = min(tiles, multiprocessors_of(q.device.index or 0))
+    if plan.scheduler != ONE_TILE:
+        available = multiprocessors_of(q.device.index or 0) - problem.sm_margin
+        programs = min(programs, max(available, 1))
     counter = counter_for(q)
     scale, softcap = transform.softmax_scale, transform.softcap
     attention_forward_sm90[(programs,)](
@@ -240,9 +235,7 @@ def constants(plan: ForwardPlan, block_d: int, block_dv: int) -> dict[str, Any]:
         "PING_PONG": plan.ping_pong,
         "SKIP": plan.skip,
         "REGISTERS": plan.registers,
-        "PAIRED": plan.paired,
         "SLIM": plan.slim,
         "LATE": plan.late,
-        "TREE": plan.tree,
         "num_warps": 4,
     }

@@ -1,6 +1,8 @@
 """Launch plans of the Hopper kernels: which configuration computes which problem.
 
-Choices follow measurements on an H200 with 16k tokens and a hidden size of 2048 in bfloat16.
+Choices follow measurements on an H100 with 16k tokens and a hidden size of 2048 in bfloat16, see
+docs/lab/hopper-forward.md. Figures beside plans are TFLOP/s at the lengths that they serve, of 512,
+1024, 2048, 4096, 8192 and 16384 keys.
 """
 
 from __future__ import annotations
@@ -32,10 +34,8 @@ class ForwardPlan:
         skip: consumers leave out the last blocks of keys that none of their rows sees.
         section_bytes: keys and values of the heads that are worked on at a time; 0: one head.
         last_bytes: keys and values of the last heads, all worked on at a time; 0: as the others.
-        paired: with ROUND_ROBIN, tiles are taken in pairs that have the same work together.
         slim: the producer is one warp, and the counter has a warp of its own.
         late: with DYNAMIC, fetch a tile under the end of the tile before, not under its start.
-        tree: the maximum of a row over two chains in place of one.
     """
 
     consumers: int
@@ -49,10 +49,8 @@ class ForwardPlan:
     skip: bool = False
     section_bytes: int = 0
     last_bytes: int = 0
-    paired: bool = False
     slim: bool = False
     late: bool = False
-    tree: bool = False
 
     @property
     def block_m(self) -> int:
@@ -67,8 +65,11 @@ class ForwardPlan:
         return min(240, (for_all - 24) // self.consumers // 8 * 8)
 
     def out_columns(self, block_d: int) -> int:
-        """Width of the buffer that results leave through, 0 if it is the queries'."""
-        return block_d // self.out_halves if self.out_halves else 0
+        """Width of the buffer that results leave through, 0 if it is the queries'.
+
+        Not less than the 64 columns that lie together in shared memory.
+        """
+        return max(block_d // self.out_halves, 64) if self.out_halves else 0
 
     def shared_bytes(self, block_d: int) -> int:
         """Bytes of shared memory for tiles of 16-bit elements, without barriers."""
@@ -100,32 +101,34 @@ def padded_headdim(headdim: int) -> int:
 _L2 = 32 << 20
 # By (block_d, masked): plans from the given number of keys on.
 _Rows = tuple[tuple[int, ForwardPlan], ...]
-_SHORT_64 = ForwardPlan(2, 128, 3, ROUND_ROBIN, 2, 1, early=True)
-_LONG_64 = ForwardPlan(3, 128, 2, ROUND_ROBIN, 2, 1, early=True, ping_pong=True)
-_128 = ForwardPlan(2, 128, 2, DYNAMIC, 1, 1, section_bytes=_L2)
-_256 = ForwardPlan(2, 64, 2, DYNAMIC, 1, 2, skip=True, section_bytes=_L2)
+_64 = ForwardPlan(3, 128, 2, ROUND_ROBIN, 2, 1, ping_pong=True)
+_SHORT_64 = ForwardPlan(2, 128, 3, DYNAMIC, 2, 1, section_bytes=_L2)
+_128 = ForwardPlan(2, 128, 2, DYNAMIC, 1, 1, section_bytes=8 << 20, last_bytes=_L2)
+_256 = ForwardPlan(2, 64, 2, ROUND_ROBIN, 1, 2)
 _FORWARD: dict[tuple[int, bool], _Rows] = {
-    (64, False): ((0, _SHORT_64), (2048, _LONG_64)),
+    (64, False): (
+        (0, replace(_64, slim=True)),  # 388 452 532 556 566 557
+    ),
     (64, True): (
-        (0, ForwardPlan(4, 64, 3, DYNAMIC, 2, 1, skip=True, section_bytes=_L2)),
-        (1024, replace(_SHORT_64, scheduler=DYNAMIC, section_bytes=_L2)),
-        (8192, replace(_LONG_64, scheduler=DYNAMIC, section_bytes=_L2)),
+        (0, replace(_SHORT_64, early=True)),  # 225 313
+        (2048, replace(_64, scheduler=DYNAMIC, skip=True, section_bytes=_L2)),  # 408 475 538 545
     ),
     (128, False): (
-        (0, ForwardPlan(2, 128, 2, ROUND_ROBIN, 2, 1)),
-        (4096, ForwardPlan(2, 128, 2, ONE_TILE, 1, 0, ping_pong=True)),
+        (0, ForwardPlan(2, 128, 2, ROUND_ROBIN, 2, 1, ping_pong=True, slim=True)),  # 522 625
+        (2048, ForwardPlan(3, 64, 3, ROUND_ROBIN, 1, 1, ping_pong=True)),  # 699 721 714 699
     ),
-    (128, True): ((0, _128), (2048, replace(_128, q_slots=2, early=True))),
+    (128, True): (
+        (0, _128),  # 308 467 581 651
+        (8192, replace(_128, late=True)),  # 686 681
+    ),
     (256, False): (
-        (0, ForwardPlan(2, 64, 2, ROUND_ROBIN, 1, 2)),
-        (2048, ForwardPlan(2, 64, 2, ONE_TILE, 1, 0)),
+        (0, replace(_256, slim=True)),  # 536 670 762 799 787 767
     ),
     (256, True): (
-        (0, _256),
-        (2048, replace(_256, early=True)),
-        (8192, ForwardPlan(2, 64, 2, ONE_TILE, 1, 0, skip=True, section_bytes=_L2)),
+        (0, replace(_256, scheduler=DYNAMIC, skip=True, late=True, section_bytes=16 << 20,
+                    last_bytes=_L2)),  # 318 485 613 711 756 759
     ),
-}
+}  # fmt: skip
 
 
 @lru_cache(maxsize=1024)
@@ -150,12 +153,11 @@ def with_own_buffer(plan: ForwardPlan) -> ForwardPlan:
     return plan if plan.out_halves else replace(plan, out_halves=halves)
 
 
-# By block_d: plans for lengths that only the device knows. More numbers describe a tile there: with
-# four warpgroups the compiler of Triton 3.9 runs out of registers.
+# By block_d: plans for lengths that only the device knows. More numbers describe a tile there.
 _LENGTHS: dict[int, ForwardPlan] = {
-    64: ForwardPlan(2, 128, 3, DYNAMIC, 2, 1, section_bytes=_L2),
-    128: _128,
-    256: replace(_256, skip=False),
+    64: _SHORT_64,
+    128: replace(_128, section_bytes=_L2, last_bytes=0),
+    256: replace(_256, scheduler=DYNAMIC, section_bytes=_L2),
 }
 
 
