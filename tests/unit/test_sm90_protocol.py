@@ -294,3 +294,12 @@ def test_tiles_see_what_their_rows_see(visibility: Visibility) -> None:
             first = names["first_key_of"](work, span, Int(row)) if config.HAS_LEFT else 0
             got = set(range(max(first, 0), max(end, 0)))
             assert got == set(range(*visible_keys(row, seqlen_q, seqlen_k, visibility)))
+
+
+@pytest.mark.parametrize(("margin", "programs"), [(0, 5), (2, 3), (9, 1)])
+def test_margins_leave_multiprocessors_to_others(margin: int, programs: int) -> None:
+    problem = dense((500, 200), (2, 1), 64, visibility=MASKS[1])._replace(sm_margin=margin)
+    plan = lengths_plan(64)
+    machine = simulate(problem, plan, 5, margin)
+    assert machine.programs == programs
+    check(problem, plan, machine)
