@@ -8,10 +8,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="Triton exists on Linux only")
 
-from flash_attn.backends.sm90 import plans
+from flash_attn.backends.sm90 import launch, plans
+from flash_attn.core.problem import (
+    DENSE,
+    AttentionProblem,
+    SequenceLayout,
+    Visibility,
+    make_transform,
+)
 
 _SCRIPT = Path(__file__).with_name("sm90.py")
 
@@ -52,6 +60,25 @@ def test_every_shape_has_a_plan_that_fits(headdim: int, masked: bool, seqlen: in
     given = plan.registers * plan.consumers + 24
     assert plan.registers <= 240
     assert given * 128 <= 65536 // threads // 8 * 8 * threads
+
+
+@pytest.mark.parametrize("headdim", [128, 256])
+def test_features_that_would_spill_are_refused(
+    headdim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q = torch.empty(300, 2, headdim, dtype=torch.bfloat16)
+    bounds = torch.tensor([0, 300], dtype=torch.int32)
+    transform = make_transform(headdim, softcap=20.0)
+    packed = AttentionProblem(q, q, q, transform, layout=SequenceLayout(bounds, bounds))
+    chunked = packed._replace(
+        visibility=Visibility(None, 0, 128), transform=make_transform(headdim)
+    )
+    for triton, capped in (((3, 6), False), ((3, 9), headdim > 128)):
+        monkeypatch.setattr(launch, "_TRITON", triton)
+        assert bool(launch.register_reasons(packed)) == capped
+        assert bool(launch.register_reasons(chunked)) == (headdim > 128)
+        dense = chunked._replace(q=q[None], k=q[None], v=q[None], layout=DENSE)
+        assert launch.register_reasons(dense) == []
 
 
 def test_sections_hold_whole_groups() -> None:

@@ -72,12 +72,7 @@ def _feature_reasons(problem: AttentionProblem) -> list[str]:
         "out_dtype": problem.result_dtype != problem.q.dtype,
     }
     reasons = [f"does not serve {name}" for name, used in features.items() if used]
-    widest = max(problem.headdim, problem.headdim_v)
-    if launch.lengths_of(problem) and problem.visibility.attention_chunk and widest > 128:
-        reasons.append(  # the compiler runs out of registers
-            f"serves attention_chunk with cu_seqlens or seqused at head dims up to 128, found "
-            f"{widest}"
-        )
+    reasons += launch.register_reasons(problem)
     if not transform.softmax_scale > 0.0:
         reasons.append(f"needs softmax_scale > 0, found {transform.softmax_scale}")
     if not problem.is_varlen_q and problem.num_splits == 0 and problem.q.shape[1] <= _FEW_QUERIES:

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -33,6 +34,7 @@ from .plans import (
 _NO_WINDOW = 2**29
 # Where the sequences' lengths come from, as in kernels.sm90_forward.
 SHAPES, USED, PACKED = range(3)
+_TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 _counters: dict[tuple[int, int], Tensor] = {}
 
 
@@ -99,6 +101,21 @@ def lengths_of(problem: AttentionProblem) -> int:
         return PACKED
     used = layout.seqused_q is not None or layout.seqused_k is not None
     return USED if used else SHAPES
+
+
+def register_reasons(problem: AttentionProblem) -> list[str]:
+    """What is not served because the compiler runs out of registers at head dims above 128."""
+    widest = max(problem.headdim, problem.headdim_v)
+    chunked, capped = problem.visibility.attention_chunk > 0, problem.transform.softcap > 0.0
+    features = {
+        "attention_chunk with cu_seqlens or seqused": chunked and lengths_of(problem) != SHAPES,
+        f"softcap with Triton {triton.__version__}": capped and _TRITON > (3, 6),
+    }
+    return [
+        f"serves {name} at head dims up to 128, found {widest}"
+        for name, used in features.items()
+        if used and widest > 128
+    ]
 
 
 def plan_for(problem: AttentionProblem) -> ForwardPlan:
