@@ -22,6 +22,7 @@ from unittest import mock
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from flash_attn.backends.triton import launch, launch_backward
@@ -135,7 +136,8 @@ def compile_launch(one: Launch, arch: str) -> Resources:
     options, signature, constexprs, attributes = kernel._pack_args(
         backend, keywords, bound, specialization, options
     )
-    source = ASTSource(kernel, signature, constexprs, attributes)
+    source_type = GluonASTSource if kernel.is_gluon() else ASTSource
+    source = source_type(kernel, signature, constexprs, attributes)
     compiled = triton.compile(source, target=target, options=options.__dict__)
     seconds = round(time.perf_counter() - started, 2)
     if target.backend == "hip":

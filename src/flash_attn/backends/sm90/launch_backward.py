@@ -1,0 +1,177 @@
+"""Launching the Hopper backward kernels."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from ...core.device import guard
+from ...core.outputs import round_multiple
+from ...core.problem import AttentionProblem, BackwardInputs
+from ...kernels.sm90_backward import (
+    attention_backward_sm90,
+    finish_dq_sm90,
+    row_statistics_sm90,
+)
+from .plans_backward import BackwardPlan, plan_backward
+
+_BLOCK_N = 128
+_LOG2E = 1.4426950408889634
+
+
+class Workspace(NamedTuple):
+    """What the kernels hand to each other.
+
+    Attributes:
+        lse_log2: (batch, nheads, padded rows) float32; ``delta`` likewise.
+        dq_sums: (batch * nheads * padded rows * headdim / 64, 64) float32, the head dim padded.
+    """
+
+    lse_log2: Tensor
+    delta: Tensor
+    dq_sums: Tensor
+
+
+def backward(
+    problem: AttentionProblem, inputs: BackwardInputs, plan: BackwardPlan | None = None
+) -> Tensor:
+    """Write dq, dk, dv in place, honouring their strides; returns softmax_d."""
+    visibility = problem.visibility
+    if plan is None:
+        is_masked = visibility.window_left is not None or visibility.window_right is not None
+        plan = plan_backward(problem.headdim, is_masked, problem.max_seqlen_q)
+    inputs = inputs._replace(
+        dout=for_tma(inputs.dout), softmax_lse=_rows_contiguous(inputs.softmax_lse)
+    )
+    problem = problem._replace(q=for_tma(problem.q), k=for_tma(problem.k), v=for_tma(problem.v))
+    workspace = allocate(problem, plan)
+    with guard(problem.q):
+        launch_statistics(problem, inputs, workspace, plan)
+        launch_main(problem, inputs, workspace, plan)
+        launch_finish(problem, inputs, workspace, plan)
+    return workspace.delta
+
+
+def allocate(problem: AttentionProblem, plan: BackwardPlan) -> Workspace:
+    """Uninitialised workspace on the device of q."""
+    batch, seqlen_q, nheads, _ = problem.q.shape
+    rows = round_multiple(seqlen_q, 128)
+    device = problem.q.device
+    lse_log2, delta = torch.empty((2, batch, nheads, rows), dtype=torch.float32, device=device)
+    sums = (batch * nheads * rows * (plan.block_d // 64), 64)
+    return Workspace(lse_log2, delta, torch.empty(sums, dtype=torch.float32, device=device))
+
+
+def launch_statistics(
+    problem: AttentionProblem, inputs: BackwardInputs, workspace: Workspace, plan: BackwardPlan
+) -> None:
+    """Row statistics, and zeros for the sums of dq."""
+    out, dout, lse, dlse = inputs.out, inputs.dout, inputs.softmax_lse, inputs.dlse
+    batch, seqlen_q, nheads, headdim = problem.q.shape
+    rows = workspace.delta.shape[-1]
+    tiles = rows // plan.statistics_rows
+    row_statistics_sm90[(tiles * batch * nheads,)](
+        out, dout, lse, lse if dlse is None else dlse.contiguous(),
+        workspace.lse_log2, workspace.delta, workspace.dq_sums,
+        *out.stride()[:3], *dout.stride()[:3], *lse.stride()[:2],
+        nheads, seqlen_q, rows, tiles,
+        HEAD_DIM=headdim, BLOCK_D=plan.block_d, BLOCK_M=plan.statistics_rows,
+        HAS_DLSE=dlse is not None,
+        num_warps=4,
+    )  # fmt: skip
+
+
+def launch_main(
+    problem: AttentionProblem, inputs: BackwardInputs, workspace: Workspace, plan: BackwardPlan
+) -> None:
+    """dk, dv and the sums of dq."""
+    q, k, v = problem.q, problem.k, problem.v
+    batch, seqlen_q, nheads, headdim = q.shape
+    seqlen_k, nheads_k = k.shape[1:3]
+    group = nheads // nheads_k
+    block_m, block_d = plan.block_m, plan.block_d
+    left, right = problem.visibility.window_left, problem.visibility.window_right
+    longest = seqlen_q + seqlen_k
+    key_blocks = -(-seqlen_k // _BLOCK_N)
+    bytes_of_head = group * seqlen_q * headdim * 8
+    scale = problem.transform.softmax_scale
+    attention_backward_sm90[(key_blocks * batch * nheads_k,)](
+        rows_descriptor(q, block_m, block_d),
+        rows_descriptor(k, _BLOCK_N, block_d),
+        rows_descriptor(v, _BLOCK_N, block_d),
+        rows_descriptor(inputs.dout, block_m, block_d),
+        _numbers_descriptor(workspace.lse_log2, block_m),
+        _numbers_descriptor(workspace.delta, block_m),
+        _sums_descriptor(workspace.dq_sums),
+        rows_descriptor(inputs.dk, 64, block_d),
+        rows_descriptor(inputs.dv, 64, block_d),
+        scale, scale * _LOG2E, nheads_k, group, seqlen_q, seqlen_k,
+        workspace.delta.shape[-1],
+        min(left, longest) if left is not None else 0,
+        min(right, longest) if right is not None else 0,
+        key_blocks, batch * nheads_k,
+        max(1, min(batch * nheads_k, plan.section_bytes // bytes_of_head)),
+        BLOCK_M=block_m, BLOCK_D=block_d, Q_SLOTS=plan.q_slots, DO_SLOTS=plan.do_slots,
+        DS_SLOTS=plan.ds_slots, EAGER_DV=plan.eager_dv, AHEAD=plan.ahead, DQ_GROUP=plan.dq_group,
+        REGISTERS=plan.registers, DQ_REGISTERS=plan.dq_registers,
+        HAS_LEFT=left is not None, HAS_RIGHT=right is not None,
+        num_warps=4, launch_pdl=True,
+    )  # fmt: skip
+
+
+def launch_finish(
+    problem: AttentionProblem, inputs: BackwardInputs, workspace: Workspace, plan: BackwardPlan
+) -> None:
+    """dq from its sums."""
+    dq = inputs.dq
+    batch, seqlen_q, nheads, headdim = dq.shape
+    tiles = -(-seqlen_q // 64)
+    finish_dq_sm90[(tiles * batch * nheads,)](
+        workspace.dq_sums, dq, *dq.stride()[:3], problem.transform.softmax_scale,
+        nheads, seqlen_q, workspace.delta.shape[-1], tiles,
+        HEAD_DIM=headdim, BLOCK_D=plan.block_d,
+        num_warps=4, launch_pdl=True,
+    )  # fmt: skip
+
+
+def rows_descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """(batch, seqlen, heads, headdim) as (batch, heads, seqlen, headdim) for TMA."""
+    batch, seqlen, heads, headdim = x.shape
+    sizes = (batch, heads, seqlen)
+    strides = (x.stride(0), x.stride(2), x.stride(1))
+    # The stride of a dimension of size 1 means nothing, but TMA wants multiples of 16 bytes.
+    strides = tuple(s if n > 1 else 8 * headdim for s, n in zip(strides, sizes, strict=True))
+    layout = gl.NVMMASharedLayout(128, 16, 4)
+    return TensorDescriptor(x, [*sizes, headdim], [*strides, 1], [1, 1, rows, columns], layout)
+
+
+def _numbers_descriptor(x: Tensor, rows: int) -> TensorDescriptor:
+    return TensorDescriptor(x, [x.numel()], [1], [rows], gl.NVMMASharedLayout(0, 32, 1))
+
+
+def _sums_descriptor(x: Tensor) -> TensorDescriptor:
+    return TensorDescriptor(x, list(x.shape), [64, 1], [64, 64], gl.NVMMASharedLayout(0, 32, 2))
+
+
+def is_for_tma(x: Tensor) -> bool:
+    """Whether TMA can address ``x``: columns next to each other, all else at 16 bytes."""
+    strides = [s for n, s in zip(x.shape[:-1], x.stride(), strict=False) if n > 1]
+    return (
+        x.stride(-1) == 1
+        and x.data_ptr() % 16 == 0
+        and all(s > 0 and s * x.element_size() % 16 == 0 for s in strides)
+    )
+
+
+def for_tma(x: Tensor) -> Tensor:
+    """``x``, copied if TMA cannot address it."""
+    return x if is_for_tma(x) else x.contiguous()
+
+
+def _rows_contiguous(lse: Tensor) -> Tensor:
+    return lse if lse.stride(-1) == 1 or lse.shape[-1] == 1 else lse.contiguous()
+

@@ -1,0 +1,81 @@
+"""Asynchronous operations of Hopper that Gluon names differently between releases or not at all.
+
+Triton 3.6 has TMA reductions in its compiler but exports none; hardware barriers and dependencies
+between launches are single instructions.
+"""
+
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import builtin
+from triton.experimental.gluon.language.nvidia.hopper import tma
+from triton.language.core import _aggregate as aggregate
+
+__all__ = [
+    "aggregate", "allow_dependents", "meet", "opaque_zero", "tma_add", "tma_load", "tma_store",
+    "wait_for_dependencies",
+]  # fmt: skip
+
+# (descriptor, coordinates, barrier, shared memory) and (descriptor, coordinates, shared memory)
+tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+tma_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+
+if hasattr(tma, "async_atomic_add"):
+    tma_add = tma.async_atomic_add
+else:
+
+    @builtin
+    def tma_add(desc, coordinates, source, _semantic=None):
+        """Add a block of shared memory to global memory, asynchronously, as a TMA store would."""
+        coordinates = _semantic._convert_to_ir_values(coordinates, require_i64=False)
+        kind = triton._C.libtriton.ir.DESCRIPTOR_REDUCE_KIND.ADD
+        _semantic.builder.create_async_tma_reduce(kind, desc.handle, coordinates, source.handle)
+
+
+@gluon.constexpr_function
+def _then_zero(instruction):
+    return instruction + " mov.b32 $0, 0;"
+
+
+@gluon.jit
+def _instruction(TEXT: gl.constexpr):
+    """Execute an instruction without operands once in every thread; yields 0."""
+    return gl.inline_asm_elementwise(
+        _then_zero(TEXT), "=r", [], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.constexpr_function
+def _barrier(number, threads):
+    return f"bar.sync {number}, {threads};"
+
+
+@gluon.jit
+def meet(NUMBER: gl.constexpr, THREADS: gl.constexpr):
+    """Wait until THREADS threads came here, and see what they wrote to shared memory.
+
+    The compiler itself uses the hardware's barriers up to 2 plus the number of partitions.
+    """
+    _instruction(_barrier(NUMBER, THREADS))
+
+
+@gluon.jit
+def opaque_zero():
+    """0, unknown to the compiler. As an index it keeps addresses that never change from being
+    computed before a loop and held, or spilled, all through it."""
+    return _instruction("")
+
+
+@gluon.jit
+def wait_for_dependencies():
+    """Wait until the launch before this one is done and its results can be read.
+
+    Needs the launch option ``launch_pdl``; without it the launch itself waited.
+    """
+    _instruction("griddepcontrol.wait;")
+
+
+@gluon.jit
+def allow_dependents():
+    """Let the next launch start as soon as every program of this one said so or ended."""
+    _instruction("griddepcontrol.launch_dependents;")

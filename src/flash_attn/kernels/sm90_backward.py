@@ -1,0 +1,730 @@
+"""Attention backward for Hopper: TMA and warpgroup MMA in specialised warps.
+
+    p[i, j]  = exp(score[i, j] - lse[i])              recomputed, never stored
+    delta[i] = sum_d out[i, d] dout[i, d]
+    ds[i, j] = p[i, j] (dout[i] . v[j] - delta[i])
+    dv[j] = sum_i p dout[i],   dk[j] = scale sum_i ds q[i],   dq[i] = scale sum_j ds k[j]
+
+* ``row_statistics_sm90``: delta and log-sum-exp in base 2 of all rows, padded; zeroes the sums of
+  dq.
+* ``attention_backward_sm90``: a program owns 128 keys of one key head and walks over the blocks of
+  queries that see them, for every query head of the group, so dk and dv are summed in float32 in
+  registers. Its share of dq is added to float32 sums in global memory by TMA.
+* ``finish_dq_sm90``: rounds the sums of dq to the result's type.
+
+The main kernel has a producer warpgroup, whose only task is to ask for tiles, and two consumer
+warpgroups with 64 keys each. They compute transposed tiles, keys x queries, because then p and ds
+are already in the registers that the next products read them from. A consumer's step:
+
+    S = k q^T;  dP = v do^T;  P = exp2(S - lse);  dV += P do;  dS = P (dP - delta)
+    dS to shared memory; meet the other consumer
+    dQ = half of dS^T k;  dK += dS q;  dQ to shared memory, from where TMA adds it to the sums
+
+DQ_GROUP: a third group computes dQ instead, so that the consumers never wait for each other.
+AHEAD starts the next step's S before dQ leaves the registers (1) or after (2; with DQ_GROUP there
+is no difference). EAGER_DV queues dV behind dP instead of waiting for dP first.
+
+Rows past a sequence's end are read as 0 by TMA, with lse +inf, which makes p 0; keys past the end
+are masked. The sums of dq are kept in tiles of 64 x 64 in the order of the registers that hold
+them, so that every thread moves whole 16 bytes and no bank conflicts arise.
+"""
+
+import math
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from .gluon_async import (
+    aggregate,
+    allow_dependents,
+    meet,
+    opaque_zero,
+    tma_add,
+    tma_load,
+    tma_store,
+    wait_for_dependencies,
+)
+
+LOG2E = gl.constexpr(1.4426950408889634)
+# Keys of a consumer and rows of a tile of dq: what one warpgroup MMA instruction computes.
+ROWS = gl.constexpr(64)
+# The first hardware barrier that the compiler leaves alone.
+CONSUMERS_MEET = gl.constexpr(9)
+NO_ROW = gl.constexpr(0x3FFFFFFF)
+
+
+# ---------------------------------------------------------------------------------- shared memory
+@aggregate
+class Ring:
+    """Slots of shared memory that are written and read in turn.
+
+    The n-th use of the ring takes slot n % SLOTS. Waiting on a barrier names the parity of the
+    use: a barrier counts how often it completed, in one bit.
+    """
+
+    data: gl.shared_memory_descriptor
+    full: gl.shared_memory_descriptor
+    empty: gl.shared_memory_descriptor
+    SLOTS: gl.constexpr
+
+    @gluon.constexpr_function
+    def __init__(self, data, full, empty, SLOTS):
+        self.data = data
+        self.full = full
+        self.empty = empty
+        self.SLOTS = gl.constexpr(SLOTS)
+
+    @gluon.jit
+    def slot(self, use):
+        return self.data.index(use % self.SLOTS)
+
+    @gluon.jit
+    def wait_full(self, use):
+        mbarrier.wait(self.full.index(use % self.SLOTS), (use // self.SLOTS) & 1)
+
+    @gluon.jit
+    def wait_empty(self, use):
+        mbarrier.wait(self.empty.index(use % self.SLOTS), ((use // self.SLOTS) & 1) ^ 1)
+
+    @gluon.jit
+    def announce(self, use):
+        """This warpgroup has written its part of the slot."""
+        mbarrier.arrive(self.full.index(use % self.SLOTS), count=1)
+
+    @gluon.jit
+    def release(self, use):
+        """This warpgroup is done with the slot."""
+        mbarrier.arrive(self.empty.index(use % self.SLOTS), count=1)
+
+
+@gluon.jit
+def new_ring(data, SLOTS: gl.constexpr, WRITERS: gl.constexpr, READERS: gl.constexpr):
+    """A ring over SLOTS buffers; TMA counts as one writer."""
+    BARRIERS: gl.constexpr = mbarrier.MBarrierLayout()
+    full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], BARRIERS)
+    empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], BARRIERS)
+    for i in gl.static_range(SLOTS):
+        mbarrier.init(full.index(i), count=WRITERS)
+        mbarrier.init(empty.index(i), count=READERS)
+    return Ring(data, full, empty, SLOTS)
+
+
+@gluon.constexpr_function
+def stacked(count, block_type):
+    """The shape of ``count`` blocks."""
+    return [count, *block_type.shape]
+
+
+@gluon.constexpr_function
+def bytes_of(block_type):
+    """Bytes of a block."""
+    return math.prod(block_type.shape) * block_type.element_ty.primitive_bitwidth // 8
+
+
+@gluon.jit
+def ring_for(desc, SLOTS: gl.constexpr, READERS: gl.constexpr):
+    """A ring that TMA fills with blocks of a descriptor."""
+    shape: gl.constexpr = stacked(SLOTS, desc.block_type)
+    return new_ring(
+        gl.allocate_shared_memory(desc.dtype, shape, desc.layout), SLOTS, 1, READERS
+    )
+
+
+@gluon.jit
+def buffers_for(desc, COUNT: gl.constexpr):
+    """COUNT buffers for blocks of a descriptor."""
+    return gl.allocate_shared_memory(desc.dtype, stacked(COUNT, desc.block_type), desc.layout)
+
+
+@aggregate
+class Shared:
+    """All shared memory. ``lse`` comes with ``q`` and ``delta`` with ``do``, slot by slot."""
+
+    q: Ring
+    do: Ring
+    k: Ring
+    v: Ring
+    ds: Ring
+    lse: gl.shared_memory_descriptor
+    delta: gl.shared_memory_descriptor
+    dq: gl.shared_memory_descriptor
+
+    @gluon.constexpr_function
+    def __init__(self, q, do, k, v, ds, lse, delta, dq):
+        self.q = q
+        self.do = do
+        self.k = k
+        self.v = v
+        self.ds = ds
+        self.lse = lse
+        self.delta = delta
+        self.dq = dq
+
+
+# -------------------------------------------------------------------------------------------- work
+@aggregate
+class Config:
+    """What is known when the kernel is compiled; see attention_backward_sm90."""
+
+    BLOCK_M: gl.constexpr
+    BLOCK_N: gl.constexpr
+    BLOCK_D: gl.constexpr
+    EAGER_DV: gl.constexpr
+    AHEAD: gl.constexpr
+    DQ_GROUP: gl.constexpr
+    HAS_LEFT: gl.constexpr
+    HAS_RIGHT: gl.constexpr
+
+    @gluon.constexpr_function
+    def __init__(self, BLOCK_M, BLOCK_D, EAGER_DV, AHEAD, DQ_GROUP, HAS_LEFT, HAS_RIGHT):
+        self.BLOCK_M = gl.constexpr(BLOCK_M)
+        self.BLOCK_N = gl.constexpr(128)
+        self.BLOCK_D = gl.constexpr(BLOCK_D)
+        self.EAGER_DV = gl.constexpr(EAGER_DV)
+        self.AHEAD = gl.constexpr(AHEAD)
+        self.DQ_GROUP = gl.constexpr(DQ_GROUP)
+        self.HAS_LEFT = gl.constexpr(HAS_LEFT)
+        self.HAS_RIGHT = gl.constexpr(HAS_RIGHT)
+
+
+@aggregate
+class Work:
+    """A program's work: 128 keys of one key head, and the queries that see them.
+
+    ``steps`` blocks of queries in all: [first_block, end_block) of every query head of the group.
+    """
+
+    scale: gl.tensor
+    scale_log2: gl.tensor
+    seqlen_q: gl.tensor
+    seqlen_k: gl.tensor
+    window_left: gl.tensor
+    window_right: gl.tensor
+    padded_rows: gl.tensor
+    batch: gl.tensor
+    key_head: gl.tensor
+    first_head: gl.tensor
+    first_head_batch: gl.tensor
+    first_key: gl.tensor
+    first_block: gl.tensor
+    end_block: gl.tensor
+    steps: gl.tensor
+    config: Config
+
+    @gluon.constexpr_function
+    def __init__(self, scale, scale_log2, seqlen_q, seqlen_k, window_left, window_right,
+                 padded_rows, batch, key_head, first_head, first_head_batch, first_key,
+                 first_block, end_block, steps, config):  # fmt: skip
+        self.scale = scale
+        self.scale_log2 = scale_log2
+        self.seqlen_q = seqlen_q
+        self.seqlen_k = seqlen_k
+        self.window_left = window_left
+        self.window_right = window_right
+        self.padded_rows = padded_rows
+        self.batch = batch
+        self.key_head = key_head
+        self.first_head = first_head
+        self.first_head_batch = first_head_batch
+        self.first_key = first_key
+        self.first_block = first_block
+        self.end_block = end_block
+        self.steps = steps
+        self.config = config
+
+
+@gluon.jit
+def step_after(work, block, head):
+    """The step after block ``block`` of the group's ``head``-th query head, as such a pair."""
+    is_last = block + 1 >= work.end_block
+    return gl.where(is_last, work.first_block, block + 1), gl.where(is_last, head + 1, head)
+
+
+@gluon.jit
+def statistics_row(work, block, head):
+    """Where the rows of a step are in the padded statistics and the sums of dq."""
+    return (work.first_head_batch + head) * work.padded_rows + block * work.config.BLOCK_M
+
+
+@gluon.jit
+def query_blocks(first_key, seqlen_q, seqlen_k, window_left, window_right, config):
+    """(first, end) of the blocks of queries that see some of BLOCK_N keys."""
+    shift = seqlen_k - seqlen_q
+    last_key = gl.minimum(first_key + config.BLOCK_N, seqlen_k) - 1
+    first = gl.to_tensor(0)
+    end = seqlen_q
+    if config.HAS_RIGHT:
+        first = gl.maximum(first_key - shift - window_right, 0)
+    if config.HAS_LEFT:
+        end = gl.maximum(gl.minimum(last_key - shift + window_left + 1, seqlen_q), 0)
+    first_block = first // config.BLOCK_M
+    end_block = (end + config.BLOCK_M - 1) // config.BLOCK_M
+    return first_block, gl.maximum(end_block, first_block)
+
+
+# ---------------------------------------------------------------------------------------- producer
+@gluon.jit
+def ask_for(desc, coordinates, ring, use):
+    """Start loading one block; nothing else may be expected in this slot."""
+    slot = ring.full.index(use % ring.SLOTS)
+    mbarrier.expect(slot, bytes_of(desc.block_type))
+    tma_load(desc, coordinates, slot, ring.slot(use))
+
+
+@gluon.jit
+def ask_with_row_values(desc, values_desc, work, block, head, ring, values, use):
+    """Start loading a block of rows and one number for each row into the same slot.
+
+    Only these numbers come from the launch before, so only they wait for it.
+    """
+    slot = ring.full.index(use % ring.SLOTS)
+    mbarrier.expect(slot, bytes_of(desc.block_type) + bytes_of(values_desc.block_type))
+    row = block * work.config.BLOCK_M
+    tma_load(desc, [work.batch, work.first_head + head, row, 0], slot, ring.slot(use))
+    if use == 0:
+        wait_for_dependencies()
+    tma_load(values_desc, [statistics_row(work, block, head)], slot,
+             values.index(use % ring.SLOTS))  # fmt: skip
+
+
+@gluon.jit
+def producer(work, shared, q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc):
+    """Ask for everything that the consumers read, as slots become empty."""
+    ask_for(k_desc, [work.batch, work.key_head, work.first_key, 0], shared.k, 0)
+    ask_for(v_desc, [work.batch, work.key_head, work.first_key, 0], shared.v, 0)
+    block = work.first_block
+    head = gl.to_tensor(0)
+    for i in range(work.steps):
+        shared.q.wait_empty(i)
+        ask_with_row_values(q_desc, lse_desc, work, block, head, shared.q, shared.lse, i)
+        shared.do.wait_empty(i)
+        ask_with_row_values(do_desc, delta_desc, work, block, head, shared.do, shared.delta, i)
+        block, head = step_after(work, block, head)
+    allow_dependents()
+
+
+# ---------------------------------------------------------------------------------------- consumer
+@gluon.jit
+def mask_weights(work, p, first_key, first_row):
+    """0 where a query does not see a key; ``p`` is (ROWS keys, BLOCK_M queries).
+
+    The registers of a thread hold columns 8a + 2t + c with t the thread's place among four. Taken
+    apart like that, the comparison is with a constant for each register and one or two numbers for
+    each key, so no register holds column numbers.
+    """
+    WEIGHTS: gl.constexpr = p.type.layout
+    BLOCK_M: gl.constexpr = work.config.BLOCK_M
+    parts = p.reshape([ROWS, BLOCK_M // 8, 4, 2])
+    PARTS: gl.constexpr = parts.type.layout
+    A: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, PARTS)))
+    T: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, PARTS)))
+    C: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, PARTS)))
+    K: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, PARTS)))
+    column = gl.arange(0, BLOCK_M // 8, layout=A)[None, :, None, None] * 8
+    column = column + gl.arange(0, 2, layout=C)[None, None, None, :]
+    origin = gl.arange(0, 4, layout=T)[None, None, :, None] * 2 + first_row
+    key = first_key + gl.arange(0, ROWS, layout=K)
+    position = key - (work.seqlen_k - work.seqlen_q)
+    first = gl.where(key < work.seqlen_k, 0, NO_ROW)
+    if work.config.HAS_RIGHT:
+        first = gl.where(key < work.seqlen_k, position - work.window_right, NO_ROW)
+    seen = column >= first[:, None, None, None] - origin
+    if work.config.HAS_LEFT:
+        seen = seen & (column <= (position + work.window_left)[:, None, None, None] - origin)
+    parts = gl.where(seen, parts, 0.0)
+    return gl.convert_layout(parts.reshape([ROWS, BLOCK_M]), WEIGHTS, assert_trivial=True)
+
+
+@gluon.jit
+def mask_if_needed(work, p, first_key, first_row):
+    """Weights of ROWS keys, masked unless every query of the block sees every key."""
+    shift = work.seqlen_k - work.seqlen_q
+    outside = first_key + ROWS > work.seqlen_k
+    if work.config.HAS_RIGHT:
+        outside = outside | (first_row + shift + work.window_right < first_key + ROWS - 1)
+    if work.config.HAS_LEFT:
+        last_row = first_row + work.config.BLOCK_M - 1
+        outside = outside | (last_row + shift - work.window_left > first_key)
+    if outside:
+        p = mask_weights(work, p, first_key, first_row)
+    return p
+
+
+@gluon.jit
+def keys_of(ring, LANE: gl.constexpr, work):
+    """The 64 rows of k or v that a consumer owns."""
+    whole = ring.data.index(opaque_zero()).reshape([work.config.BLOCK_N, work.config.BLOCK_D])
+    return whole.slice(LANE * ROWS, ROWS, 0)
+
+
+@gluon.jit
+def rows_of(ring, use, work):
+    """The block of q or do in use."""
+    return ring.slot(use).reshape([work.config.BLOCK_M, work.config.BLOCK_D])
+
+
+@gluon.jit
+def keys_by_rows(keys, rows, zeros):
+    """Start keys rows^T: (ROWS, BLOCK_M)."""
+    return warpgroup_mma(keys, rows.permute([1, 0]), zeros, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def register_order(tile):
+    """A 64 x 64 tile of sums with its elements in the order that the threads hold them: the four
+    neighbours in a row are one thread's."""
+    return tile.reshape([4, 2, 8, 8, 4, 2]).permute([0, 3, 2, 4, 1, 5]).reshape([ROWS, 64])
+
+
+@gluon.jit
+def dq_operands(work, shared, use, TILE: gl.constexpr):
+    """(dS^T, k) whose product is the TILE-th 64 x 64 tile of the block's dq."""
+    config = work.config
+    COLUMNS: gl.constexpr = config.BLOCK_D // 64
+    ds = shared.ds.slot(use)
+    if config.BLOCK_M > ROWS:
+        ds = ds.slice((TILE // COLUMNS) * ROWS, ROWS, 1)
+    k = shared.k.data.index(opaque_zero()).reshape([config.BLOCK_N, config.BLOCK_D])
+    if COLUMNS > 1:
+        k = k.slice((TILE % COLUMNS) * 64, 64, 1)
+    return ds.permute([1, 0]), k
+
+
+@gluon.jit
+def add_to_dq(dq_desc, work, block, head, dq, buffer, TILE: gl.constexpr):
+    """Add a tile to the sums of dq through a buffer that no TMA reads any more."""
+    COLUMNS: gl.constexpr = work.config.BLOCK_D // 64
+    buffer.store(register_order(dq))
+    fence_async_shared()
+    row = statistics_row(work, block, head) + (TILE // COLUMNS) * ROWS
+    tma_add(dq_desc, [row * COLUMNS + (TILE % COLUMNS) * 64, 0], buffer)
+
+
+@gluon.jit
+def store_keys(desc, work, ring, values, LANE: gl.constexpr):
+    """Write a consumer's rows of dk or dv by TMA, through the rows of k or v that it owns."""
+    keys_of(ring, LANE, work).store(values.to(desc.dtype))
+    fence_async_shared()
+    tma_store(desc, [work.batch, work.key_head, work.first_key + LANE * ROWS, 0],
+              ring.data.index(0).slice(LANE * ROWS, ROWS, 2))  # fmt: skip
+
+
+@gluon.jit
+def consumer(LANE: gl.constexpr, work, shared, dq_desc, dk_desc, dv_desc):
+    """dk and dv of keys [64 * LANE, 64 * LANE + 64) of the program's, and dS for dq."""
+    config = work.config
+    BLOCK_M: gl.constexpr = config.BLOCK_M
+    BLOCK_D: gl.constexpr = config.BLOCK_D
+    AHEAD: gl.constexpr = config.AHEAD
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
+    DQ: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
+    COLUMN: gl.constexpr = gl.SliceLayout(0, SCORES)
+    # How many products may be in flight behind those waited for: the next step's S is one.
+    EARLY: gl.constexpr = 1 if AHEAD == 1 else 0
+    dtype: gl.constexpr = dk_desc.dtype
+
+    dk = gl.zeros([ROWS, BLOCK_D], gl.float32, SUMS)
+    dv = gl.zeros([ROWS, BLOCK_D], gl.float32, SUMS)
+    zeros = gl.zeros([ROWS, BLOCK_M], gl.float32, SCORES)
+    dq_zeros = gl.zeros([ROWS, 64], gl.float32, DQ)
+    first_key = work.first_key + LANE * ROWS
+    block = work.first_block
+    head = gl.to_tensor(0)
+    shared.k.wait_full(0)
+    s = zeros
+    if AHEAD > 0:
+        if work.steps > 0:  # otherwise it multiplies what lies in shared memory, for nobody
+            shared.q.wait_full(0)
+        s = keys_by_rows(keys_of(shared.k, LANE, work), rows_of(shared.q, 0, work), zeros)
+        s = warpgroup_mma_wait(0, deps=[s])
+    shared.v.wait_full(0)
+    for i in range(work.steps):
+        k = keys_of(shared.k, LANE, work)
+        v = keys_of(shared.v, LANE, work)
+        q = rows_of(shared.q, i, work)
+        do = rows_of(shared.do, i, work)
+        # The last step has no next one and starts its own S again, for nobody.
+        following = gl.minimum(i + 1, work.steps - 1)
+
+        # P, dV, dS.
+        if AHEAD == 0:
+            shared.q.wait_full(i)
+            s = keys_by_rows(k, q, zeros)
+        shared.do.wait_full(i)
+        dp = keys_by_rows(v, do, zeros)
+        if AHEAD == 0:
+            s = warpgroup_mma_wait(1, deps=[s])
+        lse = shared.lse.index(i % shared.q.SLOTS).load(COLUMN)
+        p = gl.exp2(s * work.scale_log2 - gl.expand_dims(lse, 0))
+        p = mask_if_needed(work, p, first_key, block * BLOCK_M)
+        weights = gl.convert_layout(p.to(dtype), OPERAND)
+        if config.EAGER_DV:
+            dv = warpgroup_mma(weights, do, dv, is_async=True)
+            dp = warpgroup_mma_wait(1, deps=[dp])
+        else:
+            dp = warpgroup_mma_wait(0, deps=[dp])
+            dv = warpgroup_mma(weights, do, dv, is_async=True)
+        delta = shared.delta.index(i % shared.do.SLOTS).load(COLUMN)
+        ds = (p * (dp - gl.expand_dims(delta, 0))).to(dtype)
+        if config.DQ_GROUP:
+            shared.ds.wait_empty(i)
+        shared.ds.slot(i).slice(LANE * ROWS, ROWS, 0).store(ds)
+        fence_async_shared()
+        ds = gl.convert_layout(ds, OPERAND)
+
+        # dK, and dQ or its share.
+        if config.DQ_GROUP:
+            shared.ds.announce(i)
+            dk = warpgroup_mma(ds, q, dk, is_async=True)
+            if AHEAD > 0:
+                shared.q.wait_full(following)
+                s = keys_by_rows(k, rows_of(shared.q, following, work), zeros)
+                dv = warpgroup_mma_wait(2, deps=[dv])
+                shared.do.release(i)
+                dk = warpgroup_mma_wait(1, deps=[dk])
+                shared.q.release(i)
+                s = warpgroup_mma_wait(0, deps=[s])
+            else:
+                dv = warpgroup_mma_wait(1, deps=[dv])
+                shared.do.release(i)
+                dk = warpgroup_mma_wait(0, deps=[dk])
+                shared.q.release(i)
+        else:
+            meet(CONSUMERS_MEET, 256)
+            ds_turned, k_columns = dq_operands(work, shared, i, LANE)
+            dq = warpgroup_mma(ds_turned, k_columns, dq_zeros, use_acc=False, is_async=True)
+            dk = warpgroup_mma(ds, q, dk, is_async=True)
+            if AHEAD == 1:
+                shared.q.wait_full(following)
+                s = keys_by_rows(k, rows_of(shared.q, following, work), zeros)
+            dv = warpgroup_mma_wait(2 + EARLY, deps=[dv])
+            shared.do.release(i)
+            dq = warpgroup_mma_wait(1 + EARLY, deps=[dq])
+            tma.store_wait(0)
+            add_to_dq(dq_desc, work, block, head, dq, shared.dq.index(LANE), LANE)
+            if AHEAD == 2:
+                shared.q.wait_full(following)
+                s = keys_by_rows(k, rows_of(shared.q, following, work), zeros)
+            dk = warpgroup_mma_wait(1 if AHEAD > 0 else 0, deps=[dk])
+            shared.q.release(i)
+            if AHEAD > 0:
+                s = warpgroup_mma_wait(0, deps=[s])
+        block, head = step_after(work, block, head)
+
+    # dk and dv leave through k and v; the other groups must be done with k.
+    tma.store_wait(0)
+    if config.DQ_GROUP:
+        if work.steps > 0:
+            shared.ds.wait_empty(work.steps - 1 + shared.ds.SLOTS)
+    meet(CONSUMERS_MEET, 256)
+    store_keys(dv_desc, work, shared.v, dv, LANE)
+    store_keys(dk_desc, work, shared.k, dk * work.scale, LANE)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def dq_group(work, shared, dq_desc):
+    """dq of every step, from the dS of both consumers."""
+    config = work.config
+    TILES: gl.constexpr = (config.BLOCK_M // ROWS) * (config.BLOCK_D // 64)
+    DQ: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    zeros = gl.zeros([ROWS, 64], gl.float32, DQ)
+    block = work.first_block
+    head = gl.to_tensor(0)
+    shared.k.wait_full(0)
+    for i in range(work.steps):
+        shared.ds.wait_full(i)
+        for tile in gl.static_range(TILES):
+            ds_turned, k_columns = dq_operands(work, shared, i, tile)
+            dq = warpgroup_mma(ds_turned, k_columns, zeros, use_acc=False, is_async=True)
+            tma.store_wait(1)  # of two buffers in turn, the older one is free
+            dq = warpgroup_mma_wait(0, deps=[dq])
+            if tile == TILES - 1:
+                shared.ds.release(i)
+            buffer = shared.dq.index((i * TILES + tile) % 2)
+            add_to_dq(dq_desc, work, block, head, dq, buffer, tile)
+        block, head = step_after(work, block, head)
+    tma.store_wait(0)
+
+
+# ------------------------------------------------------------------------------------------ kernel
+_NUMBERS = (
+    "nheads_k", "group", "seqlen_q", "seqlen_k", "padded_rows", "window_left", "window_right",
+    "key_blocks", "sequences", "section",
+)  # fmt: skip
+
+
+@gluon.jit(do_not_specialize=_NUMBERS)
+def attention_backward_sm90(
+    q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, dq_desc, dk_desc, dv_desc,
+    scale, scale_log2, nheads_k, group, seqlen_q, seqlen_k, padded_rows, window_left, window_right,
+    key_blocks, sequences, section,
+    BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr, Q_SLOTS: gl.constexpr, DO_SLOTS: gl.constexpr,
+    DS_SLOTS: gl.constexpr, EAGER_DV: gl.constexpr, AHEAD: gl.constexpr, DQ_GROUP: gl.constexpr,
+    REGISTERS: gl.constexpr, DQ_REGISTERS: gl.constexpr,
+    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+):  # fmt: skip
+    """See the module's docstring; launched with 4 warps, the producer's.
+
+    Args:
+        q_desc, do_desc: TMA descriptors of (batch, nheads, seqlen_q, headdim) with blocks
+            (1, 1, BLOCK_M, BLOCK_D); columns past headdim are read as 0.
+        k_desc, v_desc: of (batch, nheads_k, seqlen_k, headdim) with blocks (1, 1, 128, BLOCK_D).
+        lse_desc, delta_desc: of (batch * nheads * padded_rows,) float32 with blocks (BLOCK_M,).
+        dq_desc: of the sums of dq, (batch * nheads * padded_rows * BLOCK_D / 64, 64) float32 with
+            blocks (64, 64).
+        dk_desc, dv_desc: like k's with blocks (1, 1, 64, BLOCK_D); columns past headdim are not
+            written.
+        scale: softmax_scale; scale_log2: softmax_scale * log2(e).
+        padded_rows: seqlen_q, up to a multiple of 128.
+        key_blocks: blocks of 128 keys in a sequence.
+        sequences: batch * nheads_k; ``section`` of them are worked on at a time.
+        DS_SLOTS: buffers of dS; at least 2 without DQ_GROUP.
+        REGISTERS, DQ_REGISTERS: of a thread of the consumers and of the dq group.
+    """
+    gl.static_assert(DQ_GROUP or (BLOCK_M // 64) * (BLOCK_D // 64) == 2)
+    gl.static_assert(DQ_GROUP or DS_SLOTS >= 2)
+    config = Config(BLOCK_M, BLOCK_D, EAGER_DV, AHEAD, DQ_GROUP, HAS_LEFT, HAS_RIGHT)
+    q = ring_for(q_desc, Q_SLOTS, 2)
+    do = ring_for(do_desc, DO_SLOTS, 2)
+    k = ring_for(k_desc, 1, 1)
+    v = ring_for(v_desc, 1, 1)
+    DS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([128, BLOCK_M], dk_desc.dtype)
+    ds_data = gl.allocate_shared_memory(dk_desc.dtype, [DS_SLOTS, 128, BLOCK_M], DS)
+    ds = new_ring(ds_data, DS_SLOTS, 2, 1)
+    shared = Shared(q, do, k, v, ds, buffers_for(lse_desc, Q_SLOTS),
+                    buffers_for(delta_desc, DO_SLOTS), buffers_for(dq_desc, 2))  # fmt: skip
+    fence_async_shared()
+
+    # Heads (of all sequences) are taken in sections. Within a section heads run fastest and blocks
+    # of keys from the first, which most queries see, to the last.
+    pid = gl.program_id(0)
+    span = key_blocks * section
+    number = pid // span
+    within = pid - number * span
+    heads = gl.minimum(section, sequences - number * section)
+    key_block = within // heads
+    sequence = number * section + within - key_block * heads
+    batch = sequence // nheads_k
+    key_head = sequence - batch * nheads_k
+    first_key = key_block * 128
+    first_block, end_block = query_blocks(
+        first_key, seqlen_q, seqlen_k, window_left, window_right, config
+    )
+    work = Work(scale, scale_log2, seqlen_q, seqlen_k, window_left, window_right, padded_rows,
+                batch, key_head, key_head * group, sequence * group, first_key, first_block,
+                end_block, group * (end_block - first_block), config)  # fmt: skip
+    # The lists have to be spelled out: in tuples bound to a name, constants become tensors.
+    if DQ_GROUP:
+        gl.warp_specialize([
+            (producer, (work, shared, q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc)),
+            (consumer, (0, work, shared, dq_desc, dk_desc, dv_desc)),
+            (consumer, (1, work, shared, dq_desc, dk_desc, dv_desc)),
+            (dq_group, (work, shared, dq_desc)),
+        ], [4, 4, 4], [REGISTERS, REGISTERS, DQ_REGISTERS])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (producer, (work, shared, q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc)),
+            (consumer, (0, work, shared, dq_desc, dk_desc, dv_desc)),
+            (consumer, (1, work, shared, dq_desc, dk_desc, dv_desc)),
+        ], [4, 4], [REGISTERS, REGISTERS])  # fmt: skip
+
+
+# --------------------------------------------------------------------------- before and after
+@gluon.jit(do_not_specialize=("nheads", "seqlen_q", "padded_rows", "tiles"))
+def row_statistics_sm90(
+    out, dout, lse, dlse, lse_log2, delta, dq_sums,
+    stride_ob, stride_om, stride_oh, stride_gb, stride_gm, stride_gh, stride_lb, stride_lh,
+    nheads, seqlen_q, padded_rows, tiles,
+    HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_M: gl.constexpr, HAS_DLSE: gl.constexpr,
+):  # fmt: skip
+    """delta and log-sum-exp in base 2 of BLOCK_M rows; zeroes their sums of dq.
+
+    Rows past the end, up to padded_rows, and rows that see no key get 0 and +inf. The gradient of
+    the log-sum-exp, dlse (like lse, contiguous), only changes delta.
+    """
+    allow_dependents()
+    THREADS: gl.constexpr = BLOCK_D // 8
+    ROWS_OF_OUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 // THREADS, THREADS], [4, 1], [1, 0])
+    FLAT: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
+    ROW: gl.constexpr = gl.SliceLayout(1, ROWS_OF_OUT)
+    pid = gl.program_id(0)
+    head_batch = pid // tiles
+    tile = pid - head_batch * tiles
+    b = head_batch // nheads
+    h = head_batch - b * nheads
+    rows = tile * BLOCK_M + gl.arange(0, BLOCK_M, layout=ROW)
+    cols = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, ROWS_OF_OUT))
+    inside = rows < seqlen_q
+    mask = gl.expand_dims(inside, 1)
+    if BLOCK_D != HEAD_DIM:
+        mask = mask & gl.expand_dims(cols < HEAD_DIM, 0)
+    at = gl.expand_dims(rows.to(gl.int64), 1)
+    column = gl.expand_dims(cols, 0)
+    b64 = b.to(gl.int64)
+    out += b64 * stride_ob + h * stride_oh
+    dout += b64 * stride_gb + h * stride_gh
+    o = gl.load(out + at * stride_om + column, mask=mask, other=0.0)
+    do = gl.load(dout + at * stride_gm + column, mask=mask, other=0.0)
+    row_lse = gl.load(lse + b64 * stride_lb + h * stride_lh + rows, mask=inside,
+                      other=float("inf"))  # fmt: skip
+    first = head_batch.to(gl.int64) * padded_rows + tile * BLOCK_M
+    sums = dq_sums + first * BLOCK_D + gl.arange(0, BLOCK_M * BLOCK_D, layout=FLAT)
+    gl.store(sums, gl.zeros([BLOCK_M * BLOCK_D], gl.float32, FLAT))
+    row_delta = gl.sum(o.to(gl.float32) * do.to(gl.float32), 1)
+    if HAS_DLSE:
+        row_delta -= gl.load(dlse + head_batch.to(gl.int64) * seqlen_q + rows, mask=inside,
+                             other=0.0)  # fmt: skip
+    sees = (row_lse > float("-inf")) & (row_lse < float("inf"))
+    target = first + gl.arange(0, BLOCK_M, layout=ROW)
+    gl.store(lse_log2 + target, gl.where(sees, row_lse * LOG2E, float("inf")))
+    gl.store(delta + target, gl.where(sees, row_delta, 0.0))
+
+
+@gluon.jit
+def matrix_order(parts):
+    """Undo register_order."""
+    return parts.reshape([4, 8, 8, 4, 2, 2]).permute([0, 4, 2, 1, 3, 5]).reshape([ROWS, 64])
+
+
+@gluon.jit(do_not_specialize=("nheads", "seqlen_q", "padded_rows", "tiles"))
+def finish_dq_sm90(
+    dq_sums, dq, stride_b, stride_m, stride_h, scale, nheads, seqlen_q, padded_rows, tiles,
+    HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr,
+):  # fmt: skip
+    """dq = scale * sums, for 64 rows of one head."""
+    FLAT: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])
+    STORED: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    COLUMNS: gl.constexpr = BLOCK_D // 64
+    pid = gl.program_id(0)
+    head_batch = pid // tiles
+    tile = pid - head_batch * tiles
+    b = head_batch // nheads
+    h = head_batch - b * nheads
+    rows = tile * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, STORED))
+    cols = gl.arange(0, 64, layout=gl.SliceLayout(0, STORED))
+    flat_rows = gl.arange(0, 64, layout=gl.SliceLayout(1, FLAT)) * 64
+    flat = gl.expand_dims(flat_rows, 1) + gl.expand_dims(
+        gl.arange(0, 64, layout=gl.SliceLayout(0, FLAT)), 0
+    )
+    first = (head_batch.to(gl.int64) * padded_rows + tile * 64) * BLOCK_D
+    dq += b.to(gl.int64) * stride_b + h * stride_h
+    target = dq + gl.expand_dims(rows.to(gl.int64) * stride_m, 1) + gl.expand_dims(cols, 0)
+    wait_for_dependencies()
+    for j in gl.static_range(COLUMNS):
+        parts = gl.load(dq_sums + first + j * 4096 + flat)
+        values = (matrix_order(parts) * scale).to(dq.dtype.element_ty)
+        values = gl.convert_layout(values, STORED)
+        mask = gl.expand_dims(rows < seqlen_q, 1)
+        if BLOCK_D != HEAD_DIM:
+            mask = mask & gl.expand_dims(j * 64 + cols < HEAD_DIM, 0)
+        gl.store(target + j * 64, values, mask=mask)
