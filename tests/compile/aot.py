@@ -125,10 +125,9 @@ def record(run: Callable[[], object], arch: str) -> list[Launch]:
     return launches
 
 
-def compile_launch(one: Launch, arch: str) -> Resources:
-    """Compile a recorded kernel call for ``arch``."""
+def compile_kernel(one: Launch, arch: str) -> tuple[ASTSource, Any]:
+    """Compile a recorded kernel call for ``arch``: what Triton compiled, and the result."""
     target, kernel = TARGETS[arch], one.kernel
-    started = time.perf_counter()
     backend = make_backend(target)
     keywords = {"debug": False, **one.keywords}
     binder = create_function_from_signature(kernel.signature, kernel.params, backend)
@@ -138,13 +137,23 @@ def compile_launch(one: Launch, arch: str) -> Resources:
     )
     source_type = GluonASTSource if kernel.is_gluon() else ASTSource
     source = source_type(kernel, signature, constexprs, attributes)
-    compiled = triton.compile(source, target=target, options=options.__dict__)
-    seconds = round(time.perf_counter() - started, 2)
-    if target.backend == "hip":
+    return source, triton.compile(source, target=target, options=options.__dict__)
+
+
+def resources_of(compiled: Any, arch: str, seconds: float = 0.0) -> Resources:
+    """What a compiled kernel takes; ``seconds`` is how long its compilation took."""
+    if TARGETS[arch].backend == "hip":
         registers, spilled = _usage_amd(compiled.asm["amdgcn"])
     else:
         registers, spilled = _usage_nvidia(compiled.asm["cubin"])
     return Resources(registers, spilled, compiled.metadata.shared, seconds)
+
+
+def compile_launch(one: Launch, arch: str) -> Resources:
+    """Compile a recorded kernel call for ``arch``."""
+    started = time.perf_counter()
+    _, compiled = compile_kernel(one, arch)
+    return resources_of(compiled, arch, round(time.perf_counter() - started, 2))
 
 
 def _usage_nvidia(cubin: bytes) -> tuple[int, int]:

@@ -132,9 +132,7 @@ def bytes_of(block_type):
 def ring_for(desc, SLOTS: gl.constexpr, READERS: gl.constexpr):
     """A ring that TMA fills with blocks of a descriptor."""
     shape: gl.constexpr = stacked(SLOTS, desc.block_type)
-    return new_ring(
-        gl.allocate_shared_memory(desc.dtype, shape, desc.layout), SLOTS, 1, READERS
-    )
+    return new_ring(gl.allocate_shared_memory(desc.dtype, shape, desc.layout), SLOTS, 1, READERS)
 
 
 @gluon.jit
@@ -195,78 +193,103 @@ class Config:
 
 
 @aggregate
+class Grid:
+    """How programs divide ``key_blocks`` blocks of keys of ``sequences`` key heads.
+
+    Heads (of all sequences) are taken in sections. Within a section heads run fastest and blocks
+    of keys from the first, which most queries see, to the last.
+    """
+
+    nheads_k: gl.tensor
+    key_blocks: gl.tensor
+    sequences: gl.tensor
+    section: gl.tensor
+
+    @gluon.constexpr_function
+    def __init__(self, nheads_k, key_blocks, sequences, section):
+        self.nheads_k = nheads_k
+        self.key_blocks = key_blocks
+        self.sequences = sequences
+        self.section = section
+
+    @gluon.jit
+    def place(self, program):
+        """(batch, key head, block of keys) of a program."""
+        span = self.key_blocks * self.section
+        number = program // span
+        within = program - number * span
+        heads = gl.minimum(self.section, self.sequences - number * self.section)
+        key_block = within // heads
+        sequence = number * self.section + within - key_block * heads
+        batch = sequence // self.nheads_k
+        return batch, sequence - batch * self.nheads_k, key_block
+
+
+@aggregate
 class Work:
     """A program's work: 128 keys of one key head, and the queries that see them.
 
-    ``steps`` blocks of queries in all: [first_block, end_block) of every query head of the group.
+    A query at row r sees the keys [r - reach_left, r + reach_right], as far as there are such
+    bounds, before seqlen_k. In each of ``steps`` steps the program takes BLOCK_M queries: the rows
+    [first_row, end_row) of every query head of the group in turn. ``first_sum`` is the first of
+    these rows in the padded statistics and the sums of dq, and ``to_next_head`` leads from the
+    last step of a head to the first one of the next there.
     """
 
     scale: gl.tensor
     scale_log2: gl.tensor
-    seqlen_q: gl.tensor
     seqlen_k: gl.tensor
-    window_left: gl.tensor
-    window_right: gl.tensor
-    padded_rows: gl.tensor
-    batch: gl.tensor
-    key_head: gl.tensor
-    first_head: gl.tensor
-    first_head_batch: gl.tensor
+    reach_left: gl.tensor
+    reach_right: gl.tensor
     first_key: gl.tensor
-    first_block: gl.tensor
-    end_block: gl.tensor
+    first_row: gl.tensor
+    end_row: gl.tensor
+    first_sum: gl.tensor
+    to_next_head: gl.tensor
     steps: gl.tensor
+    grid: Grid
     config: Config
 
     @gluon.constexpr_function
-    def __init__(self, scale, scale_log2, seqlen_q, seqlen_k, window_left, window_right,
-                 padded_rows, batch, key_head, first_head, first_head_batch, first_key,
-                 first_block, end_block, steps, config):  # fmt: skip
+    def __init__(self, scale, scale_log2, seqlen_k, reach_left, reach_right, first_key, first_row,
+                 end_row, first_sum, to_next_head, steps, grid, config):  # fmt: skip
         self.scale = scale
         self.scale_log2 = scale_log2
-        self.seqlen_q = seqlen_q
         self.seqlen_k = seqlen_k
-        self.window_left = window_left
-        self.window_right = window_right
-        self.padded_rows = padded_rows
-        self.batch = batch
-        self.key_head = key_head
-        self.first_head = first_head
-        self.first_head_batch = first_head_batch
+        self.reach_left = reach_left
+        self.reach_right = reach_right
         self.first_key = first_key
-        self.first_block = first_block
-        self.end_block = end_block
+        self.first_row = first_row
+        self.end_row = end_row
+        self.first_sum = first_sum
+        self.to_next_head = to_next_head
         self.steps = steps
+        self.grid = grid
         self.config = config
 
 
 @gluon.jit
-def step_after(work, block, head):
-    """The step after block ``block`` of the group's ``head``-th query head, as such a pair."""
-    is_last = block + 1 >= work.end_block
-    return gl.where(is_last, work.first_block, block + 1), gl.where(is_last, head + 1, head)
+def step_after(work, row, sum_row):
+    """The next step's (row, row of the sums)."""
+    BLOCK_M: gl.constexpr = work.config.BLOCK_M
+    is_last = row + BLOCK_M >= work.end_row
+    following = gl.where(is_last, work.first_row, row + BLOCK_M)
+    return following, sum_row + gl.where(is_last, work.to_next_head, BLOCK_M)
 
 
 @gluon.jit
-def statistics_row(work, block, head):
-    """Where the rows of a step are in the padded statistics and the sums of dq."""
-    return (work.first_head_batch + head) * work.padded_rows + block * work.config.BLOCK_M
-
-
-@gluon.jit
-def query_blocks(first_key, seqlen_q, seqlen_k, window_left, window_right, config):
-    """(first, end) of the blocks of queries that see some of BLOCK_N keys."""
-    shift = seqlen_k - seqlen_q
+def rows_of_queries(first_key, seqlen_q, seqlen_k, reach_left, reach_right, config):
+    """[first, end) of the queries that see some of BLOCK_N keys, in whole blocks."""
     last_key = gl.minimum(first_key + config.BLOCK_N, seqlen_k) - 1
     first = gl.to_tensor(0)
     end = seqlen_q
     if config.HAS_RIGHT:
-        first = gl.maximum(first_key - shift - window_right, 0)
+        first = gl.maximum(first_key - reach_right, 0)
     if config.HAS_LEFT:
-        end = gl.maximum(gl.minimum(last_key - shift + window_left + 1, seqlen_q), 0)
-    first_block = first // config.BLOCK_M
-    end_block = (end + config.BLOCK_M - 1) // config.BLOCK_M
-    return first_block, gl.maximum(end_block, first_block)
+        end = gl.maximum(gl.minimum(last_key + reach_left + 1, seqlen_q), 0)
+    first = first // config.BLOCK_M * config.BLOCK_M
+    end = (end + config.BLOCK_M - 1) // config.BLOCK_M * config.BLOCK_M
+    return first, gl.maximum(end, first)
 
 
 # ---------------------------------------------------------------------------------------- producer
@@ -279,34 +302,37 @@ def ask_for(desc, coordinates, ring, use):
 
 
 @gluon.jit
-def ask_with_row_values(desc, values_desc, work, block, head, ring, values, use):
+def ask_with_row_values(desc, values_desc, batch, head, row, sum_row, ring, values, use):
     """Start loading a block of rows and one number for each row into the same slot.
 
     Only these numbers come from the launch before, so only they wait for it.
     """
     slot = ring.full.index(use % ring.SLOTS)
     mbarrier.expect(slot, bytes_of(desc.block_type) + bytes_of(values_desc.block_type))
-    row = block * work.config.BLOCK_M
-    tma_load(desc, [work.batch, work.first_head + head, row, 0], slot, ring.slot(use))
+    tma_load(desc, [batch, head, row, 0], slot, ring.slot(use))
     if use == 0:
         wait_for_dependencies()
-    tma_load(values_desc, [statistics_row(work, block, head)], slot,
-             values.index(use % ring.SLOTS))  # fmt: skip
+    tma_load(values_desc, [sum_row], slot, values.index(use % ring.SLOTS))
 
 
 @gluon.jit
-def producer(work, shared, q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc):
+def producer(work, shared, group, q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc):
     """Ask for everything that the consumers read, as slots become empty."""
-    ask_for(k_desc, [work.batch, work.key_head, work.first_key, 0], shared.k, 0)
-    ask_for(v_desc, [work.batch, work.key_head, work.first_key, 0], shared.v, 0)
-    block = work.first_block
-    head = gl.to_tensor(0)
+    batch, key_head, _ = work.grid.place(gl.program_id(0))
+    ask_for(k_desc, [batch, key_head, work.first_key, 0], shared.k, 0)
+    ask_for(v_desc, [batch, key_head, work.first_key, 0], shared.v, 0)
+    head = key_head * group
+    row = work.first_row
+    sum_row = work.first_sum
     for i in range(work.steps):
         shared.q.wait_empty(i)
-        ask_with_row_values(q_desc, lse_desc, work, block, head, shared.q, shared.lse, i)
+        ask_with_row_values(q_desc, lse_desc, batch, head, row, sum_row, shared.q, shared.lse, i)
         shared.do.wait_empty(i)
-        ask_with_row_values(do_desc, delta_desc, work, block, head, shared.do, shared.delta, i)
-        block, head = step_after(work, block, head)
+        ask_with_row_values(
+            do_desc, delta_desc, batch, head, row, sum_row, shared.do, shared.delta, i
+        )
+        row, sum_row = step_after(work, row, sum_row)
+        head = gl.where(row == work.first_row, head + 1, head)
     allow_dependents()
 
 
@@ -331,13 +357,12 @@ def mask_weights(work, p, first_key, first_row):
     column = column + gl.arange(0, 2, layout=C)[None, None, None, :]
     origin = gl.arange(0, 4, layout=T)[None, None, :, None] * 2 + first_row
     key = first_key + gl.arange(0, ROWS, layout=K)
-    position = key - (work.seqlen_k - work.seqlen_q)
     first = gl.where(key < work.seqlen_k, 0, NO_ROW)
     if work.config.HAS_RIGHT:
-        first = gl.where(key < work.seqlen_k, position - work.window_right, NO_ROW)
+        first = gl.where(key < work.seqlen_k, key - work.reach_right, NO_ROW)
     seen = column >= first[:, None, None, None] - origin
     if work.config.HAS_LEFT:
-        seen = seen & (column <= (position + work.window_left)[:, None, None, None] - origin)
+        seen = seen & (column <= (key + work.reach_left)[:, None, None, None] - origin)
     parts = gl.where(seen, parts, 0.0)
     return gl.convert_layout(parts.reshape([ROWS, BLOCK_M]), WEIGHTS, assert_trivial=True)
 
@@ -345,13 +370,11 @@ def mask_weights(work, p, first_key, first_row):
 @gluon.jit
 def mask_if_needed(work, p, first_key, first_row):
     """Weights of ROWS keys, masked unless every query of the block sees every key."""
-    shift = work.seqlen_k - work.seqlen_q
     outside = first_key + ROWS > work.seqlen_k
     if work.config.HAS_RIGHT:
-        outside = outside | (first_row + shift + work.window_right < first_key + ROWS - 1)
+        outside = outside | (first_row + work.reach_right < first_key + ROWS - 1)
     if work.config.HAS_LEFT:
-        last_row = first_row + work.config.BLOCK_M - 1
-        outside = outside | (last_row + shift - work.window_left > first_key)
+        outside = outside | (first_row + work.config.BLOCK_M - 1 - work.reach_left > first_key)
     if outside:
         p = mask_weights(work, p, first_key, first_row)
     return p
@@ -398,22 +421,27 @@ def dq_operands(work, shared, use, TILE: gl.constexpr):
 
 
 @gluon.jit
-def add_to_dq(dq_desc, work, block, head, dq, buffer, TILE: gl.constexpr):
+def add_to_dq(dq_desc, work, sum_row, dq, buffer, TILE: gl.constexpr):
     """Add a tile to the sums of dq through a buffer that no TMA reads any more."""
     COLUMNS: gl.constexpr = work.config.BLOCK_D // 64
     buffer.store(register_order(dq))
     fence_async_shared()
-    row = statistics_row(work, block, head) + (TILE // COLUMNS) * ROWS
+    row = sum_row + (TILE // COLUMNS) * ROWS
     tma_add(dq_desc, [row * COLUMNS + (TILE % COLUMNS) * 64, 0], buffer)
 
 
 @gluon.jit
 def store_keys(desc, work, ring, values, LANE: gl.constexpr):
-    """Write a consumer's rows of dk or dv by TMA, through the rows of k or v that it owns."""
+    """Write a consumer's rows of dk or dv by TMA, through the rows of k or v that it owns.
+
+    Where they go is computed again: held through the loop, it would cost registers.
+    """
+    batch, key_head, key_block = work.grid.place(gl.program_id(0) + opaque_zero())
+    row = key_block * work.config.BLOCK_N + LANE * ROWS
     keys_of(ring, LANE, work).store(values.to(desc.dtype))
     fence_async_shared()
-    tma_store(desc, [work.batch, work.key_head, work.first_key + LANE * ROWS, 0],
-              ring.data.index(0).slice(LANE * ROWS, ROWS, 2))  # fmt: skip
+    source = ring.data.index(0).slice(LANE * ROWS, ROWS, 2)
+    tma_store(desc, [batch, key_head, row, 0], source)
 
 
 @gluon.jit
@@ -437,8 +465,8 @@ def consumer(LANE: gl.constexpr, work, shared, dq_desc, dk_desc, dv_desc):
     zeros = gl.zeros([ROWS, BLOCK_M], gl.float32, SCORES)
     dq_zeros = gl.zeros([ROWS, 64], gl.float32, DQ)
     first_key = work.first_key + LANE * ROWS
-    block = work.first_block
-    head = gl.to_tensor(0)
+    row = work.first_row
+    sum_row = work.first_sum
     shared.k.wait_full(0)
     s = zeros
     if AHEAD > 0:
@@ -465,7 +493,7 @@ def consumer(LANE: gl.constexpr, work, shared, dq_desc, dk_desc, dv_desc):
             s = warpgroup_mma_wait(1, deps=[s])
         lse = shared.lse.index(i % shared.q.SLOTS).load(COLUMN)
         p = gl.exp2(s * work.scale_log2 - gl.expand_dims(lse, 0))
-        p = mask_if_needed(work, p, first_key, block * BLOCK_M)
+        p = mask_if_needed(work, p, first_key, row)
         weights = gl.convert_layout(p.to(dtype), OPERAND)
         if config.EAGER_DV:
             dv = warpgroup_mma(weights, do, dv, is_async=True)
@@ -510,7 +538,7 @@ def consumer(LANE: gl.constexpr, work, shared, dq_desc, dk_desc, dv_desc):
             shared.do.release(i)
             dq = warpgroup_mma_wait(1 + EARLY, deps=[dq])
             tma.store_wait(0)
-            add_to_dq(dq_desc, work, block, head, dq, shared.dq.index(LANE), LANE)
+            add_to_dq(dq_desc, work, sum_row, dq, shared.dq.index(LANE), LANE)
             if AHEAD == 2:
                 shared.q.wait_full(following)
                 s = keys_by_rows(k, rows_of(shared.q, following, work), zeros)
@@ -518,11 +546,11 @@ def consumer(LANE: gl.constexpr, work, shared, dq_desc, dk_desc, dv_desc):
             shared.q.release(i)
             if AHEAD > 0:
                 s = warpgroup_mma_wait(0, deps=[s])
-        block, head = step_after(work, block, head)
+        row, sum_row = step_after(work, row, sum_row)
 
     # dk and dv leave through k and v; the other groups must be done with k.
     tma.store_wait(0)
-    if config.DQ_GROUP:
+    if config.DQ_GROUP:  # noqa: SIM102 -- one condition is a constant, the other is not
         if work.steps > 0:
             shared.ds.wait_empty(work.steps - 1 + shared.ds.SLOTS)
     meet(CONSUMERS_MEET, 256)
@@ -538,8 +566,8 @@ def dq_group(work, shared, dq_desc):
     TILES: gl.constexpr = (config.BLOCK_M // ROWS) * (config.BLOCK_D // 64)
     DQ: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     zeros = gl.zeros([ROWS, 64], gl.float32, DQ)
-    block = work.first_block
-    head = gl.to_tensor(0)
+    row = work.first_row
+    sum_row = work.first_sum
     shared.k.wait_full(0)
     for i in range(work.steps):
         shared.ds.wait_full(i)
@@ -551,8 +579,8 @@ def dq_group(work, shared, dq_desc):
             if tile == TILES - 1:
                 shared.ds.release(i)
             buffer = shared.dq.index((i * TILES + tile) % 2)
-            add_to_dq(dq_desc, work, block, head, dq, buffer, tile)
-        block, head = step_after(work, block, head)
+            add_to_dq(dq_desc, work, sum_row, dq, buffer, tile)
+        row, sum_row = step_after(work, row, sum_row)
     tma.store_wait(0)
 
 
@@ -605,35 +633,33 @@ def attention_backward_sm90(
                     buffers_for(delta_desc, DO_SLOTS), buffers_for(dq_desc, 2))  # fmt: skip
     fence_async_shared()
 
-    # Heads (of all sequences) are taken in sections. Within a section heads run fastest and blocks
-    # of keys from the first, which most queries see, to the last.
-    pid = gl.program_id(0)
-    span = key_blocks * section
-    number = pid // span
-    within = pid - number * span
-    heads = gl.minimum(section, sequences - number * section)
-    key_block = within // heads
-    sequence = number * section + within - key_block * heads
-    batch = sequence // nheads_k
-    key_head = sequence - batch * nheads_k
+    grid = Grid(nheads_k, key_blocks, sequences, section)
+    batch, key_head, key_block = grid.place(gl.program_id(0))
     first_key = key_block * 128
-    first_block, end_block = query_blocks(
-        first_key, seqlen_q, seqlen_k, window_left, window_right, config
+    shift = seqlen_k - seqlen_q
+    reach_left = window_left - shift
+    reach_right = window_right + shift
+    first_row, end_row = rows_of_queries(
+        first_key, seqlen_q, seqlen_k, reach_left, reach_right, config
     )
-    work = Work(scale, scale_log2, seqlen_q, seqlen_k, window_left, window_right, padded_rows,
-                batch, key_head, key_head * group, sequence * group, first_key, first_block,
-                end_block, group * (end_block - first_block), config)  # fmt: skip
+    rows = end_row - first_row
+    first_sum = (batch * nheads_k + key_head) * group * padded_rows + first_row
+    work = Work(scale, scale_log2, seqlen_k, reach_left, reach_right, first_key, first_row,
+                end_row, first_sum, padded_rows - rows + BLOCK_M, group * (rows // BLOCK_M), grid,
+                config)  # fmt: skip
     # The lists have to be spelled out: in tuples bound to a name, constants become tensors.
     if DQ_GROUP:
         gl.warp_specialize([
-            (producer, (work, shared, q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc)),
+            (producer, (work, shared, group, q_desc, k_desc, v_desc, do_desc, lse_desc,
+                        delta_desc)),
             (consumer, (0, work, shared, dq_desc, dk_desc, dv_desc)),
             (consumer, (1, work, shared, dq_desc, dk_desc, dv_desc)),
             (dq_group, (work, shared, dq_desc)),
         ], [4, 4, 4], [REGISTERS, REGISTERS, DQ_REGISTERS])  # fmt: skip
     else:
         gl.warp_specialize([
-            (producer, (work, shared, q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc)),
+            (producer, (work, shared, group, q_desc, k_desc, v_desc, do_desc, lse_desc,
+                        delta_desc)),
             (consumer, (0, work, shared, dq_desc, dk_desc, dv_desc)),
             (consumer, (1, work, shared, dq_desc, dk_desc, dv_desc)),
         ], [4, 4], [REGISTERS, REGISTERS])  # fmt: skip
@@ -684,10 +710,10 @@ def row_statistics_sm90(
     if HAS_DLSE:
         row_delta -= gl.load(dlse + head_batch.to(gl.int64) * seqlen_q + rows, mask=inside,
                              other=0.0)  # fmt: skip
-    sees = (row_lse > float("-inf")) & (row_lse < float("inf"))
+    sees_none = (row_lse == float("-inf")) | (row_lse == float("inf"))
     target = first + gl.arange(0, BLOCK_M, layout=ROW)
-    gl.store(lse_log2 + target, gl.where(sees, row_lse * LOG2E, float("inf")))
-    gl.store(delta + target, gl.where(sees, row_delta, 0.0))
+    gl.store(lse_log2 + target, gl.where(sees_none, float("inf"), row_lse * LOG2E))
+    gl.store(delta + target, gl.where(sees_none, 0.0, row_delta))
 
 
 @gluon.jit

@@ -174,4 +174,3 @@ def for_tma(x: Tensor) -> Tensor:
 
 def _rows_contiguous(lse: Tensor) -> Tensor:
     return lse if lse.stride(-1) == 1 or lse.shape[-1] == 1 else lse.contiguous()
-
