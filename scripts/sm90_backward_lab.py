@@ -644,7 +644,7 @@ def main() -> None:
     parser.add_argument("--deadline", type=float, default=460.0, help="seconds for everything")
     parser.add_argument("--limit", type=float, default=60.0, help="seconds for checking a variant")
     parser.add_argument("--timing", type=float, default=90.0, help="seconds kept for timing")
-    parser.add_argument("--launches", type=int, default=2000, help="stress launches at 512")
+    parser.add_argument("--launches", type=int, default=4000, help="stress launches at 512")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--seqlens", default="512,1024,2048,4096,8192,16384")
     parser.add_argument("--sections", default="4,32", help="megabytes of L2 for heads together")

@@ -142,9 +142,9 @@ def rows_descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """(batch, seqlen, heads, headdim) as (batch, heads, seqlen, headdim) for TMA."""
     batch, seqlen, heads, headdim = x.shape
     sizes = (batch, heads, seqlen)
-    strides = (x.stride(0), x.stride(2), x.stride(1))
+    given = (x.stride(0), x.stride(2), x.stride(1))
     # The stride of a dimension of size 1 means nothing, but TMA wants multiples of 16 bytes.
-    strides = tuple(s if n > 1 else 8 * headdim for s, n in zip(strides, sizes, strict=True))
+    strides = [s if n > 1 else 8 * headdim for s, n in zip(given, sizes, strict=True)]
     layout = gl.NVMMASharedLayout(128, 16, 4)
     return TensorDescriptor(x, [*sizes, headdim], [*strides, 1], [1, 1, rows, columns], layout)
 
