@@ -309,6 +309,7 @@ class Agent:
         self.products: list[Pending] = []
         self.stores: list[Transfer] = []
         self.memories: list[Memory] = []
+        self.looks = 0
         self.thread = threading.Thread(target=self._run, args=(work,), daemon=True)
         self.thread.start()
 
@@ -336,6 +337,14 @@ class Agent:
         self.may_run.acquire()
         if self.machine.is_over:
             raise _Stop
+
+
+    def spin(self) -> None:
+        """Look at memory that another agent may change; looking very often is waiting for ever."""
+        self.looks += 1
+        if self.looks > 20_000:
+            raise ModelError("waits for a counter that nobody counts up")
+        self.pause()
 
 
 class _Stop(BaseException):
@@ -378,6 +387,7 @@ class Machine:
     def run(self, kernel: Callable[[], None], programs: int) -> None:
         """Run all programs to their end."""
         waiting = list(range(programs))
+        self.programs = programs
         try:
             while waiting or self.agents or self.transfers:
                 busy = {agent.program for agent in self.agents}
@@ -501,15 +511,25 @@ def _arrive(barrier: Barrier, count: int = 1) -> None:
     barrier.arrive(count)
 
 
+def _atomic_add(pointer: Pointer, value: int, **_: Any) -> None:
+    here().pause()
+    pointer.store(int(pointer.load(None, 0.0).item()) + value, None)
+
+
 def _init(barrier: Barrier, count: int) -> None:
     barrier.count = barrier.left = count
 
 
-def _instruction(text: str, *_: Any, **__: Any) -> Int:
+def _instruction(text: str, _: str = "", arguments: Any = (), **__: Any) -> Int:
+    if text.startswith("ld.acquire"):
+        here().spin()
+        return Int(arguments[0].load(None, 0.0).item())
+    if text.startswith("cp.async.bulk.wait_group"):
+        _store_wait(0)
     found = re.match(r"bar\.sync (\d+), (\d+);", text)
     if found:
         agent = here()
-        number, groups = int(found[1]), int(found[2]) // 128
+        number, groups = int(found[1]), max(1, int(found[2]) // 128)
         meeting = agent.machine.meetings.setdefault((agent.program, number), [0, 0])
         meeting[0] += 1
         round_ = meeting[1]
@@ -602,7 +622,8 @@ def _stand_ins() -> dict[str, types.ModuleType]:
             rounded(np.full(shape, value), dtype)),
         load=lambda p, mask=None, other=0.0, **_: p.load(mask, other),
         store=lambda p, value, mask=None, **_: p.store(value, mask),
-        program_id=lambda axis: Int(here().program), allocate_shared_memory=_allocate,
+        program_id=lambda axis: Int(here().program), atomic_add=_atomic_add,
+        num_programs=lambda axis: Int(here().machine.programs), allocate_shared_memory=_allocate,
         warp_specialize=_warp_specialize, inline_asm_elementwise=_instruction,
         NVMMADistributedLayout=_Layout, SliceLayout=_Layout, DotOperandLayout=_Layout,
         NVMMASharedLayout=_Layout, BlockedLayout=_Layout, SwizzledSharedLayout=_Layout,

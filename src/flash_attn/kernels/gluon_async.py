@@ -12,8 +12,8 @@ from triton.experimental.gluon.language.nvidia.hopper import tma
 from triton.language.core import _aggregate as aggregate
 
 __all__ = [
-    "aggregate", "allow_dependents", "meet", "opaque_zero", "tma_add", "tma_load", "tma_store",
-    "wait_for_dependencies",
+    "aggregate", "allow_dependents", "count_up", "fence_async", "meet", "opaque_zero", "tma_add",
+    "tma_complete", "tma_load", "tma_store", "wait_for_dependencies", "wait_until",
 ]  # fmt: skip
 
 # (descriptor, coordinates, barrier, shared memory) and (descriptor, coordinates, shared memory)
@@ -64,6 +64,43 @@ def opaque_zero():
     """0, unknown to the compiler. As an index it keeps addresses that never change from being
     computed before a loop and held, or spilled, all through it."""
     return _instruction("")
+
+
+@gluon.jit
+def fence_async():
+    """Order what this thread wrote or saw in any memory before what TMA does from here on."""
+    _instruction("fence.proxy.async;")
+
+
+@gluon.jit
+def tma_complete():
+    """Wait until all that this thread had TMA write or add is in global memory."""
+    _instruction("cp.async.bulk.wait_group 0;")
+
+
+@gluon.jit
+def count_up(counter):
+    """Add 1 to a counter in global memory, behind all that the threads which met this one wrote."""
+    gl.atomic_add(counter, 1, sem="release", scope="gpu")
+
+
+@gluon.jit
+def _load_acquire(counter):
+    return gl.inline_asm_elementwise(
+        "ld.acquire.gpu.global.b32 $0, [$1];", "=r,l", [counter], dtype=gl.int32, is_pure=False,
+        pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def wait_until(counter, count):
+    """Wait until a counter in global memory is at least ``count``; then this thread, and what it
+    asks of TMA, sees what was written before it was counted up."""
+    seen = _load_acquire(counter)
+    while seen < count:
+        _instruction("nanosleep.u32 100;")
+        seen = _load_acquire(counter)
+    fence_async()
 
 
 @gluon.jit

@@ -24,6 +24,9 @@ DQ_GROUP: a third group computes dQ instead, so that the consumers never wait fo
 AHEAD starts the next step's S before dQ leaves the registers (1) or after (2; with DQ_GROUP there
 is no difference). EAGER_DV queues dV behind dP instead of waiting for dP first.
 
+HOUSEKEEPING moves most of the other two kernels' work into the main kernel, where two warps that
+would have nothing to do carry it out beside the products: see ``Duties``.
+
 Rows past a sequence's end are read as 0 by TMA, with lse +inf, which makes p 0; keys past the end
 are masked. The sums of dq are kept in tiles of 64 x 64 in the order of the registers that hold
 them, so that every thread moves whole 16 bytes and no bank conflicts arise.
@@ -44,12 +47,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from .gluon_async import (
     aggregate,
     allow_dependents,
+    count_up,
+    fence_async,
     meet,
     opaque_zero,
     tma_add,
+    tma_complete,
     tma_load,
     tma_store,
     wait_for_dependencies,
+    wait_until,
 )
 
 LOG2E = gl.constexpr(1.4426950408889634)
@@ -57,7 +64,12 @@ LOG2E = gl.constexpr(1.4426950408889634)
 ROWS = gl.constexpr(64)
 # The first hardware barrier that the compiler leaves alone.
 CONSUMERS_MEET = gl.constexpr(9)
+HOUSEKEEPERS_MEET = gl.constexpr(10)
+GROUP_MEETS = gl.constexpr(11)  # and the next
 NO_ROW = gl.constexpr(0x3FFFFFFF)
+# Housekeeping: rows of a piece, and of a tile of out and dout.
+PIECE = gl.constexpr(128)
+STRIP = gl.constexpr(8)
 
 
 # ---------------------------------------------------------------------------------- shared memory
@@ -177,17 +189,20 @@ class Config:
     EAGER_DV: gl.constexpr
     AHEAD: gl.constexpr
     DQ_GROUP: gl.constexpr
+    HOUSEKEEPING: gl.constexpr
     HAS_LEFT: gl.constexpr
     HAS_RIGHT: gl.constexpr
 
     @gluon.constexpr_function
-    def __init__(self, BLOCK_M, BLOCK_D, EAGER_DV, AHEAD, DQ_GROUP, HAS_LEFT, HAS_RIGHT):
+    def __init__(self, BLOCK_M, BLOCK_D, EAGER_DV, AHEAD, DQ_GROUP, HOUSEKEEPING, HAS_LEFT,
+                 HAS_RIGHT):  # fmt: skip
         self.BLOCK_M = gl.constexpr(BLOCK_M)
         self.BLOCK_N = gl.constexpr(128)
         self.BLOCK_D = gl.constexpr(BLOCK_D)
         self.EAGER_DV = gl.constexpr(EAGER_DV)
         self.AHEAD = gl.constexpr(AHEAD)
         self.DQ_GROUP = gl.constexpr(DQ_GROUP)
+        self.HOUSEKEEPING = gl.constexpr(HOUSEKEEPING)
         self.HAS_LEFT = gl.constexpr(HAS_LEFT)
         self.HAS_RIGHT = gl.constexpr(HAS_RIGHT)
 
@@ -302,21 +317,26 @@ def ask_for(desc, coordinates, ring, use):
 
 
 @gluon.jit
-def ask_with_row_values(desc, values_desc, batch, head, row, sum_row, ring, values, use):
+def ask_with_row_values(
+    desc, values_desc, batch, head, row, sum_row, ring, values, use, work, duties
+):
     """Start loading a block of rows and one number for each row into the same slot.
 
-    Only these numbers come from the launch before, so only they wait for it.
+    Only these numbers come from the launch before or from housekeepers, so only they wait for them.
     """
     slot = ring.full.index(use % ring.SLOTS)
     mbarrier.expect(slot, bytes_of(desc.block_type) + bytes_of(values_desc.block_type))
     tma_load(desc, [batch, head, row, 0], slot, ring.slot(use))
     if use == 0:
         wait_for_dependencies()
+    if work.config.HOUSEKEEPING:  # noqa: SIM102 -- one condition is a constant, the other is not
+        if row == work.first_row:
+            wait_until_prepared(duties, sum_row // duties.padded_rows)
     tma_load(values_desc, [sum_row], slot, values.index(use % ring.SLOTS))
 
 
 @gluon.jit
-def producer(work, shared, group, q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc):
+def producer(work, shared, duties, group, q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc):
     """Ask for everything that the consumers read, as slots become empty."""
     batch, key_head, _ = work.grid.place(gl.program_id(0))
     ask_for(k_desc, [batch, key_head, work.first_key, 0], shared.k, 0)
@@ -326,10 +346,12 @@ def producer(work, shared, group, q_desc, k_desc, v_desc, do_desc, lse_desc, del
     sum_row = work.first_sum
     for i in range(work.steps):
         shared.q.wait_empty(i)
-        ask_with_row_values(q_desc, lse_desc, batch, head, row, sum_row, shared.q, shared.lse, i)
+        ask_with_row_values(
+            q_desc, lse_desc, batch, head, row, sum_row, shared.q, shared.lse, i, work, duties
+        )
         shared.do.wait_empty(i)
         ask_with_row_values(
-            do_desc, delta_desc, batch, head, row, sum_row, shared.do, shared.delta, i
+            do_desc, delta_desc, batch, head, row, sum_row, shared.do, shared.delta, i, work, duties
         )
         row, sum_row = step_after(work, row, sum_row)
         head = gl.where(row == work.first_row, head + 1, head)
@@ -445,7 +467,7 @@ def store_keys(desc, work, ring, values, LANE: gl.constexpr):
 
 
 @gluon.jit
-def consumer(LANE: gl.constexpr, work, shared, dq_desc, dk_desc, dv_desc):
+def consumer(LANE: gl.constexpr, work, shared, duties, dq_desc, dk_desc, dv_desc):
     """dk and dv of keys [64 * LANE, 64 * LANE + 64) of the program's, and dS for dq."""
     config = work.config
     BLOCK_M: gl.constexpr = config.BLOCK_M
@@ -557,10 +579,12 @@ def consumer(LANE: gl.constexpr, work, shared, dq_desc, dk_desc, dv_desc):
     store_keys(dv_desc, work, shared.v, dv, LANE)
     store_keys(dk_desc, work, shared.k, dk * work.scale, LANE)
     tma.store_wait(0)
+    if config.HOUSEKEEPING and not config.DQ_GROUP:
+        report_sums(work, duties, LANE)
 
 
 @gluon.jit
-def dq_group(work, shared, dq_desc):
+def dq_group(work, shared, duties, dq_desc):
     """dq of every step, from the dS of both consumers."""
     config = work.config
     TILES: gl.constexpr = (config.BLOCK_M // ROWS) * (config.BLOCK_D // 64)
@@ -582,12 +606,217 @@ def dq_group(work, shared, dq_desc):
             add_to_dq(dq_desc, work, sum_row, dq, buffer, tile)
         row, sum_row = step_after(work, row, sum_row)
     tma.store_wait(0)
+    if config.HOUSEKEEPING:
+        report_sums(work, duties, 0)
+
+
+# ------------------------------------------------------------------------------------ housekeeping
+@aggregate
+class Duties:
+    """The share of the work before and after that the main kernel's programs do for each other.
+
+    The rows of all query heads, padded, are taken in pieces of PIECE rows. A program of number n
+    has ``pieces / programs`` of them, those around n * pieces / programs; it prepares (statistics,
+    zeros) the ones ``lag`` further on and finishes (dq from its sums) the ones ``lag`` back. The
+    launch before prepares the first ``lag`` pieces and the launch after finishes the last ones.
+
+    ``lag`` is so much more than a section's pieces that a program only waits for programs with
+    smaller numbers, which started before it: so none waits for ever.
+
+    ``prepared`` counts pieces of each query head, ``summed`` warpgroups that have added all of
+    theirs to dq of each key head; int32 in global memory.
+    """
+
+    prepared: gl.tensor
+    summed: gl.tensor
+    padded_rows: gl.tensor
+    group: gl.tensor
+    nheads: gl.tensor
+    seqlen_q: gl.tensor
+    lag: gl.tensor
+    first: gl.tensor
+    end: gl.tensor
+    pieces: gl.tensor
+    lse: gl.tensor
+    lse_log2: gl.tensor
+    delta: gl.tensor
+    sums: gl.tensor
+    dq: gl.tensor
+    stride_lb: gl.tensor
+    stride_lh: gl.tensor
+    stride_qb: gl.tensor
+    stride_qm: gl.tensor
+    stride_qh: gl.tensor
+
+    @gluon.constexpr_function
+    def __init__(self, prepared, summed, padded_rows, group, nheads, seqlen_q, lag, first, end,
+                 pieces, lse, lse_log2, delta, sums, dq, stride_lb, stride_lh, stride_qb, stride_qm,
+                 stride_qh):  # fmt: skip
+        self.prepared = prepared
+        self.summed = summed
+        self.padded_rows = padded_rows
+        self.group = group
+        self.nheads = nheads
+        self.seqlen_q = seqlen_q
+        self.lag = lag
+        self.first = first
+        self.end = end
+        self.pieces = pieces
+        self.lse = lse
+        self.lse_log2 = lse_log2
+        self.delta = delta
+        self.sums = sums
+        self.dq = dq
+        self.stride_lb = stride_lb
+        self.stride_lh = stride_lh
+        self.stride_qb = stride_qb
+        self.stride_qm = stride_qm
+        self.stride_qh = stride_qh
+
+    @gluon.jit
+    def place(self, piece):
+        """(number of the query head, its batch, its place there, first row) of a piece."""
+        in_head = self.padded_rows // PIECE
+        number = piece // in_head
+        batch = number // self.nheads
+        return number, batch, number - batch * self.nheads, (piece - number * in_head) * PIECE
+
+
+@gluon.jit
+def wait_until_prepared(duties, number):
+    """Wait for the pieces of a query head that housekeepers prepare."""
+    in_head = duties.padded_rows // PIECE
+    before = gl.minimum(gl.maximum(duties.lag - number * in_head, 0), in_head)
+    wait_until(duties.prepared + number, in_head - before)
+
+
+@gluon.jit
+def report_sums(work, duties, LANE: gl.constexpr):
+    """Count this warpgroup's additions to dq, all of which TMA has been asked for."""
+    tma_complete()
+    fence_async()
+    wait_for_dependencies()  # that the counters are zeroed, also if there was nothing to do
+    meet(GROUP_MEETS + LANE, 128)
+    batch, key_head, _ = work.grid.place(gl.program_id(0) + opaque_zero())
+    count_up(duties.summed + batch * work.grid.nheads_k + key_head)
+
+
+@gluon.jit
+def ask_for_strips(duties, out_desc, do_desc, ring, douts, piece, strip, use):
+    """Start loading STRIP rows of out and dout into one slot."""
+    _, batch, head, row = duties.place(piece)
+    full = ring.full.index(use % ring.SLOTS)
+    mbarrier.expect(full, 2 * bytes_of(out_desc.block_type))
+    at = [batch, head, row + strip * STRIP, 0]
+    tma_load(out_desc, at, full, ring.slot(use))
+    tma_load(do_desc, at, full, douts.index(use % ring.SLOTS))
+
+
+@gluon.jit
+def prepare_pieces(config, duties, ring, douts, out_desc, do_desc):
+    """Statistics of this program's pieces ahead, and zeros for their sums of dq."""
+    BLOCK_D: gl.constexpr = config.BLOCK_D
+    THREADS: gl.constexpr = BLOCK_D // 8
+    STRIPS: gl.constexpr = PIECE // STRIP
+    TILE: gl.constexpr = gl.BlockedLayout([1, 8], [32 // THREADS, THREADS], [2, 1], [1, 0])
+    FLAT: gl.constexpr = gl.BlockedLayout([4], [32], [2], [0])
+    ONE: gl.constexpr = gl.BlockedLayout([2], [32], [2], [0])
+    first = gl.minimum(duties.first + duties.lag, duties.pieces)
+    end = gl.minimum(duties.end + duties.lag, duties.pieces)
+    uses = (end - first) * STRIPS
+    for use in range(gl.minimum(ring.SLOTS, uses)):
+        ask_for_strips(duties, out_desc, do_desc, ring, douts, first, use, use)
+    for use in range(uses):
+        piece = first + use // STRIPS
+        strip = use % STRIPS
+        number, batch, head, row = duties.place(piece)
+        sum_row = number.to(gl.int64) * duties.padded_rows + row
+        if strip == 0:
+            rows = gl.arange(0, PIECE, layout=ONE)
+            lse = duties.lse + batch.to(gl.int64) * duties.stride_lb + head * duties.stride_lh
+            row_lse = gl.load(lse + row + rows, mask=row + rows < duties.seqlen_q,
+                              other=float("inf"))  # fmt: skip
+            gl.store(duties.lse_log2 + sum_row + rows, base_two(row_lse))
+        ring.wait_full(use)
+        out = ring.slot(use).reshape([STRIP, BLOCK_D]).load(TILE)
+        dout = douts.index(use % ring.SLOTS).reshape([STRIP, BLOCK_D]).load(TILE)
+        row_delta = gl.sum(out.to(gl.float32) * dout.to(gl.float32), 1)
+        sum_row += strip * STRIP
+        target = sum_row + gl.arange(0, STRIP, layout=gl.SliceLayout(1, TILE))
+        gl.store(duties.delta + target, row_delta)
+        target = sum_row * BLOCK_D + gl.arange(0, STRIP * BLOCK_D, layout=FLAT)
+        gl.store(duties.sums + target, gl.zeros([STRIP * BLOCK_D], gl.float32, FLAT))
+        if strip == STRIPS - 1:
+            fence_async()
+        meet(HOUSEKEEPERS_MEET, 64)
+        if strip == STRIPS - 1:
+            count_up(duties.prepared + number)
+        following = use + ring.SLOTS
+        if following < uses:
+            ask_for_strips(duties, out_desc, do_desc, ring, douts, first + following // STRIPS,
+                           following % STRIPS, following)  # fmt: skip
+
+
+@gluon.jit
+def ask_for_sums(work, duties, desc, ring, piece, part, use, PARTS: gl.constexpr):
+    """Start loading the PARTS-th part of a piece of the sums of dq, once it is complete."""
+    if part == 0:
+        number, _, _, _ = duties.place(piece)
+        arrivals = work.grid.key_blocks
+        if not work.config.DQ_GROUP:
+            arrivals *= 2
+        wait_until(duties.summed + number // duties.group, arrivals)
+    ask_for(desc, [(piece * PARTS + part) * 16, 0], ring, use)
+
+
+@gluon.jit
+def finish_pieces(work, duties, ring, desc, HEAD_DIM: gl.constexpr):
+    """dq of this program's pieces behind."""
+    COLUMNS: gl.constexpr = work.config.BLOCK_D // 64
+    PARTS: gl.constexpr = 8 * COLUMNS
+    first = gl.maximum(duties.first - duties.lag, 0)
+    end = gl.maximum(duties.end - duties.lag, 0)
+    uses = (end - first) * PARTS
+    for use in range(gl.minimum(ring.SLOTS, uses)):
+        ask_for_sums(work, duties, desc, ring, first, use, use, PARTS)
+    for use in range(uses):
+        piece = first + use // PARTS
+        part = use % PARTS
+        _, batch, head, row = duties.place(piece)
+        ring.wait_full(use)
+        FLAT: gl.constexpr = gl.BlockedLayout([1, 16], [8, 4], [2, 1], [1, 0])
+        values = strip_in_matrix_order(ring.slot(use).load(FLAT)) * work.scale
+        STORED: gl.constexpr = values.type.layout
+        rows = gl.arange(0, 16, layout=gl.SliceLayout(1, STORED))
+        rows += row + part // (4 * COLUMNS) * ROWS + part % 4 * 16
+        columns = gl.arange(0, 64, layout=gl.SliceLayout(0, STORED)) + part // 4 % COLUMNS * 64
+        dq = duties.dq + batch.to(gl.int64) * duties.stride_qb + head * duties.stride_qh
+        at = gl.expand_dims(rows.to(gl.int64) * duties.stride_qm, 1) + gl.expand_dims(columns, 0)
+        mask = gl.expand_dims(rows < duties.seqlen_q, 1)
+        if HEAD_DIM != work.config.BLOCK_D:
+            mask = mask & gl.expand_dims(columns < HEAD_DIM, 0)
+        gl.store(dq + at, values.to(dq.dtype.element_ty), mask=mask)
+        meet(HOUSEKEEPERS_MEET, 64)
+        following = use + ring.SLOTS
+        if following < uses:
+            ask_for_sums(work, duties, desc, ring, first + following // PARTS, following % PARTS,
+                         following, PARTS)  # fmt: skip
+
+
+@gluon.jit
+def housekeeper(
+    work, duties, strips, douts, parts, out_desc, do_desc, sums_desc, HEAD_DIM: gl.constexpr
+):
+    """Prepare and finish this program's pieces."""
+    wait_for_dependencies()
+    prepare_pieces(work.config, duties, strips, douts, out_desc, do_desc)
+    finish_pieces(work, duties, parts, sums_desc, HEAD_DIM)
 
 
 # ------------------------------------------------------------------------------------------ kernel
 _NUMBERS = (
     "nheads_k", "group", "seqlen_q", "seqlen_k", "padded_rows", "window_left", "window_right",
-    "key_blocks", "sequences", "section",
+    "key_blocks", "sequences", "section", "lag",
 )  # fmt: skip
 
 
@@ -596,12 +825,15 @@ def attention_backward_sm90(
     q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, dq_desc, dk_desc, dv_desc,
     scale, scale_log2, nheads_k, group, seqlen_q, seqlen_k, padded_rows, window_left, window_right,
     key_blocks, sequences, section,
+    out_desc, dout_desc, parts_desc, counters, lse, lse_log2, delta, dq_sums, dq,
+    stride_lb, stride_lh, stride_qb, stride_qm, stride_qh, lag,
     BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr, Q_SLOTS: gl.constexpr, DO_SLOTS: gl.constexpr,
     DS_SLOTS: gl.constexpr, EAGER_DV: gl.constexpr, AHEAD: gl.constexpr, DQ_GROUP: gl.constexpr,
-    REGISTERS: gl.constexpr, DQ_REGISTERS: gl.constexpr,
+    REGISTERS: gl.constexpr, DQ_REGISTERS: gl.constexpr, OTHER_REGISTERS: gl.constexpr,
+    HOUSEKEEPING: gl.constexpr, HEAD_DIM: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
 ):  # fmt: skip
-    """See the module's docstring; launched with 4 warps, the producer's.
+    """See the module's docstring; launched with 4 warps, those of one consumer.
 
     Args:
         q_desc, do_desc: TMA descriptors of (batch, nheads, seqlen_q, headdim) with blocks
@@ -616,12 +848,19 @@ def attention_backward_sm90(
         padded_rows: seqlen_q, up to a multiple of 128.
         key_blocks: blocks of 128 keys in a sequence.
         sequences: batch * nheads_k; ``section`` of them are worked on at a time.
+        out_desc, dout_desc: as do_desc, with blocks of STRIP rows; parts_desc: as dq_desc, with
+            blocks (16, 64). These and all up to ``lag`` are only used with HOUSEKEEPING.
+        counters: (batch * nheads + batch * nheads_k,) int32, zeros: see Duties.
+        lse, lse_log2, delta, dq_sums, dq: what row_statistics_sm90 and finish_dq_sm90 take.
+        lag: see Duties; at least the pieces of a section and of one program.
         DS_SLOTS: buffers of dS; at least 2 without DQ_GROUP.
-        REGISTERS, DQ_REGISTERS: of a thread of the consumers and of the dq group.
+        REGISTERS, DQ_REGISTERS, OTHER_REGISTERS: of a thread of the consumers (the first one gets
+            what is left), of the dq group, and of the producer and the housekeepers.
     """
     gl.static_assert(DQ_GROUP or (BLOCK_M // 64) * (BLOCK_D // 64) == 2)
     gl.static_assert(DQ_GROUP or DS_SLOTS >= 2)
-    config = Config(BLOCK_M, BLOCK_D, EAGER_DV, AHEAD, DQ_GROUP, HAS_LEFT, HAS_RIGHT)
+    config = Config(BLOCK_M, BLOCK_D, EAGER_DV, AHEAD, DQ_GROUP, HOUSEKEEPING, HAS_LEFT,
+                    HAS_RIGHT)  # fmt: skip
     q = ring_for(q_desc, Q_SLOTS, 2)
     do = ring_for(do_desc, DO_SLOTS, 2)
     k = ring_for(k_desc, 1, 1)
@@ -647,28 +886,68 @@ def attention_backward_sm90(
     work = Work(scale, scale_log2, seqlen_k, reach_left, reach_right, first_key, first_row,
                 end_row, first_sum, padded_rows - rows + BLOCK_M, group * (rows // BLOCK_M), grid,
                 config)  # fmt: skip
+    # Of the pieces, those that belong to this program.
+    share = group * (padded_rows // PIECE)
+    program = gl.program_id(0).to(gl.int64)
+    duties = Duties(
+        counters, counters + sequences * group, padded_rows, group, nheads_k * group, seqlen_q, lag,
+        (program * share // key_blocks).to(gl.int32),
+        ((program + 1) * share // key_blocks).to(gl.int32), sequences * share,
+        lse, lse_log2, delta, dq_sums, dq, stride_lb, stride_lh, stride_qb, stride_qm, stride_qh,
+    )  # fmt: skip
+    if HOUSEKEEPING:
+        strips = ring_for(out_desc, 4, 1)
+        dout_strips = buffers_for(dout_desc, 4)
+        parts = ring_for(parts_desc, 2, 1)
+        fence_async_shared()
     # The lists have to be spelled out: in tuples bound to a name, constants become tensors.
-    if DQ_GROUP:
+    if HOUSEKEEPING and DQ_GROUP:
         gl.warp_specialize([
-            (producer, (work, shared, group, q_desc, k_desc, v_desc, do_desc, lse_desc,
+            (consumer, (0, work, shared, duties, dq_desc, dk_desc, dv_desc)),
+            (consumer, (1, work, shared, duties, dq_desc, dk_desc, dv_desc)),
+            (dq_group, (work, shared, duties, dq_desc)),
+            (housekeeper, (work, duties, strips, dout_strips, parts, out_desc, dout_desc,
+                           parts_desc, HEAD_DIM)),
+            (producer, (work, shared, duties, group, q_desc, k_desc, v_desc, do_desc, lse_desc,
                         delta_desc)),
-            (consumer, (0, work, shared, dq_desc, dk_desc, dv_desc)),
-            (consumer, (1, work, shared, dq_desc, dk_desc, dv_desc)),
-            (dq_group, (work, shared, dq_desc)),
-        ], [4, 4, 4], [REGISTERS, REGISTERS, DQ_REGISTERS])  # fmt: skip
+        ], [4, 4, 2, 1], [REGISTERS, DQ_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS])  # fmt: skip
+    elif HOUSEKEEPING:
+        gl.warp_specialize([
+            (consumer, (0, work, shared, duties, dq_desc, dk_desc, dv_desc)),
+            (consumer, (1, work, shared, duties, dq_desc, dk_desc, dv_desc)),
+            (housekeeper, (work, duties, strips, dout_strips, parts, out_desc, dout_desc,
+                           parts_desc, HEAD_DIM)),
+            (producer, (work, shared, duties, group, q_desc, k_desc, v_desc, do_desc, lse_desc,
+                        delta_desc)),
+        ], [4, 2, 1], [REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS])  # fmt: skip
+    elif DQ_GROUP:
+        gl.warp_specialize([
+            (consumer, (0, work, shared, duties, dq_desc, dk_desc, dv_desc)),
+            (consumer, (1, work, shared, duties, dq_desc, dk_desc, dv_desc)),
+            (dq_group, (work, shared, duties, dq_desc)),
+            (producer, (work, shared, duties, group, q_desc, k_desc, v_desc, do_desc, lse_desc,
+                        delta_desc)),
+        ], [4, 4, 1], [REGISTERS, DQ_REGISTERS, OTHER_REGISTERS])  # fmt: skip
     else:
         gl.warp_specialize([
-            (producer, (work, shared, group, q_desc, k_desc, v_desc, do_desc, lse_desc,
+            (consumer, (0, work, shared, duties, dq_desc, dk_desc, dv_desc)),
+            (consumer, (1, work, shared, duties, dq_desc, dk_desc, dv_desc)),
+            (producer, (work, shared, duties, group, q_desc, k_desc, v_desc, do_desc, lse_desc,
                         delta_desc)),
-            (consumer, (0, work, shared, dq_desc, dk_desc, dv_desc)),
-            (consumer, (1, work, shared, dq_desc, dk_desc, dv_desc)),
-        ], [4, 4], [REGISTERS, REGISTERS])  # fmt: skip
+        ], [4, 1], [REGISTERS, OTHER_REGISTERS])  # fmt: skip
 
 
 # --------------------------------------------------------------------------- before and after
-@gluon.jit(do_not_specialize=("nheads", "seqlen_q", "padded_rows", "tiles"))
+@gluon.jit
+def base_two(lse):
+    """The log-sum-exp in base 2, and +inf of rows that see no key, so that their weights are 0."""
+    sees_none = (lse == float("-inf")) | (lse == float("inf"))
+    return gl.where(sees_none, float("inf"), lse * LOG2E)
+
+
+@gluon.jit(do_not_specialize=("nheads", "seqlen_q", "padded_rows", "tiles", "num_counters"))
 def row_statistics_sm90(
-    out, dout, lse, dlse, lse_log2, delta, dq_sums,
+    out, dout, lse, dlse, lse_log2, delta, dq_sums, counters, num_counters,
     stride_ob, stride_om, stride_oh, stride_gb, stride_gm, stride_gh, stride_lb, stride_lh,
     nheads, seqlen_q, padded_rows, tiles,
     HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_M: gl.constexpr, HAS_DLSE: gl.constexpr,
@@ -676,7 +955,7 @@ def row_statistics_sm90(
     """delta and log-sum-exp in base 2 of BLOCK_M rows; zeroes their sums of dq.
 
     Rows past the end, up to padded_rows, and rows that see no key get 0 and +inf. The gradient of
-    the log-sum-exp, dlse (like lse, contiguous), only changes delta.
+    the log-sum-exp, dlse (like lse, contiguous), only changes delta. The counters are zeroed too.
     """
     allow_dependents()
     THREADS: gl.constexpr = BLOCK_D // 8
@@ -684,6 +963,9 @@ def row_statistics_sm90(
     FLAT: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
     ROW: gl.constexpr = gl.SliceLayout(1, ROWS_OF_OUT)
     pid = gl.program_id(0)
+    for i in range(pid * 512, num_counters, gl.num_programs(0) * 512):
+        places = i + gl.arange(0, 512, layout=FLAT)
+        gl.store(counters + places, gl.zeros([512], gl.int32, FLAT), mask=places < num_counters)
     head_batch = pid // tiles
     tile = pid - head_batch * tiles
     b = head_batch // nheads
@@ -710,10 +992,10 @@ def row_statistics_sm90(
     if HAS_DLSE:
         row_delta -= gl.load(dlse + head_batch.to(gl.int64) * seqlen_q + rows, mask=inside,
                              other=0.0)  # fmt: skip
-    sees_none = (row_lse == float("-inf")) | (row_lse == float("inf"))
+    row_lse = base_two(row_lse)
     target = first + gl.arange(0, BLOCK_M, layout=ROW)
-    gl.store(lse_log2 + target, gl.where(sees_none, float("inf"), row_lse * LOG2E))
-    gl.store(delta + target, gl.where(sees_none, 0.0, row_delta))
+    gl.store(lse_log2 + target, row_lse)
+    gl.store(delta + target, gl.where(row_lse == float("inf"), 0.0, row_delta))
 
 
 @gluon.jit
@@ -722,16 +1004,23 @@ def matrix_order(parts):
     return parts.reshape([4, 8, 8, 4, 2, 2]).permute([0, 4, 2, 1, 3, 5]).reshape([ROWS, 64])
 
 
-@gluon.jit(do_not_specialize=("nheads", "seqlen_q", "padded_rows", "tiles"))
+@gluon.jit
+def strip_in_matrix_order(parts):
+    """Undo register_order for 16 rows."""
+    return parts.reshape([8, 8, 4, 2, 2]).permute([3, 1, 0, 2, 4]).reshape([16, 64])
+
+
+@gluon.jit(do_not_specialize=("nheads", "seqlen_q", "padded_rows", "tiles", "first_tile"))
 def finish_dq_sm90(
     dq_sums, dq, stride_b, stride_m, stride_h, scale, nheads, seqlen_q, padded_rows, tiles,
+    first_tile,
     HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr,
 ):  # fmt: skip
-    """dq = scale * sums, for 64 rows of one head."""
+    """dq = scale * sums, for 64 rows of one head, of which ``tiles`` make a padded sequence."""
     FLAT: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])
     STORED: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     COLUMNS: gl.constexpr = BLOCK_D // 64
-    pid = gl.program_id(0)
+    pid = gl.program_id(0) + first_tile
     head_batch = pid // tiles
     tile = pid - head_batch * tiles
     b = head_batch // nheads

@@ -19,7 +19,8 @@ from ...kernels.sm90_backward import (
 )
 from .plans_backward import BackwardPlan, plan_backward
 
-_BLOCK_N = 128
+# What the kernels call PIECE and STRIP.
+_BLOCK_N, _PIECE, _STRIP = 128, 128, 8
 _LOG2E = 1.4426950408889634
 
 
@@ -29,11 +30,13 @@ class Workspace(NamedTuple):
     Attributes:
         lse_log2: (batch, nheads, padded rows) float32; ``delta`` likewise.
         dq_sums: (batch * nheads * padded rows * headdim / 64, 64) float32, the head dim padded.
+        counters: (batch * (nheads + nheads_k),) int32.
     """
 
     lse_log2: Tensor
     delta: Tensor
     dq_sums: Tensor
+    counters: Tensor
 
 
 def backward(
@@ -48,6 +51,10 @@ def backward(
         dout=for_tma(inputs.dout), softmax_lse=_rows_contiguous(inputs.softmax_lse)
     )
     problem = problem._replace(q=for_tma(problem.q), k=for_tma(problem.k), v=for_tma(problem.v))
+    if inputs.dlse is None:
+        inputs = inputs._replace(out=for_tma(inputs.out))
+    else:
+        plan = plan._replace(housekeeping=False)
     workspace = allocate(problem, plan)
     with guard(problem.q):
         launch_statistics(problem, inputs, workspace, plan)
@@ -63,22 +70,57 @@ def allocate(problem: AttentionProblem, plan: BackwardPlan) -> Workspace:
     device = problem.q.device
     lse_log2, delta = torch.empty((2, batch, nheads, rows), dtype=torch.float32, device=device)
     sums = (batch * nheads * rows * (plan.block_d // 64), 64)
-    return Workspace(lse_log2, delta, torch.empty(sums, dtype=torch.float32, device=device))
+    return Workspace(
+        lse_log2,
+        delta,
+        torch.empty(sums, dtype=torch.float32, device=device),
+        torch.empty(batch * (nheads + problem.nheads_k), dtype=torch.int32, device=device),
+    )
+
+
+class _Sharing(NamedTuple):
+    """How the work is divided; see ``Duties`` of the kernels.
+
+    Attributes:
+        pieces: of all query heads.
+        lag: pieces that the launch before prepares and the launch after finishes: all of them
+            without housekeeping.
+        section: key heads that are worked on at a time.
+    """
+
+    pieces: int
+    lag: int
+    section: int
+
+
+def _sharing(problem: AttentionProblem, plan: BackwardPlan) -> _Sharing:
+    batch, seqlen_q, nheads, headdim = problem.q.shape
+    nheads_k, group = problem.nheads_k, nheads // problem.nheads_k
+    bytes_of_head = group * seqlen_q * headdim * 8
+    section = max(1, min(batch * nheads_k, plan.section_bytes // bytes_of_head))
+    in_head = round_multiple(seqlen_q, 128) // 128
+    pieces = batch * nheads * in_head
+    if not plan.housekeeping:
+        return _Sharing(pieces, pieces, section)
+    key_blocks = -(-problem.k.shape[1] // _BLOCK_N)
+    programs = section * key_blocks + plan.distance + 1
+    return _Sharing(pieces, min(-(-programs * group * in_head // key_blocks), pieces), section)
 
 
 def launch_statistics(
     problem: AttentionProblem, inputs: BackwardInputs, workspace: Workspace, plan: BackwardPlan
 ) -> None:
-    """Row statistics, and zeros for the sums of dq."""
+    """Row statistics, and zeros for the sums of dq, of the first pieces."""
     out, dout, lse, dlse = inputs.out, inputs.dout, inputs.softmax_lse, inputs.dlse
-    batch, seqlen_q, nheads, headdim = problem.q.shape
+    _, seqlen_q, nheads, headdim = problem.q.shape
     rows = workspace.delta.shape[-1]
-    tiles = rows // plan.statistics_rows
-    row_statistics_sm90[(tiles * batch * nheads,)](
+    tiles_in_piece = _PIECE // plan.statistics_rows
+    row_statistics_sm90[(_sharing(problem, plan).lag * tiles_in_piece,)](
         out, dout, lse, lse if dlse is None else dlse.contiguous(),
         workspace.lse_log2, workspace.delta, workspace.dq_sums,
+        workspace.counters, workspace.counters.numel(),
         *out.stride()[:3], *dout.stride()[:3], *lse.stride()[:2],
-        nheads, seqlen_q, rows, tiles,
+        nheads, seqlen_q, rows, rows // plan.statistics_rows,
         HEAD_DIM=headdim, BLOCK_D=plan.block_d, BLOCK_M=plan.statistics_rows,
         HAS_DLSE=dlse is not None,
         num_warps=4,
@@ -88,7 +130,7 @@ def launch_statistics(
 def launch_main(
     problem: AttentionProblem, inputs: BackwardInputs, workspace: Workspace, plan: BackwardPlan
 ) -> None:
-    """dk, dv and the sums of dq."""
+    """dk, dv, the sums of dq, and with housekeeping most of what comes before and after."""
     q, k, v = problem.q, problem.k, problem.v
     batch, seqlen_q, nheads, headdim = q.shape
     seqlen_k, nheads_k = k.shape[1:3]
@@ -97,7 +139,9 @@ def launch_main(
     left, right = problem.visibility.window_left, problem.visibility.window_right
     longest = seqlen_q + seqlen_k
     key_blocks = -(-seqlen_k // _BLOCK_N)
-    bytes_of_head = group * seqlen_q * headdim * 8
+    sharing = _sharing(problem, plan)
+    lse, dq = inputs.softmax_lse, inputs.dq
+    strip = _STRIP if plan.housekeeping else block_m
     scale = problem.transform.softmax_scale
     attention_backward_sm90[(key_blocks * batch * nheads_k,)](
         rows_descriptor(q, block_m, block_d),
@@ -106,18 +150,23 @@ def launch_main(
         rows_descriptor(inputs.dout, block_m, block_d),
         _numbers_descriptor(workspace.lse_log2, block_m),
         _numbers_descriptor(workspace.delta, block_m),
-        _sums_descriptor(workspace.dq_sums),
+        _sums_descriptor(workspace.dq_sums, 64),
         rows_descriptor(inputs.dk, 64, block_d),
         rows_descriptor(inputs.dv, 64, block_d),
         scale, scale * _LOG2E, nheads_k, group, seqlen_q, seqlen_k,
         workspace.delta.shape[-1],
         min(left, longest) if left is not None else 0,
         min(right, longest) if right is not None else 0,
-        key_blocks, batch * nheads_k,
-        max(1, min(batch * nheads_k, plan.section_bytes // bytes_of_head)),
+        key_blocks, batch * nheads_k, sharing.section,
+        rows_descriptor(inputs.out if plan.housekeeping else q, strip, block_d),
+        rows_descriptor(inputs.dout, strip, block_d),
+        _sums_descriptor(workspace.dq_sums, 16),
+        workspace.counters, lse, workspace.lse_log2, workspace.delta, workspace.dq_sums, dq,
+        *lse.stride()[:2], *dq.stride()[:3], sharing.lag,
         BLOCK_M=block_m, BLOCK_D=block_d, Q_SLOTS=plan.q_slots, DO_SLOTS=plan.do_slots,
         DS_SLOTS=plan.ds_slots, EAGER_DV=plan.eager_dv, AHEAD=plan.ahead, DQ_GROUP=plan.dq_group,
         REGISTERS=plan.registers, DQ_REGISTERS=plan.dq_registers,
+        OTHER_REGISTERS=plan.other_registers, HOUSEKEEPING=plan.housekeeping, HEAD_DIM=headdim,
         HAS_LEFT=left is not None, HAS_RIGHT=right is not None,
         num_warps=4, launch_pdl=True,
     )  # fmt: skip
@@ -126,13 +175,14 @@ def launch_main(
 def launch_finish(
     problem: AttentionProblem, inputs: BackwardInputs, workspace: Workspace, plan: BackwardPlan
 ) -> None:
-    """dq from its sums."""
+    """dq from its sums, of the last pieces."""
     dq = inputs.dq
-    batch, seqlen_q, nheads, headdim = dq.shape
-    tiles = -(-seqlen_q // 64)
-    finish_dq_sm90[(tiles * batch * nheads,)](
+    _, seqlen_q, nheads, headdim = dq.shape
+    rows = workspace.delta.shape[-1]
+    sharing = _sharing(problem, plan)
+    finish_dq_sm90[(sharing.lag * (_PIECE // 64),)](
         workspace.dq_sums, dq, *dq.stride()[:3], problem.transform.softmax_scale,
-        nheads, seqlen_q, workspace.delta.shape[-1], tiles,
+        nheads, seqlen_q, rows, rows // 64, (sharing.pieces - sharing.lag) * (_PIECE // 64),
         HEAD_DIM=headdim, BLOCK_D=plan.block_d,
         num_warps=4, launch_pdl=True,
     )  # fmt: skip
@@ -153,8 +203,8 @@ def _numbers_descriptor(x: Tensor, rows: int) -> TensorDescriptor:
     return TensorDescriptor(x, [x.numel()], [1], [rows], gl.NVMMASharedLayout(0, 32, 1))
 
 
-def _sums_descriptor(x: Tensor) -> TensorDescriptor:
-    return TensorDescriptor(x, list(x.shape), [64, 1], [64, 64], gl.NVMMASharedLayout(0, 32, 2))
+def _sums_descriptor(x: Tensor, rows: int) -> TensorDescriptor:
+    return TensorDescriptor(x, list(x.shape), [64, 1], [rows, 64], gl.NVMMASharedLayout(0, 32, 2))
 
 
 def is_for_tma(x: Tensor) -> bool:

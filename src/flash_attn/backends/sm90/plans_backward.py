@@ -11,6 +11,8 @@ class BackwardPlan(NamedTuple):
     Attributes:
         section_bytes: heads are worked on together as long as q, do and the sums of dq of their
             query heads fit into so many bytes of L2 cache.
+        distance: how many programs lie between one that prepares for or finishes after a section
+            and that section's; a few more than a GPU runs at a time, so that nobody waits.
     """
 
     block_m: int
@@ -24,6 +26,9 @@ class BackwardPlan(NamedTuple):
     registers: int = 240
     dq_registers: int = 0
     section_bytes: int = 32 << 20
+    housekeeping: bool = False
+    other_registers: int = 24
+    distance: int = 168
 
     @property
     def statistics_rows(self) -> int:
