@@ -56,19 +56,25 @@ class Variant(NamedTuple):
 
 def variants() -> list[Variant]:
     """What is compared."""
-    d64 = {"block_m": 64, "block_d": 64, "dq_group": True, "registers": 208, "dq_registers": 72}
-    d128 = {"block_m": 64, "block_d": 128}
-    three = {"q_slots": 3, "do_slots": 3, "ds_slots": 3}
+    d64 = {
+        "block_m": 64, "block_d": 64, "q_slots": 3, "do_slots": 3, "ds_slots": 3, "ahead": 1,
+        "dq_group": True, "registers": 208, "dq_registers": 72,
+    }  # fmt: skip
+    eager = {**d64, "eager_dv": True}
+    d128 = {"block_m": 64, "block_d": 128, "eager_dv": True, "ahead": 2}
+    house = {"housekeeping": True}
+    house64 = {"housekeeping": True, "registers": 200, "other_registers": 40}
+    ordered = {"deterministic": True}
     return [
-        Variant("d128 eager ahead2", 128, {**d128, "eager_dv": True, "ahead": 2}),
-        Variant("d64 group3 ahead1", 64, {**d64, **three, "ahead": 1}),
-        Variant("d128 ahead2", 128, {**d128, "ahead": 2}),
-        Variant("d64 group ahead1", 64, {**d64, "ahead": 1}),
-        Variant("d128 eager ahead1", 128, {**d128, "eager_dv": True, "ahead": 1}),
-        Variant("d64 group3 eager ahead1", 64, {**d64, **three, "eager_dv": True, "ahead": 1}),
-        Variant("d128 eager", 128, {**d128, "eager_dv": True}),
-        Variant("d64 group3", 64, {**d64, **three}),
-        Variant("d64 m128 ahead2", 64, {"block_m": 128, "block_d": 64, "ahead": 2}),
+        Variant("d128 house", 128, {**d128, **house}),
+        Variant("d64 house", 64, {**d64, **house64}),
+        Variant("d128 ordered", 128, {**d128, **ordered}),
+        Variant("d64 ordered", 64, {**d64, **ordered}),
+        Variant("d128 house ordered", 128, {**d128, **house, **ordered}),
+        Variant("d64 eager house ordered", 64, {**eager, **house64, **ordered}),
+        Variant("d128", 128, d128),
+        Variant("d64", 64, d64),
+        Variant("d64 eager house", 64, {**eager, **house64}),
     ]
 
 
@@ -105,6 +111,9 @@ def check_shapes(headdim: int) -> list[Shape]:
         Shape(1, 1000, 1000, 6, 2, d - 8, None, 0, "float16", True),
         Shape(1, 2048, 2048, 4, 4, d, None, 0),
         Shape(3, 1157, 1157, 8, 8, d),
+        Shape(8, 1000, 1000, 16, 16, d),  # several times what a GPU runs at a time
+        Shape(8, 1024, 1100, 16, 4, d, None, 0),
+        Shape(16, 512, 512, 32, 32, d, None, 0),
     ]
 
 
@@ -177,7 +186,9 @@ class Case:
         dk, dv = (x.double().unflatten(1, (-1, group)).sum(2) for x in (dk, dv))
         return [x.transpose(1, 2) for x in (dq, dk, dv)], out.transpose(1, 2), lse
 
-    def complaints(self, run: Callable[[Any, Any], object]) -> tuple[list[str], float]:
+    def complaints(
+        self, run: Callable[[Any, Any], object], deterministic: bool
+    ) -> tuple[list[str], float]:
         """(what is wrong, the largest error as a multiple of same-precision PyTorch's)."""
         torch = self.torch
         run(self.problem, self.inputs)
@@ -205,6 +216,8 @@ class Case:
                 view.fill_(math.nan)
             run(self.problem, self.inputs)
             again = [view for _, view in self.results]
+            if deterministic and not torch.equal(again[0], first[0]):
+                found.append("dq not repeatable")
             if not torch.allclose(again[0].float(), first[0].float(), rtol=2e-2, atol=2e-2):
                 found.append("dq differs between runs")
             found += [
@@ -321,7 +334,7 @@ def run_check(job: dict[str, Any]) -> None:
             launch_backward.backward(problem, inputs, plan)
             torch.cuda.synchronize()
 
-        found, ratio = Case(shape, "cuda").complaints(run)
+        found, ratio = Case(shape, "cuda").complaints(run, plan.deterministic)
         worst = max(worst, ratio) if ratio == ratio else ratio
         if found:
             wrong.append({"shape": list(shape), "found": found})
@@ -438,11 +451,18 @@ def parts_of(
     arguments = (problem, inputs, workspace, plan)
     launch_backward.launch_statistics(*arguments)
     whole = f"{name}|{megabytes}"
+
+    def main() -> None:
+        if plan.housekeeping or plan.deterministic:
+            workspace.counters.zero_()
+        launch_backward.launch_main(*arguments)
+
+    around = f"{whole}|" if plan.housekeeping else f"d{problem.headdim}||"
     return {
         whole + "|whole": lambda: launch_backward.backward(problem, inputs, plan),
-        whole + "|main": lambda: launch_backward.launch_main(*arguments),
-        f"d{problem.headdim}||before": lambda: launch_backward.launch_statistics(*arguments),
-        f"d{problem.headdim}||after": lambda: launch_backward.launch_finish(*arguments),
+        whole + "|main": main,
+        around + "before": lambda: launch_backward.launch_statistics(*arguments),
+        around + "after": lambda: launch_backward.launch_finish(*arguments),
     }
 
 
@@ -623,12 +643,13 @@ class Parent:
             speed = one["flops"] / one["ms"] / 1e9
             key = f"{name} {part}".strip()
             if part in ("before", "after"):
-                rows.setdefault(key, {})[one["seqlen"]] = f"{one['ms'] * 1000:.0f}us"
+                spent = min(one["ms"] * 1000, float(rows.get(key, {}).get(one["seqlen"], "inf")))
+                rows.setdefault(key, {})[one["seqlen"]] = f"{spent:.0f}"
             else:
                 before = float(rows.setdefault(key, {}).get(one["seqlen"], "0"))
                 rows[key][one["seqlen"]] = f"{max(speed, before):.0f}"
         seqlens = self.options.seqlens
-        print("TFLOP/s; best of L2 sections", self.options.sections, "MB")
+        print("TFLOP/s, before and after in us; best of L2 sections", self.options.sections, "MB")
         for (headdim, is_causal), rows in sorted(cells.items()):
             print(f"-- D{headdim} {'causal' if is_causal else 'full'}: {seqlens}")
             for name, row in rows.items():

@@ -6,7 +6,7 @@ at a time, and who comes next, and when TMA finishes what, is drawn at random. S
 possible interleaving, and a run finds
 
 * wrong results: shared memory starts as NaN and global memory as the caller left it;
-* deadlocks: nobody can go on and TMA has nothing to do;
+* deadlocks: nobody can go on and TMA has nothing to do, also where programs wait for each other;
 * shared memory written while TMA or a warpgroup MMA still reads or writes it;
 * results of a product used before they were waited for;
 * shared memory handed to the asynchronous proxy (TMA, MMA) without a fence after it was written;
@@ -309,7 +309,8 @@ class Agent:
         self.products: list[Pending] = []
         self.stores: list[Transfer] = []
         self.memories: list[Memory] = []
-        self.looks = 0
+        self.seen: tuple[Pointer, int]
+        self.warps = 4
         self.thread = threading.Thread(target=self._run, args=(work,), daemon=True)
         self.thread.start()
 
@@ -338,13 +339,16 @@ class Agent:
         if self.machine.is_over:
             raise _Stop
 
-
-    def spin(self) -> None:
-        """Look at memory that another agent may change; looking very often is waiting for ever."""
-        self.looks += 1
-        if self.looks > 20_000:
-            raise ModelError("waits for a counter that nobody counts up")
+    def look(self, counter: Pointer) -> int:
+        """The value of a counter in global memory."""
         self.pause()
+        self.seen = (counter, int(counter.load(None, 0.0).item()))
+        return self.seen[1]
+
+    def sleep(self) -> None:
+        """Before another look at the counter looked at last: until it changes."""
+        counter, value = self.seen
+        self.pause(lambda: int(counter.load(None, 0.0).item()) != value)
 
 
 class _Stop(BaseException):
@@ -511,21 +515,22 @@ def _arrive(barrier: Barrier, count: int = 1) -> None:
     barrier.arrive(count)
 
 
-def _atomic_add(pointer: Pointer, value: int, **_: Any) -> None:
-    here().pause()
-    pointer.store(int(pointer.load(None, 0.0).item()) + value, None)
-
-
 def _init(barrier: Barrier, count: int) -> None:
     barrier.count = barrier.left = count
 
 
 def _instruction(text: str, _: str = "", arguments: Any = (), **__: Any) -> Int:
-    if text.startswith("ld.acquire"):
-        here().spin()
-        return Int(arguments[0].load(None, 0.0).item())
+    if text.startswith("nanosleep"):
+        here().sleep()
+    if text.startswith(("ld.acquire", "ld.relaxed")):
+        return Int(here().look(arguments[0]))
+    if "red.release" in text:
+        for _warp in range(here().warps):
+            here().pause()
+            counter = arguments[0]
+            counter.store(int(counter.load(None, 0.0).item()) + 1, None)
     if text.startswith("cp.async.bulk.wait_group"):
-        _store_wait(0)
+        _store_wait(int(text.split()[1].rstrip(";")))
     found = re.match(r"bar\.sync (\d+), (\d+);", text)
     if found:
         agent = here()
@@ -542,10 +547,10 @@ def _instruction(text: str, _: str = "", arguments: Any = (), **__: Any) -> Int:
 def _warp_specialize(partitions: list[Any], warps: list[int], registers: list[int]) -> None:
     agent = here()
     workers = []
-    for work, arguments in partitions:
+    for (work, arguments), count in zip(partitions, [agent.warps, *warps], strict=True):
         worker = Agent(agent.machine, agent.program, f"{work.__name__}{_lane(arguments)}",
                        lambda work=work, arguments=arguments: work(*arguments))  # fmt: skip
-        worker.memories = agent.memories
+        worker.memories, worker.warps = agent.memories, count
         workers.append(worker)
     agent.machine.agents.extend(workers)
     agent.pause(lambda: all(worker.is_done for worker in workers))
@@ -622,8 +627,9 @@ def _stand_ins() -> dict[str, types.ModuleType]:
             rounded(np.full(shape, value), dtype)),
         load=lambda p, mask=None, other=0.0, **_: p.load(mask, other),
         store=lambda p, value, mask=None, **_: p.store(value, mask),
-        program_id=lambda axis: Int(here().program), atomic_add=_atomic_add,
-        num_programs=lambda axis: Int(here().machine.programs), allocate_shared_memory=_allocate,
+        program_id=lambda axis: Int(here().program),
+        num_programs=lambda axis: Int(here().machine.programs),
+        allocate_shared_memory=_allocate,
         warp_specialize=_warp_specialize, inline_asm_elementwise=_instruction,
         NVMMADistributedLayout=_Layout, SliceLayout=_Layout, DotOperandLayout=_Layout,
         NVMMASharedLayout=_Layout, BlockedLayout=_Layout, SwizzledSharedLayout=_Layout,

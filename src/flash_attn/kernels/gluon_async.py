@@ -12,8 +12,8 @@ from triton.experimental.gluon.language.nvidia.hopper import tma
 from triton.language.core import _aggregate as aggregate
 
 __all__ = [
-    "aggregate", "allow_dependents", "count_up", "fence_async", "meet", "opaque_zero", "tma_add",
-    "tma_complete", "tma_load", "tma_store", "wait_for_dependencies", "wait_until",
+    "aggregate", "allow_dependents", "count_up", "fence_async", "meet", "opaque_zero", "peek",
+    "tma_add", "tma_complete", "tma_load", "tma_store", "wait_for_dependencies", "wait_until",
 ]  # fmt: skip
 
 # (descriptor, coordinates, barrier, shared memory) and (descriptor, coordinates, shared memory)
@@ -72,22 +72,42 @@ def fence_async():
     _instruction("fence.proxy.async;")
 
 
+@gluon.constexpr_function
+def _wait_group(pending):
+    return f"cp.async.bulk.wait_group {pending};"
+
+
 @gluon.jit
-def tma_complete():
-    """Wait until all that this thread had TMA write or add is in global memory."""
-    _instruction("cp.async.bulk.wait_group 0;")
+def tma_complete(PENDING: gl.constexpr):
+    """Wait until what this thread had TMA write or add, but the last PENDING, is in memory."""
+    _instruction(_wait_group(PENDING))
+
+
+_COUNT_UP = gl.constexpr(
+    "{ .reg .pred is_first; .reg .b32 lane; mov.u32 lane, %laneid; setp.eq.u32 is_first, lane, 0; "
+    "bar.warp.sync 0xffffffff; @is_first red.release.gpu.global.add.s32 [$1], 1; mov.b32 $0, 0; }"
+)
 
 
 @gluon.jit
 def count_up(counter):
-    """Add 1 to a counter in global memory, behind all that the threads which met this one wrote."""
-    gl.atomic_add(counter, 1, sem="release", scope="gpu")
+    """Each warp adds 1 to a counter in global memory, behind all that it wrote."""
+    gl.inline_asm_elementwise(_COUNT_UP, "=r,l", [counter], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
 def _load_acquire(counter):
     return gl.inline_asm_elementwise(
         "ld.acquire.gpu.global.b32 $0, [$1];", "=r,l", [counter], dtype=gl.int32, is_pure=False,
+        pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def peek(counter):
+    """A counter in global memory, without waiting for the answer before it is used."""
+    return gl.inline_asm_elementwise(
+        "ld.relaxed.gpu.global.b32 $0, [$1];", "=r,l", [counter], dtype=gl.int32, is_pure=False,
         pack=1,
     )  # fmt: skip
 

@@ -21,6 +21,9 @@ are already in the registers that the next products read them from. A consumer's
     dQ = half of dS^T k;  dK += dS q;  dQ to shared memory, from where TMA adds it to the sums
 
 DQ_GROUP: a third group computes dQ instead, so that the consumers never wait for each other.
+DETERMINISTIC: the programs add to each tile of dq in the order of their keys. A program waits only
+for programs with smaller numbers, which started before it.
+
 AHEAD starts the next step's S before dQ leaves the registers (1) or after (2; with DQ_GROUP there
 is no difference). EAGER_DV queues dV behind dP instead of waiting for dP first.
 
@@ -51,6 +54,7 @@ from .gluon_async import (
     fence_async,
     meet,
     opaque_zero,
+    peek,
     tma_add,
     tma_complete,
     tma_load,
@@ -65,9 +69,9 @@ ROWS = gl.constexpr(64)
 # The first hardware barrier that the compiler leaves alone.
 CONSUMERS_MEET = gl.constexpr(9)
 HOUSEKEEPERS_MEET = gl.constexpr(10)
-GROUP_MEETS = gl.constexpr(11)  # and the next
 NO_ROW = gl.constexpr(0x3FFFFFFF)
-# Housekeeping: rows of a piece, and of a tile of out and dout.
+# Housekeeping: its warps; rows of a piece, and of a tile of out and dout.
+HOUSEKEEPERS = gl.constexpr(2)
 PIECE = gl.constexpr(128)
 STRIP = gl.constexpr(8)
 
@@ -190,12 +194,13 @@ class Config:
     AHEAD: gl.constexpr
     DQ_GROUP: gl.constexpr
     HOUSEKEEPING: gl.constexpr
+    DETERMINISTIC: gl.constexpr
     HAS_LEFT: gl.constexpr
     HAS_RIGHT: gl.constexpr
 
     @gluon.constexpr_function
-    def __init__(self, BLOCK_M, BLOCK_D, EAGER_DV, AHEAD, DQ_GROUP, HOUSEKEEPING, HAS_LEFT,
-                 HAS_RIGHT):  # fmt: skip
+    def __init__(self, BLOCK_M, BLOCK_D, EAGER_DV, AHEAD, DQ_GROUP, HOUSEKEEPING, DETERMINISTIC,
+                 HAS_LEFT, HAS_RIGHT):  # fmt: skip
         self.BLOCK_M = gl.constexpr(BLOCK_M)
         self.BLOCK_N = gl.constexpr(128)
         self.BLOCK_D = gl.constexpr(BLOCK_D)
@@ -203,6 +208,7 @@ class Config:
         self.AHEAD = gl.constexpr(AHEAD)
         self.DQ_GROUP = gl.constexpr(DQ_GROUP)
         self.HOUSEKEEPING = gl.constexpr(HOUSEKEEPING)
+        self.DETERMINISTIC = gl.constexpr(DETERMINISTIC)
         self.HAS_LEFT = gl.constexpr(HAS_LEFT)
         self.HAS_RIGHT = gl.constexpr(HAS_RIGHT)
 
@@ -443,13 +449,47 @@ def dq_operands(work, shared, use, TILE: gl.constexpr):
 
 
 @gluon.jit
-def add_to_dq(dq_desc, work, sum_row, dq, buffer, TILE: gl.constexpr):
-    """Add a tile to the sums of dq through a buffer that no TMA reads any more."""
+def tile_of(work, sum_row, TILE: gl.constexpr):
+    """The number of a 64 x 64 tile of the sums of dq: the TILE-th of a block's."""
     COLUMNS: gl.constexpr = work.config.BLOCK_D // 64
+    return (sum_row // ROWS + TILE // COLUMNS) * COLUMNS + TILE % COLUMNS
+
+
+@gluon.jit
+def turn_of(work, row):
+    """How many of another program's warps add to a block of dq before this program does."""
+    turn = work.first_key // work.config.BLOCK_N
+    if work.config.HAS_LEFT:
+        turn -= gl.maximum(row - work.reach_left, 0) // work.config.BLOCK_N
+    return turn * 4
+
+
+@gluon.jit
+def peek_at_turn(work, turns, sum_row, TILE: gl.constexpr):
+    """The counter of a tile, asked for in time."""
+    seen = gl.to_tensor(0)
+    if work.config.DETERMINISTIC:
+        seen = peek(turns + tile_of(work, sum_row, TILE))
+    return seen
+
+
+@gluon.jit
+def pass_turn(work, turns, sum_row, TILE: gl.constexpr):
+    """Let the next program add to a tile."""
+    fence_async()
+    count_up(turns + tile_of(work, sum_row, TILE))
+
+
+@gluon.jit
+def add_to_dq(dq_desc, work, turns, seen, row, sum_row, dq, buffer, TILE: gl.constexpr):
+    """Add a tile to the sums of dq through a buffer that no TMA reads any more."""
     buffer.store(register_order(dq))
     fence_async_shared()
-    row = sum_row + (TILE // COLUMNS) * ROWS
-    tma_add(dq_desc, [row * COLUMNS + (TILE % COLUMNS) * 64, 0], buffer)
+    if work.config.DETERMINISTIC:
+        turn = turn_of(work, row)
+        if seen < turn:
+            wait_until(turns + tile_of(work, sum_row, TILE), turn)
+    tma_add(dq_desc, [tile_of(work, sum_row, TILE) * 64, 0], buffer)
 
 
 @gluon.jit
@@ -556,11 +596,14 @@ def consumer(LANE: gl.constexpr, work, shared, duties, dq_desc, dk_desc, dv_desc
             if AHEAD == 1:
                 shared.q.wait_full(following)
                 s = keys_by_rows(k, rows_of(shared.q, following, work), zeros)
+            seen = peek_at_turn(work, duties.turns, sum_row, LANE)
             dv = warpgroup_mma_wait(2 + EARLY, deps=[dv])
             shared.do.release(i)
             dq = warpgroup_mma_wait(1 + EARLY, deps=[dq])
             tma.store_wait(0)
-            add_to_dq(dq_desc, work, sum_row, dq, shared.dq.index(LANE), LANE)
+            add_to_dq(
+                dq_desc, work, duties.turns, seen, row, sum_row, dq, shared.dq.index(LANE), LANE
+            )
             if AHEAD == 2:
                 shared.q.wait_full(following)
                 s = keys_by_rows(k, rows_of(shared.q, following, work), zeros)
@@ -568,6 +611,9 @@ def consumer(LANE: gl.constexpr, work, shared, duties, dq_desc, dk_desc, dv_desc
             shared.q.release(i)
             if AHEAD > 0:
                 s = warpgroup_mma_wait(0, deps=[s])
+            if config.DETERMINISTIC:
+                tma_complete(0)
+                pass_turn(work, duties.turns, sum_row, LANE)
         row, sum_row = step_after(work, row, sum_row)
 
     # dk and dv leave through k and v; the other groups must be done with k.
@@ -580,7 +626,7 @@ def consumer(LANE: gl.constexpr, work, shared, duties, dq_desc, dk_desc, dv_desc
     store_keys(dk_desc, work, shared.k, dk * work.scale, LANE)
     tma.store_wait(0)
     if config.HOUSEKEEPING and not config.DQ_GROUP:
-        report_sums(work, duties, LANE)
+        report_sums(work, duties)
 
 
 @gluon.jit
@@ -592,22 +638,36 @@ def dq_group(work, shared, duties, dq_desc):
     zeros = gl.zeros([ROWS, 64], gl.float32, DQ)
     row = work.first_row
     sum_row = work.first_sum
+    before = sum_row
     shared.k.wait_full(0)
     for i in range(work.steps):
         shared.ds.wait_full(i)
         for tile in gl.static_range(TILES):
             ds_turned, k_columns = dq_operands(work, shared, i, tile)
             dq = warpgroup_mma(ds_turned, k_columns, zeros, use_acc=False, is_async=True)
+            seen = peek_at_turn(work, duties.turns, sum_row, tile)
             tma.store_wait(1)  # of two buffers in turn, the older one is free
             dq = warpgroup_mma_wait(0, deps=[dq])
             if tile == TILES - 1:
                 shared.ds.release(i)
             buffer = shared.dq.index((i * TILES + tile) % 2)
-            add_to_dq(dq_desc, work, sum_row, dq, buffer, tile)
+            add_to_dq(dq_desc, work, duties.turns, seen, row, sum_row, dq, buffer, tile)
+            if config.DETERMINISTIC:
+                # The tile before this one is in memory; the turns of this one pass later.
+                tma_complete(1)
+                if tile > 0:
+                    pass_turn(work, duties.turns, sum_row, tile - 1)
+                elif i > 0:
+                    pass_turn(work, duties.turns, before, TILES - 1)
+        before = sum_row
         row, sum_row = step_after(work, row, sum_row)
     tma.store_wait(0)
+    if config.DETERMINISTIC:  # noqa: SIM102 -- one condition is a constant, the other is not
+        if work.steps > 0:
+            tma_complete(0)
+            pass_turn(work, duties.turns, before, TILES - 1)
     if config.HOUSEKEEPING:
-        report_sums(work, duties, 0)
+        report_sums(work, duties)
 
 
 # ------------------------------------------------------------------------------------ housekeeping
@@ -623,11 +683,13 @@ class Duties:
     ``lag`` is so much more than a section's pieces that a program only waits for programs with
     smaller numbers, which started before it: so none waits for ever.
 
-    ``prepared`` counts pieces of each query head, ``summed`` warpgroups that have added all of
-    theirs to dq of each key head; int32 in global memory.
+    ``prepared`` counts the pieces of each query head, ``summed`` the programs that have added all
+    of theirs to dq for each key head, ``turns`` those that have added to each 64 x 64 tile of dq:
+    once for each warp that did; int32 in global memory.
     """
 
     prepared: gl.tensor
+    turns: gl.tensor
     summed: gl.tensor
     padded_rows: gl.tensor
     group: gl.tensor
@@ -649,10 +711,11 @@ class Duties:
     stride_qh: gl.tensor
 
     @gluon.constexpr_function
-    def __init__(self, prepared, summed, padded_rows, group, nheads, seqlen_q, lag, first, end,
-                 pieces, lse, lse_log2, delta, sums, dq, stride_lb, stride_lh, stride_qb, stride_qm,
-                 stride_qh):  # fmt: skip
+    def __init__(self, prepared, turns, summed, padded_rows, group, nheads, seqlen_q, lag, first,
+                 end, pieces, lse, lse_log2, delta, sums, dq, stride_lb, stride_lh, stride_qb,
+                 stride_qm, stride_qh):  # fmt: skip
         self.prepared = prepared
+        self.turns = turns
         self.summed = summed
         self.padded_rows = padded_rows
         self.group = group
@@ -687,16 +750,15 @@ def wait_until_prepared(duties, number):
     """Wait for the pieces of a query head that housekeepers prepare."""
     in_head = duties.padded_rows // PIECE
     before = gl.minimum(gl.maximum(duties.lag - number * in_head, 0), in_head)
-    wait_until(duties.prepared + number, in_head - before)
+    wait_until(duties.prepared + number, (in_head - before) * HOUSEKEEPERS)
 
 
 @gluon.jit
-def report_sums(work, duties, LANE: gl.constexpr):
-    """Count this warpgroup's additions to dq, all of which TMA has been asked for."""
-    tma_complete()
+def report_sums(work, duties):
+    """Report that all which this warpgroup adds to dq is in memory."""
+    tma_complete(0)
     fence_async()
     wait_for_dependencies()  # that the counters are zeroed, also if there was nothing to do
-    meet(GROUP_MEETS + LANE, 128)
     batch, key_head, _ = work.grid.place(gl.program_id(0) + opaque_zero())
     count_up(duties.summed + batch * work.grid.nheads_k + key_head)
 
@@ -733,7 +795,11 @@ def prepare_pieces(config, duties, ring, douts, out_desc, do_desc):
         sum_row = number.to(gl.int64) * duties.padded_rows + row
         if strip == 0:
             rows = gl.arange(0, PIECE, layout=ONE)
-            lse = duties.lse + batch.to(gl.int64) * duties.stride_lb + head * duties.stride_lh
+            lse = (
+                duties.lse
+                + batch.to(gl.int64) * duties.stride_lb
+                + head.to(gl.int64) * duties.stride_lh
+            )
             row_lse = gl.load(lse + row + rows, mask=row + rows < duties.seqlen_q,
                               other=float("inf"))  # fmt: skip
             gl.store(duties.lse_log2 + sum_row + rows, base_two(row_lse))
@@ -748,9 +814,8 @@ def prepare_pieces(config, duties, ring, douts, out_desc, do_desc):
         gl.store(duties.sums + target, gl.zeros([STRIP * BLOCK_D], gl.float32, FLAT))
         if strip == STRIPS - 1:
             fence_async()
-        meet(HOUSEKEEPERS_MEET, 64)
-        if strip == STRIPS - 1:
             count_up(duties.prepared + number)
+        meet(HOUSEKEEPERS_MEET, HOUSEKEEPERS * 32)
         following = use + ring.SLOTS
         if following < uses:
             ask_for_strips(duties, out_desc, do_desc, ring, douts, first + following // STRIPS,
@@ -762,10 +827,8 @@ def ask_for_sums(work, duties, desc, ring, piece, part, use, PARTS: gl.constexpr
     """Start loading the PARTS-th part of a piece of the sums of dq, once it is complete."""
     if part == 0:
         number, _, _, _ = duties.place(piece)
-        arrivals = work.grid.key_blocks
-        if not work.config.DQ_GROUP:
-            arrivals *= 2
-        wait_until(duties.summed + number // duties.group, arrivals)
+        WARPS: gl.constexpr = 4 if work.config.DQ_GROUP else 8
+        wait_until(duties.summed + number // duties.group, work.grid.key_blocks * WARPS)
     ask_for(desc, [(piece * PARTS + part) * 16, 0], ring, use)
 
 
@@ -790,13 +853,15 @@ def finish_pieces(work, duties, ring, desc, HEAD_DIM: gl.constexpr):
         rows = gl.arange(0, 16, layout=gl.SliceLayout(1, STORED))
         rows += row + part // (4 * COLUMNS) * ROWS + part % 4 * 16
         columns = gl.arange(0, 64, layout=gl.SliceLayout(0, STORED)) + part // 4 % COLUMNS * 64
-        dq = duties.dq + batch.to(gl.int64) * duties.stride_qb + head * duties.stride_qh
+        dq = (
+            duties.dq + batch.to(gl.int64) * duties.stride_qb + head.to(gl.int64) * duties.stride_qh
+        )
         at = gl.expand_dims(rows.to(gl.int64) * duties.stride_qm, 1) + gl.expand_dims(columns, 0)
         mask = gl.expand_dims(rows < duties.seqlen_q, 1)
         if HEAD_DIM != work.config.BLOCK_D:
             mask = mask & gl.expand_dims(columns < HEAD_DIM, 0)
         gl.store(dq + at, values.to(dq.dtype.element_ty), mask=mask)
-        meet(HOUSEKEEPERS_MEET, 64)
+        meet(HOUSEKEEPERS_MEET, HOUSEKEEPERS * 32)
         following = use + ring.SLOTS
         if following < uses:
             ask_for_sums(work, duties, desc, ring, first + following // PARTS, following % PARTS,
@@ -830,7 +895,7 @@ def attention_backward_sm90(
     BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr, Q_SLOTS: gl.constexpr, DO_SLOTS: gl.constexpr,
     DS_SLOTS: gl.constexpr, EAGER_DV: gl.constexpr, AHEAD: gl.constexpr, DQ_GROUP: gl.constexpr,
     REGISTERS: gl.constexpr, DQ_REGISTERS: gl.constexpr, OTHER_REGISTERS: gl.constexpr,
-    HOUSEKEEPING: gl.constexpr, HEAD_DIM: gl.constexpr,
+    HOUSEKEEPING: gl.constexpr, DETERMINISTIC: gl.constexpr, HEAD_DIM: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
 ):  # fmt: skip
     """See the module's docstring; launched with 4 warps, those of one consumer.
@@ -850,7 +915,8 @@ def attention_backward_sm90(
         sequences: batch * nheads_k; ``section`` of them are worked on at a time.
         out_desc, dout_desc: as do_desc, with blocks of STRIP rows; parts_desc: as dq_desc, with
             blocks (16, 64). These and all up to ``lag`` are only used with HOUSEKEEPING.
-        counters: (batch * nheads + batch * nheads_k,) int32, zeros: see Duties.
+        counters: (batch * (nheads + nheads_k),) and with DETERMINISTIC one more for each 64 x 64
+            tile of dq_sums; int32, zeros: see Duties.
         lse, lse_log2, delta, dq_sums, dq: what row_statistics_sm90 and finish_dq_sm90 take.
         lag: see Duties; at least the pieces of a section and of one program.
         DS_SLOTS: buffers of dS; at least 2 without DQ_GROUP.
@@ -859,8 +925,8 @@ def attention_backward_sm90(
     """
     gl.static_assert(DQ_GROUP or (BLOCK_M // 64) * (BLOCK_D // 64) == 2)
     gl.static_assert(DQ_GROUP or DS_SLOTS >= 2)
-    config = Config(BLOCK_M, BLOCK_D, EAGER_DV, AHEAD, DQ_GROUP, HOUSEKEEPING, HAS_LEFT,
-                    HAS_RIGHT)  # fmt: skip
+    config = Config(BLOCK_M, BLOCK_D, EAGER_DV, AHEAD, DQ_GROUP, HOUSEKEEPING, DETERMINISTIC,
+                    HAS_LEFT, HAS_RIGHT)  # fmt: skip
     q = ring_for(q_desc, Q_SLOTS, 2)
     do = ring_for(do_desc, DO_SLOTS, 2)
     k = ring_for(k_desc, 1, 1)
@@ -890,7 +956,8 @@ def attention_backward_sm90(
     share = group * (padded_rows // PIECE)
     program = gl.program_id(0).to(gl.int64)
     duties = Duties(
-        counters, counters + sequences * group, padded_rows, group, nheads_k * group, seqlen_q, lag,
+        counters, counters + sequences * (group + 1), counters + sequences * group,
+        padded_rows, group, nheads_k * group, seqlen_q, lag,
         (program * share // key_blocks).to(gl.int32),
         ((program + 1) * share // key_blocks).to(gl.int32), sequences * share,
         lse, lse_log2, delta, dq_sums, dq, stride_lb, stride_lh, stride_qb, stride_qm, stride_qh,
@@ -979,11 +1046,11 @@ def row_statistics_sm90(
     at = gl.expand_dims(rows.to(gl.int64), 1)
     column = gl.expand_dims(cols, 0)
     b64 = b.to(gl.int64)
-    out += b64 * stride_ob + h * stride_oh
-    dout += b64 * stride_gb + h * stride_gh
+    out += b64 * stride_ob + h.to(gl.int64) * stride_oh
+    dout += b64 * stride_gb + h.to(gl.int64) * stride_gh
     o = gl.load(out + at * stride_om + column, mask=mask, other=0.0)
     do = gl.load(dout + at * stride_gm + column, mask=mask, other=0.0)
-    row_lse = gl.load(lse + b64 * stride_lb + h * stride_lh + rows, mask=inside,
+    row_lse = gl.load(lse + b64 * stride_lb + h.to(gl.int64) * stride_lh + rows, mask=inside,
                       other=float("inf"))  # fmt: skip
     first = head_batch.to(gl.int64) * padded_rows + tile * BLOCK_M
     sums = dq_sums + first * BLOCK_D + gl.arange(0, BLOCK_M * BLOCK_D, layout=FLAT)
@@ -1032,7 +1099,7 @@ def finish_dq_sm90(
         gl.arange(0, 64, layout=gl.SliceLayout(0, FLAT)), 0
     )
     first = (head_batch.to(gl.int64) * padded_rows + tile * 64) * BLOCK_D
-    dq += b.to(gl.int64) * stride_b + h * stride_h
+    dq += b.to(gl.int64) * stride_b + h.to(gl.int64) * stride_h
     target = dq + gl.expand_dims(rows.to(gl.int64) * stride_m, 1) + gl.expand_dims(cols, 0)
     wait_for_dependencies()
     for j in gl.static_range(COLUMNS):

@@ -10,14 +10,14 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ...core.device import guard
-from ...core.outputs import round_multiple
-from ...core.problem import AttentionProblem, BackwardInputs
+from ...core.outputs import round_multiple, softmax_d_shape
+from ...core.problem import AttentionProblem, BackwardInputs, is_half
 from ...kernels.sm90_backward import (
     attention_backward_sm90,
     finish_dq_sm90,
     row_statistics_sm90,
 )
-from .plans_backward import BackwardPlan, plan_backward
+from .plans_backward import MAX_HEADDIM, BackwardPlan, plan_backward
 
 # What the kernels call PIECE and STRIP.
 _BLOCK_N, _PIECE, _STRIP = 128, 128, 8
@@ -30,7 +30,7 @@ class Workspace(NamedTuple):
     Attributes:
         lse_log2: (batch, nheads, padded rows) float32; ``delta`` likewise.
         dq_sums: (batch * nheads * padded rows * headdim / 64, 64) float32, the head dim padded.
-        counters: (batch * (nheads + nheads_k),) int32.
+        counters: (batch * (nheads + nheads_k),), deterministic: and dq_sums.shape[0] / 64; int32.
     """
 
     lse_log2: Tensor
@@ -39,28 +39,94 @@ class Workspace(NamedTuple):
     counters: Tensor
 
 
+def unsupported_backward(problem: AttentionProblem) -> list[str]:
+    """Why :func:`backward` cannot serve the problem; empty if it can. The GPU is not looked at."""
+    layout, transform, q = problem.layout, problem.transform, problem.q
+    features = {
+        "packed sequences": layout.cu_seqlens_q is not None or layout.cu_seqlens_k is not None,
+        "seqused_k": layout.seqused_k is not None,
+        "leftpad_k": layout.leftpad_k is not None,
+        "pages": layout.page_table is not None,
+        "cache_batch_idx": layout.cache_batch_idx is not None,
+        "softcap": transform.softcap > 0.0,
+        "ALiBi": transform.alibi_slopes is not None,
+        "dropout": problem.dropout_p > 0.0,
+    }
+    features.update(dict.fromkeys((n for n in problem.extensions() if n != "s_aux"), True))
+    reasons = [
+        f"computes no gradients with {name}" for name, is_used in features.items() if is_used
+    ]
+    if not is_half(q.dtype):
+        reasons.append(f"computes gradients of float16 and bfloat16, `q` is {q.dtype}")
+    if q.shape[-1] > MAX_HEADDIM or q.shape[-1] % 8:
+        reasons.append(
+            f"computes gradients for head dims up to {MAX_HEADDIM} that are multiples of 8, found "
+            f"{q.shape[-1]}"
+        )
+    if not transform.softmax_scale > 0.0:
+        reasons.append(f"needs softmax_scale > 0, found {transform.softmax_scale}")
+    return reasons
+
+
 def backward(
     problem: AttentionProblem, inputs: BackwardInputs, plan: BackwardPlan | None = None
 ) -> Tensor:
-    """Write dq, dk, dv in place, honouring their strides; returns softmax_d."""
+    """Write dq, dk, dv in place, honouring their strides; returns softmax_d.
+
+    Without a plan all three are bitwise repeatable.
+    """
+    if 0 in problem.q.shape or 0 in problem.k.shape:
+        for grad in (inputs.dq, inputs.dk, inputs.dv):
+            grad.zero_()
+        shape = softmax_d_shape(problem)
+        return torch.zeros(shape, dtype=torch.float32, device=problem.q.device)
+    problem, inputs = _without_unseen_keys(problem, inputs)
     visibility = problem.visibility
     if plan is None:
         is_masked = visibility.window_left is not None or visibility.window_right is not None
         plan = plan_backward(problem.headdim, is_masked, problem.max_seqlen_q)
-    inputs = inputs._replace(
-        dout=for_tma(inputs.dout), softmax_lse=_rows_contiguous(inputs.softmax_lse)
+    if inputs.dlse is not None:
+        plan = plan._replace(housekeeping=False)
+    dk, dv = (x if is_for_tma(x) else torch.empty_like(x, memory_format=torch.contiguous_format)
+              for x in (inputs.dk, inputs.dv))  # fmt: skip
+    lse = inputs.softmax_lse
+    direct = inputs._replace(
+        dout=for_tma(inputs.dout),
+        out=for_tma(inputs.out),
+        softmax_lse=lse if lse.stride(-1) == 1 or lse.shape[-1] == 1 else lse.contiguous(),
+        dq=inputs.dq if inputs.dq.stride(-1) == 1 else torch.empty_like(problem.q),
+        dk=dk,
+        dv=dv,
     )
     problem = problem._replace(q=for_tma(problem.q), k=for_tma(problem.k), v=for_tma(problem.v))
-    if inputs.dlse is None:
-        inputs = inputs._replace(out=for_tma(inputs.out))
-    else:
-        plan = plan._replace(housekeeping=False)
     workspace = allocate(problem, plan)
     with guard(problem.q):
-        launch_statistics(problem, inputs, workspace, plan)
-        launch_main(problem, inputs, workspace, plan)
-        launch_finish(problem, inputs, workspace, plan)
+        launch_statistics(problem, direct, workspace, plan)
+        launch_main(problem, direct, workspace, plan)
+        launch_finish(problem, direct, workspace, plan)
+    for wanted, written in zip(inputs[3:6], direct[3:6], strict=True):
+        if wanted is not written:
+            wanted.copy_(written)
     return workspace.delta
+
+
+def _without_unseen_keys(
+    problem: AttentionProblem, inputs: BackwardInputs
+) -> tuple[AttentionProblem, BackwardInputs]:
+    """The same problem without the keys before every query's window, whose gradients are 0.
+
+    They may be anything, also NaN, and the kernels multiply whole tiles.
+    """
+    left = problem.visibility.window_left
+    unseen = problem.max_seqlen_k - problem.max_seqlen_q - left if left is not None else 0
+    if unseen <= 0:
+        return problem, inputs
+    inputs.dk[:, :unseen].zero_()
+    inputs.dv[:, :unseen].zero_()
+    return (
+        problem._replace(k=problem.k[:, unseen:], v=problem.v[:, unseen:]),
+        inputs._replace(dk=inputs.dk[:, unseen:], dv=inputs.dv[:, unseen:]),
+    )
 
 
 def allocate(problem: AttentionProblem, plan: BackwardPlan) -> Workspace:
@@ -70,11 +136,14 @@ def allocate(problem: AttentionProblem, plan: BackwardPlan) -> Workspace:
     device = problem.q.device
     lse_log2, delta = torch.empty((2, batch, nheads, rows), dtype=torch.float32, device=device)
     sums = (batch * nheads * rows * (plan.block_d // 64), 64)
+    counters = batch * (nheads + problem.nheads_k)
+    if plan.deterministic:
+        counters += sums[0] // 64
     return Workspace(
         lse_log2,
         delta,
         torch.empty(sums, dtype=torch.float32, device=device),
-        torch.empty(batch * (nheads + problem.nheads_k), dtype=torch.int32, device=device),
+        torch.empty(counters, dtype=torch.int32, device=device),
     )
 
 
@@ -166,7 +235,8 @@ def launch_main(
         BLOCK_M=block_m, BLOCK_D=block_d, Q_SLOTS=plan.q_slots, DO_SLOTS=plan.do_slots,
         DS_SLOTS=plan.ds_slots, EAGER_DV=plan.eager_dv, AHEAD=plan.ahead, DQ_GROUP=plan.dq_group,
         REGISTERS=plan.registers, DQ_REGISTERS=plan.dq_registers,
-        OTHER_REGISTERS=plan.other_registers, HOUSEKEEPING=plan.housekeeping, HEAD_DIM=headdim,
+        OTHER_REGISTERS=plan.other_registers, HOUSEKEEPING=plan.housekeeping,
+        DETERMINISTIC=plan.deterministic, HEAD_DIM=headdim,
         HAS_LEFT=left is not None, HAS_RIGHT=right is not None,
         num_warps=4, launch_pdl=True,
     )  # fmt: skip
@@ -220,7 +290,3 @@ def is_for_tma(x: Tensor) -> bool:
 def for_tma(x: Tensor) -> Tensor:
     """``x``, copied if TMA cannot address it."""
     return x if is_for_tma(x) else x.contiguous()
-
-
-def _rows_contiguous(lse: Tensor) -> Tensor:
-    return lse if lse.stride(-1) == 1 or lse.shape[-1] == 1 else lse.contiguous()

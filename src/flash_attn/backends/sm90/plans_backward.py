@@ -27,6 +27,7 @@ class BackwardPlan(NamedTuple):
     dq_registers: int = 0
     section_bytes: int = 32 << 20
     housekeeping: bool = False
+    deterministic: bool = False
     other_registers: int = 24
     distance: int = 168
 
@@ -36,16 +37,21 @@ class BackwardPlan(NamedTuple):
         return 32
 
 
-def padded_headdim(headdim: int) -> int:
-    """The head dim that the kernels compute with."""
-    return 64 if headdim <= 64 else 128
+MAX_HEADDIM = 128
+
+
+_D64 = BackwardPlan(
+    64, 64, q_slots=3, do_slots=3, ds_slots=3, ahead=1, dq_group=True, deterministic=True,
+    registers=208, dq_registers=72,
+)  # fmt: skip
+_D128 = BackwardPlan(64, 128, ahead=2, deterministic=True)
 
 
 def plan_backward(headdim: int, is_masked: bool, seqlen_q: int) -> BackwardPlan:
     """The plan for head dims up to 128; ``is_masked`` is whether there is a window or causality."""
+    # Programs of one head take less long, the more keys they have before them: with large sections
+    # the short ones fill the gaps. Equal ones are best with little in the L2 cache at a time.
+    section = 32 << 20 if is_masked and seqlen_q >= 2048 else 4 << 20
     if headdim <= 64:
-        return BackwardPlan(
-            64, 64, q_slots=3, do_slots=3, ds_slots=3, ahead=1, dq_group=True,
-            registers=208, dq_registers=72,
-        )  # fmt: skip
-    return BackwardPlan(64, 128, eager_dv=not is_masked or seqlen_q > 1024, ahead=2)
+        return _D64._replace(eager_dv=is_masked, section_bytes=section)
+    return _D128._replace(eager_dv=not is_masked, section_bytes=section)
