@@ -621,6 +621,7 @@ def _stand_ins() -> dict[str, types.ModuleType]:
         where=_scalar_or_array(np.where), expand_dims=lambda x, axis: tensor(
             np.expand_dims(np.asarray(x), axis)),
         convert_layout=lambda x, *_, **__: x, exp2=_exp2,
+        log2=lambda x: tensor(np.log2(np.asarray(x, np.float32))),
         sum=lambda x, axis: tensor(np.asarray(x).sum(axis, dtype=np.float32)),
         zeros=lambda shape, dtype, layout=None: tensor(rounded(np.zeros(shape), dtype)),
         full=lambda shape, value, dtype, layout=None: tensor(

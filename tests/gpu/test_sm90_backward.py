@@ -26,6 +26,7 @@ MASKS: dict[str, dict[str, Any]] = {
     "causal": {"causal": True},
     "left": {"window_size": (70, 0)},
     "both": {"window_size": (30, 20)},
+    "softcap": {"softcap": 1.5, "causal": True},
     "right": {"window_size": (-1, 15)},
 }
 

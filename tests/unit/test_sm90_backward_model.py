@@ -88,6 +88,7 @@ def solve(
         ((100, 500), (1, 1), 0, {"window_size": (64, 0)}),  # most keys are seen by no query
         ((190, 260), (2, 2), 8, {"window_size": (30, 20)}),
         ((1, 1), (1, 1), 0, {"causal": True}),
+        ((200, 130), (2, 1), 0, {"softcap": 2.0, "causal": True}),
     ],
 )
 def test_gradients(

@@ -195,12 +195,13 @@ class Config:
     DQ_GROUP: gl.constexpr
     HOUSEKEEPING: gl.constexpr
     DETERMINISTIC: gl.constexpr
+    SOFTCAP: gl.constexpr
     HAS_LEFT: gl.constexpr
     HAS_RIGHT: gl.constexpr
 
     @gluon.constexpr_function
     def __init__(self, BLOCK_M, BLOCK_D, EAGER_DV, AHEAD, DQ_GROUP, HOUSEKEEPING, DETERMINISTIC,
-                 HAS_LEFT, HAS_RIGHT):  # fmt: skip
+                 SOFTCAP, HAS_LEFT, HAS_RIGHT):  # fmt: skip
         self.BLOCK_M = gl.constexpr(BLOCK_M)
         self.BLOCK_N = gl.constexpr(128)
         self.BLOCK_D = gl.constexpr(BLOCK_D)
@@ -209,6 +210,7 @@ class Config:
         self.DQ_GROUP = gl.constexpr(DQ_GROUP)
         self.HOUSEKEEPING = gl.constexpr(HOUSEKEEPING)
         self.DETERMINISTIC = gl.constexpr(DETERMINISTIC)
+        self.SOFTCAP = gl.constexpr(SOFTCAP)
         self.HAS_LEFT = gl.constexpr(HAS_LEFT)
         self.HAS_RIGHT = gl.constexpr(HAS_RIGHT)
 
@@ -259,6 +261,7 @@ class Work:
 
     scale: gl.tensor
     scale_log2: gl.tensor
+    cap_log2: gl.tensor
     seqlen_k: gl.tensor
     reach_left: gl.tensor
     reach_right: gl.tensor
@@ -272,10 +275,11 @@ class Work:
     config: Config
 
     @gluon.constexpr_function
-    def __init__(self, scale, scale_log2, seqlen_k, reach_left, reach_right, first_key, first_row,
+    def __init__(self, scale, scale_log2, cap_log2, seqlen_k, reach_left, reach_right, first_key, first_row,
                  end_row, first_sum, to_next_head, steps, grid, config):  # fmt: skip
         self.scale = scale
         self.scale_log2 = scale_log2
+        self.cap_log2 = cap_log2
         self.seqlen_k = seqlen_k
         self.reach_left = reach_left
         self.reach_right = reach_right
@@ -428,6 +432,24 @@ def keys_by_rows(keys, rows, zeros):
 
 
 @gluon.jit
+def exponents(work, s):
+    """Base-2 exponents of the weights, before the log-sum-exp: of products q.k."""
+    s = s * work.scale_log2
+    if work.config.SOFTCAP:
+        s = work.cap_log2 - 2.0 * work.cap_log2 / (gl.exp2(s) + 1.0)  # cap * tanh
+    return s
+
+
+@gluon.jit
+def softcap_slope(work, p, lse):
+    """The derivative of softcap, 1 - tanh^2. From the weights, because nothing else of the scores
+    is left by then; where a weight is 0 it does not matter, as long as it is a number."""
+    capped = (gl.log2(gl.maximum(p, 1e-37)) + lse) * (1.0 / work.cap_log2)
+    capped = gl.minimum(gl.maximum(capped, -1.0), 1.0)
+    return 1.0 - capped * capped
+
+
+@gluon.jit
 def register_order(tile):
     """A 64 x 64 tile of sums with its elements in the order that the threads hold them: the four
     neighbours in a row are one thread's."""
@@ -554,7 +576,7 @@ def consumer(LANE: gl.constexpr, work, shared, duties, dq_desc, dk_desc, dv_desc
         if AHEAD == 0:
             s = warpgroup_mma_wait(1, deps=[s])
         lse = shared.lse.index(i % shared.q.SLOTS).load(COLUMN)
-        p = gl.exp2(s * work.scale_log2 - gl.expand_dims(lse, 0))
+        p = gl.exp2(exponents(work, s) - gl.expand_dims(lse, 0))
         p = mask_if_needed(work, p, first_key, row)
         weights = gl.convert_layout(p.to(dtype), OPERAND)
         if config.EAGER_DV:
@@ -564,7 +586,11 @@ def consumer(LANE: gl.constexpr, work, shared, duties, dq_desc, dk_desc, dv_desc
             dp = warpgroup_mma_wait(0, deps=[dp])
             dv = warpgroup_mma(weights, do, dv, is_async=True)
         delta = shared.delta.index(i % shared.do.SLOTS).load(COLUMN)
-        ds = (p * (dp - gl.expand_dims(delta, 0))).to(dtype)
+        ds = p * (dp - gl.expand_dims(delta, 0))
+        if config.SOFTCAP:
+            lse = shared.lse.index(i % shared.q.SLOTS).load(COLUMN)
+            ds *= softcap_slope(work, p, gl.expand_dims(lse, 0))
+        ds = ds.to(dtype)
         if config.DQ_GROUP:
             shared.ds.wait_empty(i)
         shared.ds.slot(i).slice(LANE * ROWS, ROWS, 0).store(ds)
@@ -888,14 +914,15 @@ _NUMBERS = (
 @gluon.jit(do_not_specialize=_NUMBERS)
 def attention_backward_sm90(
     q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, dq_desc, dk_desc, dv_desc,
-    scale, scale_log2, nheads_k, group, seqlen_q, seqlen_k, padded_rows, window_left, window_right,
+    scale, scale_log2, cap_log2, nheads_k, group, seqlen_q, seqlen_k, padded_rows, window_left, window_right,
     key_blocks, sequences, section,
     out_desc, dout_desc, parts_desc, counters, lse, lse_log2, delta, dq_sums, dq,
     stride_lb, stride_lh, stride_qb, stride_qm, stride_qh, lag,
     BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr, Q_SLOTS: gl.constexpr, DO_SLOTS: gl.constexpr,
     DS_SLOTS: gl.constexpr, EAGER_DV: gl.constexpr, AHEAD: gl.constexpr, DQ_GROUP: gl.constexpr,
     REGISTERS: gl.constexpr, DQ_REGISTERS: gl.constexpr, OTHER_REGISTERS: gl.constexpr,
-    HOUSEKEEPING: gl.constexpr, DETERMINISTIC: gl.constexpr, HEAD_DIM: gl.constexpr,
+    HOUSEKEEPING: gl.constexpr, DETERMINISTIC: gl.constexpr, SOFTCAP: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
 ):  # fmt: skip
     """See the module's docstring; launched with 4 warps, those of one consumer.
@@ -909,7 +936,8 @@ def attention_backward_sm90(
             blocks (64, 64).
         dk_desc, dv_desc: like k's with blocks (1, 1, 64, BLOCK_D); columns past headdim are not
             written.
-        scale: softmax_scale; scale_log2: softmax_scale * log2(e).
+        scale: softmax_scale; scale_log2: softmax_scale * log2(e), with SOFTCAP
+            2 * softmax_scale / softcap * log2(e); cap_log2: softcap * log2(e).
         padded_rows: seqlen_q, up to a multiple of 128.
         key_blocks: blocks of 128 keys in a sequence.
         sequences: batch * nheads_k; ``section`` of them are worked on at a time.
@@ -926,7 +954,7 @@ def attention_backward_sm90(
     gl.static_assert(DQ_GROUP or (BLOCK_M // 64) * (BLOCK_D // 64) == 2)
     gl.static_assert(DQ_GROUP or DS_SLOTS >= 2)
     config = Config(BLOCK_M, BLOCK_D, EAGER_DV, AHEAD, DQ_GROUP, HOUSEKEEPING, DETERMINISTIC,
-                    HAS_LEFT, HAS_RIGHT)  # fmt: skip
+                    SOFTCAP, HAS_LEFT, HAS_RIGHT)  # fmt: skip
     q = ring_for(q_desc, Q_SLOTS, 2)
     do = ring_for(do_desc, DO_SLOTS, 2)
     k = ring_for(k_desc, 1, 1)
@@ -949,7 +977,7 @@ def attention_backward_sm90(
     )
     rows = end_row - first_row
     first_sum = (batch * nheads_k + key_head) * group * padded_rows + first_row
-    work = Work(scale, scale_log2, seqlen_k, reach_left, reach_right, first_key, first_row,
+    work = Work(scale, scale_log2, cap_log2, seqlen_k, reach_left, reach_right, first_key, first_row,
                 end_row, first_sum, padded_rows - rows + BLOCK_M, group * (rows // BLOCK_M), grid,
                 config)  # fmt: skip
     # Of the pieces, those that belong to this program.

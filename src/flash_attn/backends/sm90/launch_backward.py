@@ -48,7 +48,6 @@ def unsupported_backward(problem: AttentionProblem) -> list[str]:
         "leftpad_k": layout.leftpad_k is not None,
         "pages": layout.page_table is not None,
         "cache_batch_idx": layout.cache_batch_idx is not None,
-        "softcap": transform.softcap > 0.0,
         "ALiBi": transform.alibi_slopes is not None,
         "dropout": problem.dropout_p > 0.0,
     }
@@ -211,7 +210,8 @@ def launch_main(
     sharing = _sharing(problem, plan)
     lse, dq = inputs.softmax_lse, inputs.dq
     strip = _STRIP if plan.housekeeping else block_m
-    scale = problem.transform.softmax_scale
+    scale, softcap = problem.transform.softmax_scale, problem.transform.softcap
+    factor = scale if softcap == 0.0 else 2.0 * scale / softcap
     attention_backward_sm90[(key_blocks * batch * nheads_k,)](
         rows_descriptor(q, block_m, block_d),
         rows_descriptor(k, _BLOCK_N, block_d),
@@ -222,7 +222,8 @@ def launch_main(
         _sums_descriptor(workspace.dq_sums, 64),
         rows_descriptor(inputs.dk, 64, block_d),
         rows_descriptor(inputs.dv, 64, block_d),
-        scale, scale * _LOG2E, nheads_k, group, seqlen_q, seqlen_k,
+        scale, factor * _LOG2E,
+        softcap * _LOG2E, nheads_k, group, seqlen_q, seqlen_k,
         workspace.delta.shape[-1],
         min(left, longest) if left is not None else 0,
         min(right, longest) if right is not None else 0,
@@ -236,7 +237,7 @@ def launch_main(
         DS_SLOTS=plan.ds_slots, EAGER_DV=plan.eager_dv, AHEAD=plan.ahead, DQ_GROUP=plan.dq_group,
         REGISTERS=plan.registers, DQ_REGISTERS=plan.dq_registers,
         OTHER_REGISTERS=plan.other_registers, HOUSEKEEPING=plan.housekeeping,
-        DETERMINISTIC=plan.deterministic, HEAD_DIM=headdim,
+        DETERMINISTIC=plan.deterministic, SOFTCAP=softcap > 0.0, HEAD_DIM=headdim,
         HAS_LEFT=left is not None, HAS_RIGHT=right is not None,
         num_warps=4, launch_pdl=True,
     )  # fmt: skip
