@@ -65,16 +65,18 @@ def variants() -> list[Variant]:
     house = {"housekeeping": True}
     house64 = {"housekeeping": True, "registers": 200, "other_registers": 40}
     ordered = {"deterministic": True}
+    last_first = {"deterministic": True, "is_reversed": True}
     return [
         Variant("d128 house", 128, {**d128, **house}),
         Variant("d64 house", 64, {**d64, **house64}),
         Variant("d128 ordered", 128, {**d128, **ordered}),
         Variant("d64 ordered", 64, {**d64, **ordered}),
-        Variant("d128 house ordered", 128, {**d128, **house, **ordered}),
-        Variant("d64 eager house ordered", 64, {**eager, **house64, **ordered}),
+        Variant("d128 reversed", 128, {**d128, **last_first}),
+        Variant("d64 eager reversed", 64, {**eager, **last_first}),
+        Variant("d128 house reversed", 128, {**d128, **house, **last_first}),
+        Variant("d64 eager house reversed", 64, {**eager, **house64, **last_first}),
         Variant("d128", 128, d128),
         Variant("d64", 64, d64),
-        Variant("d64 eager house", 64, {**eager, **house64}),
     ]
 
 
@@ -668,7 +670,7 @@ def main() -> None:
     parser.add_argument("--launches", type=int, default=4000, help="stress launches at 512")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--seqlens", default="512,1024,2048,4096,8192,16384")
-    parser.add_argument("--sections", default="4,32", help="megabytes of L2 for heads together")
+    parser.add_argument("--sections", default="4,32,128", help="megabytes of L2 for heads together")
     parser.add_argument("--match", default="", help="only variants whose name contains this")
     parser.add_argument("--json", default="")
     parser.add_argument("--processes", type=int, default=0)

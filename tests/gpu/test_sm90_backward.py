@@ -56,12 +56,13 @@ def solve(inputs: Inputs, plan: BackwardPlan | None = None, results: Any = None)
 
 
 def plans(headdim: int, is_masked: bool) -> list[BackwardPlan]:
-    """The plan in use, and how it is without an order and with housekeeping."""
+    """The plan in use, and with the other order, without one, and with housekeeping."""
     plan = plan_backward(headdim, is_masked, 512)
     house = {"housekeeping": True, "distance": 4, "section_bytes": 1 << 18}
     if headdim <= 64:
         house |= {"registers": 200, "other_registers": 40}
-    return [plan, plan._replace(deterministic=False), plan._replace(**house)]
+    other = plan._replace(is_reversed=not plan.is_reversed)
+    return [plan, other, plan._replace(deterministic=False), plan._replace(**house)]
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16])

@@ -43,6 +43,8 @@ PLANS |= {
     "d64 group ordered": D64_GROUP._replace(deterministic=True),
     "d64 ordered housekeeping": D64._replace(**HOUSEKEEPING, deterministic=True),
     "d128 ordered": D128._replace(deterministic=True),
+    "d128 reversed": D128._replace(deterministic=True, is_reversed=True),
+    "d64 group reversed": D64_GROUP._replace(deterministic=True, is_reversed=True, **HOUSEKEEPING),
 }
 FP16 = torch.float16
 
@@ -216,8 +218,8 @@ FAULTS = [
     Fault(
         "a program waits for a later one",
         PLANS["d128 ordered"],
-        "    turn = work.first_key // work.config.BLOCK_N\n",
-        "    turn = 1 + work.first_key // work.config.BLOCK_N\n",
+        "    turn = work.first_key // BLOCK_N\n",
+        "    turn = 1 + work.first_key // BLOCK_N\n",
     ),
     Fault(
         "nobody passes its turn",

@@ -21,8 +21,8 @@ are already in the registers that the next products read them from. A consumer's
     dQ = half of dS^T k;  dK += dS q;  dQ to shared memory, from where TMA adds it to the sums
 
 DQ_GROUP: a third group computes dQ instead, so that the consumers never wait for each other.
-DETERMINISTIC: the programs add to each tile of dq in the order of their keys. A program waits only
-for programs with smaller numbers, which started before it.
+DETERMINISTIC: the programs add to each tile of dq in the order of their keys, REVERSED from the
+last to the first. A program waits only for programs with smaller numbers, which started before it.
 
 AHEAD starts the next step's S before dQ leaves the registers (1) or after (2; with DQ_GROUP there
 is no difference). EAGER_DV queues dV behind dP instead of waiting for dP first.
@@ -220,20 +220,22 @@ class Grid:
     """How programs divide ``key_blocks`` blocks of keys of ``sequences`` key heads.
 
     Heads (of all sequences) are taken in sections. Within a section heads run fastest and blocks
-    of keys from the first, which most queries see, to the last.
+    of keys from the first, which most queries see, to the last; REVERSED from the last.
     """
 
     nheads_k: gl.tensor
     key_blocks: gl.tensor
     sequences: gl.tensor
     section: gl.tensor
+    REVERSED: gl.constexpr
 
     @gluon.constexpr_function
-    def __init__(self, nheads_k, key_blocks, sequences, section):
+    def __init__(self, nheads_k, key_blocks, sequences, section, REVERSED):
         self.nheads_k = nheads_k
         self.key_blocks = key_blocks
         self.sequences = sequences
         self.section = section
+        self.REVERSED = gl.constexpr(REVERSED)
 
     @gluon.jit
     def place(self, program):
@@ -244,6 +246,8 @@ class Grid:
         heads = gl.minimum(self.section, self.sequences - number * self.section)
         key_block = within // heads
         sequence = number * self.section + within - key_block * heads
+        if self.REVERSED:
+            key_block = self.key_blocks - 1 - key_block
         batch = sequence // self.nheads_k
         return batch, sequence - batch * self.nheads_k, key_block
 
@@ -275,8 +279,8 @@ class Work:
     config: Config
 
     @gluon.constexpr_function
-    def __init__(self, scale, scale_log2, cap_log2, seqlen_k, reach_left, reach_right, first_key, first_row,
-                 end_row, first_sum, to_next_head, steps, grid, config):  # fmt: skip
+    def __init__(self, scale, scale_log2, cap_log2, seqlen_k, reach_left, reach_right, first_key,
+                 first_row, end_row, first_sum, to_next_head, steps, grid, config):  # fmt: skip
         self.scale = scale
         self.scale_log2 = scale_log2
         self.cap_log2 = cap_log2
@@ -480,9 +484,15 @@ def tile_of(work, sum_row, TILE: gl.constexpr):
 @gluon.jit
 def turn_of(work, row):
     """How many of another program's warps add to a block of dq before this program does."""
-    turn = work.first_key // work.config.BLOCK_N
-    if work.config.HAS_LEFT:
-        turn -= gl.maximum(row - work.reach_left, 0) // work.config.BLOCK_N
+    BLOCK_N: gl.constexpr = work.config.BLOCK_N
+    turn = work.first_key // BLOCK_N
+    if work.grid.REVERSED:
+        last = work.grid.key_blocks - 1
+        if work.config.HAS_RIGHT:
+            last = gl.minimum(last, (row + work.config.BLOCK_M - 1 + work.reach_right) // BLOCK_N)
+        turn = last - turn
+    elif work.config.HAS_LEFT:
+        turn -= gl.maximum(row - work.reach_left, 0) // BLOCK_N
     return turn * 4
 
 
@@ -914,14 +924,15 @@ _NUMBERS = (
 @gluon.jit(do_not_specialize=_NUMBERS)
 def attention_backward_sm90(
     q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, dq_desc, dk_desc, dv_desc,
-    scale, scale_log2, cap_log2, nheads_k, group, seqlen_q, seqlen_k, padded_rows, window_left, window_right,
-    key_blocks, sequences, section,
+    scale, scale_log2, cap_log2, nheads_k, group, seqlen_q, seqlen_k, padded_rows,
+    window_left, window_right, key_blocks, sequences, section,
     out_desc, dout_desc, parts_desc, counters, lse, lse_log2, delta, dq_sums, dq,
     stride_lb, stride_lh, stride_qb, stride_qm, stride_qh, lag,
     BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr, Q_SLOTS: gl.constexpr, DO_SLOTS: gl.constexpr,
     DS_SLOTS: gl.constexpr, EAGER_DV: gl.constexpr, AHEAD: gl.constexpr, DQ_GROUP: gl.constexpr,
     REGISTERS: gl.constexpr, DQ_REGISTERS: gl.constexpr, OTHER_REGISTERS: gl.constexpr,
-    HOUSEKEEPING: gl.constexpr, DETERMINISTIC: gl.constexpr, SOFTCAP: gl.constexpr,
+    HOUSEKEEPING: gl.constexpr, DETERMINISTIC: gl.constexpr, REVERSED: gl.constexpr,
+    SOFTCAP: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
 ):  # fmt: skip
@@ -966,7 +977,7 @@ def attention_backward_sm90(
                     buffers_for(delta_desc, DO_SLOTS), buffers_for(dq_desc, 2))  # fmt: skip
     fence_async_shared()
 
-    grid = Grid(nheads_k, key_blocks, sequences, section)
+    grid = Grid(nheads_k, key_blocks, sequences, section, REVERSED)
     batch, key_head, key_block = grid.place(gl.program_id(0))
     first_key = key_block * 128
     shift = seqlen_k - seqlen_q
@@ -977,8 +988,8 @@ def attention_backward_sm90(
     )
     rows = end_row - first_row
     first_sum = (batch * nheads_k + key_head) * group * padded_rows + first_row
-    work = Work(scale, scale_log2, cap_log2, seqlen_k, reach_left, reach_right, first_key, first_row,
-                end_row, first_sum, padded_rows - rows + BLOCK_M, group * (rows // BLOCK_M), grid,
+    work = Work(scale, scale_log2, cap_log2, seqlen_k, reach_left, reach_right, first_key,
+                first_row, end_row, first_sum, padded_rows - rows + BLOCK_M, group * (rows // BLOCK_M), grid,
                 config)  # fmt: skip
     # Of the pieces, those that belong to this program.
     share = group * (padded_rows // PIECE)

@@ -28,6 +28,7 @@ class BackwardPlan(NamedTuple):
     section_bytes: int = 32 << 20
     housekeeping: bool = False
     deterministic: bool = False
+    is_reversed: bool = False
     other_registers: int = 24
     distance: int = 168
 
@@ -49,9 +50,10 @@ _D128 = BackwardPlan(64, 128, ahead=2, deterministic=True)
 
 def plan_backward(headdim: int, is_masked: bool, seqlen_q: int) -> BackwardPlan:
     """The plan for head dims up to 128; ``is_masked`` is whether there is a window or causality."""
-    # Programs of one head take less long, the more keys they have before them: with large sections
-    # the short ones fill the gaps. Equal ones are best with little in the L2 cache at a time.
+    # Where each block of keys is seen by later queries than the one before it, the programs of a
+    # head can all go on at once only if the last block adds first.
     section = 32 << 20 if is_masked and seqlen_q >= 2048 else 4 << 20
+    changes = {"is_reversed": is_masked, "section_bytes": section}
     if headdim <= 64:
-        return _D64._replace(eager_dv=is_masked, section_bytes=section)
-    return _D128._replace(eager_dv=not is_masked, section_bytes=section)
+        return _D64._replace(eager_dv=is_masked, **changes)
+    return _D128._replace(eager_dv=not is_masked, **changes)
