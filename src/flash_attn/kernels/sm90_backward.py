@@ -989,8 +989,8 @@ def attention_backward_sm90(
     rows = end_row - first_row
     first_sum = (batch * nheads_k + key_head) * group * padded_rows + first_row
     work = Work(scale, scale_log2, cap_log2, seqlen_k, reach_left, reach_right, first_key,
-                first_row, end_row, first_sum, padded_rows - rows + BLOCK_M, group * (rows // BLOCK_M), grid,
-                config)  # fmt: skip
+                first_row, end_row, first_sum, padded_rows - rows + BLOCK_M,
+                group * (rows // BLOCK_M), grid, config)  # fmt: skip
     # Of the pieces, those that belong to this program.
     share = group * (padded_rows // PIECE)
     program = gl.program_id(0).to(gl.int64)

@@ -237,8 +237,8 @@ def launch_main(
         DS_SLOTS=plan.ds_slots, EAGER_DV=plan.eager_dv, AHEAD=plan.ahead, DQ_GROUP=plan.dq_group,
         REGISTERS=plan.registers, DQ_REGISTERS=plan.dq_registers,
         OTHER_REGISTERS=plan.other_registers, HOUSEKEEPING=plan.housekeeping,
-        DETERMINISTIC=plan.deterministic, REVERSED=plan.is_reversed, SOFTCAP=softcap > 0.0, HEAD_DIM=headdim,
-        HAS_LEFT=left is not None, HAS_RIGHT=right is not None,
+        DETERMINISTIC=plan.deterministic, REVERSED=plan.is_reversed, SOFTCAP=softcap > 0.0,
+        HEAD_DIM=headdim, HAS_LEFT=left is not None, HAS_RIGHT=right is not None,
         num_warps=4, launch_pdl=True,
     )  # fmt: skip
 

@@ -53,7 +53,7 @@ def plan_backward(headdim: int, is_masked: bool, seqlen_q: int) -> BackwardPlan:
     # Where each block of keys is seen by later queries than the one before it, the programs of a
     # head can all go on at once only if the last block adds first.
     section = 32 << 20 if is_masked and seqlen_q >= 2048 else 4 << 20
-    changes = {"is_reversed": is_masked, "section_bytes": section}
-    if headdim <= 64:
-        return _D64._replace(eager_dv=is_masked, **changes)
-    return _D128._replace(eager_dv=not is_masked, **changes)
+    plan = _D64 if headdim <= 64 else _D128
+    return plan._replace(
+        eager_dv=is_masked == (headdim <= 64), is_reversed=is_masked, section_bytes=section
+    )
