@@ -1,0 +1,1 @@
+"""Hopper: kernels in Gluon with TMA and warpgroup MMA."""
