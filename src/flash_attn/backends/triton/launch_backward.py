@@ -69,7 +69,7 @@ def _launch_row_statistics(
         *lse_strides(inputs.softmax_lse), *lse_strides(softmax_d),
         q if cu_seqlens_q is None else cu_seqlens_q,
         problem.batch_size, problem.nheads, q.shape[-3], tiles,
-        HEAD_DIM=problem.headdim, BLOCK_M=64 if facts.block_d <= 128 else 32,
+        HEAD_DIM=problem.headdim, BLOCK_M=64 if facts.block_d <= 64 else 32,
         BLOCK_D=facts.block_d, IS_VARLEN=problem.is_varlen_q,
         num_warps=4,
     )  # fmt: skip
