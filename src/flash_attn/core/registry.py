@@ -72,12 +72,14 @@ class CacheWriter(Protocol):
 # Name -> where its object lives. Loaded on first use: importing flash_attn loads torch alone.
 _LOCATIONS = {
     "triton": "flash_attn.backends.triton",
+    "sm90": "flash_attn.backends.sm90",
     "cuda": "flash_attn.backends.cuda",
     "flag_gems": "flash_attn.backends.flag_gems",
     "cpu": "flash_attn.backends.cpu",
     "reference": "flash_attn.backends.reference",
 }
-# The families of our own kernels, best first: what "auto" and USE_FLAGGEMS=TRUE choose from.
+# The families of our own kernels, best first: what "auto" and USE_FLAGGEMS=TRUE choose from. "sm90"
+# computes no gradients yet and is chosen by name alone.
 _OWN = ("triton", "cpu")
 AUTO = "auto"
 
@@ -124,8 +126,8 @@ def set_backend(name: str) -> None:
 
     Args:
         name: "auto" (the default: our own kernels, by device, unless the environment says
-            otherwise), "triton", "cuda", "flag_gems", "cpu" or "reference". A named backend is
-            used or an error says why it cannot be: there is no fallback from it.
+            otherwise), "triton", "sm90", "cuda", "flag_gems", "cpu" or "reference". A named
+            backend is used or an error says why it cannot be: there is no fallback from it.
 
     Raises:
         ConstraintError: no backend has that name.
