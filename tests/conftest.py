@@ -21,6 +21,12 @@ import flash_attn
 sys.path.insert(0, str(Path(__file__).parents[1] / "packages" / "flash-attn-3" / "src"))
 
 
+if os.environ.get("TRITON_INTERPRET") == "1":
+    import interpreter_bounds
+
+    interpreter_bounds.install()
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "device" in metafunc.fixturenames:
         devices = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]

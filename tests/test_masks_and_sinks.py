@@ -144,10 +144,11 @@ def test_rows_that_are_hidden(device: str, sinks: bool) -> None:
             for name in ("out", "dq"):
                 assert not got[name][rows].any()
             lse = got["lse"][rows[0], :, rows[1]]
-            want = (
-                more["s_aux"][:, None].expand_as(lse) if sinks else torch.full_like(lse, math.inf)
-            )
-            assert torch.equal(lse, want)
+            if sinks:
+                # Scores are in base 2, there and back again.
+                torch.testing.assert_close(lse, more["s_aux"][:, None].expand_as(lse))
+            else:
+                assert torch.equal(lse, torch.full_like(lse, math.inf))
         for name in ("dk", "dv", "dmask"):
             assert not got[name][1].any()
             assert got[name][0].any()

@@ -277,13 +277,9 @@ def test_the_host_does_not_wait() -> None:
     packed = tuple(x.flatten(0, 1) for x in given)
     cu_q, cu_k = (torch.tensor([0, n, 2 * n]).int().cuda() for n in (20, 33))
     quantize_fp8(*given, hadamard=True, seed=1)  # cuBLAS may wait when it is first used
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with support.no_synchronisation():
         quantize_fp8(*given, hadamard=True, seed=1)
         quantize_fp8(*packed, per_head=False, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k)
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
 
 
 def _wrong() -> dict[str, tuple[dict[str, Any], str]]:

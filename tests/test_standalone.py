@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -129,7 +128,8 @@ def check(
     floor = 0.5 * torch.finfo(torch.float32).eps * float(norm) / max(problem.v.numel(), 1) ** 0.5
     support.check_error("out", out, true["out"], same, 2.0, floor)
     if params.softmax_lse is not None:
-        support.check_lse(params.softmax_lse, true["lse"])
+        slack = support.float8_score_error(problem)
+        support.check_lse(params.softmax_lse, true["lse"], slack)
 
 
 def run_and_check(
@@ -852,17 +852,8 @@ def test_bad_streams_have_a_code() -> None:
         assert "`stream`" in get_last_error_message()
 
 
-@pytest.fixture
-def no_synchronisation() -> Iterator[None]:
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    yield
-    torch.cuda.set_sync_debug_mode("default")
-
-
 @gpu
-def test_calls_do_not_wait_for_the_gpu(no_synchronisation: None) -> None:
-    torch.cuda.set_sync_debug_mode("default")
+def test_calls_do_not_wait_for_the_gpu() -> None:
     dense_params = params_of(dense("cuda"))
     packed_params = params_of(packed("cuda", [5, 40], [30, 40]), p_dropout=0.1)
     packed_params.rng_state = torch.zeros(2, dtype=torch.int64, device="cuda")
@@ -873,10 +864,9 @@ def test_calls_do_not_wait_for_the_gpu(no_synchronisation: None) -> None:
     calls = (dense_params, packed_params, page_params)
     for params in calls:
         run(params)  # compiles
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    for params in calls:
-        run(params)
+    with support.no_synchronisation():
+        for params in calls:
+            run(params)
 
 
 @gpu

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 
 import pytest
+import support
 import torch
 from torch import Tensor
 
@@ -181,12 +182,8 @@ def test_repeated_calls_do_not_synchronise() -> None:
     call, make = dense()
     warm(call, make)
     tensors = make()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with support.no_synchronisation():
         call(**tensors)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_addresses_that_are_used_again() -> None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 import pytest
+import support
 import torch
 from torch import Tensor
 
@@ -118,30 +117,18 @@ def assert_equal(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> None:
         assert torch.equal(x.cpu(), y.cpu())
 
 
-@contextmanager
-def no_synchronisation() -> Iterator[None]:
-    torch.cuda.synchronize()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PyTorch says that the mode is a prototype
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
 @pytest.mark.parametrize("name", list(CALLS))
 def test_no_call_synchronises(name: str) -> None:
     call = CALLS[name]()
     call()
-    with no_synchronisation():
+    with support.no_synchronisation():
         call()
 
 
 def test_dropout_does_not_synchronise() -> None:
     call = dense(headdim=64, dropout_p=0.1)
     call()
-    with no_synchronisation():
+    with support.no_synchronisation():
         call()
 
 

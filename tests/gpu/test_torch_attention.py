@@ -13,7 +13,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import flash_attn_interface as fa3
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    # That is what activating an implementation means.
+    pytest.mark.filterwarnings("ignore:.*[Oo]verriding a previously registered kernel"),
+]
 
 
 @pytest.fixture
