@@ -243,7 +243,7 @@ def selection() -> list[Case]:
     cases += [planned(headdim, "window", "packed sinks") for headdim in (64, 128, 256)]
     cases += [
         planned(256, "window", ""),
-        planned(256, "window", "packed softcap"),
+        planned(128, "window", "packed softcap"),
         planned(128, "chunk", "packed"),
         planned(64, "causal", "softcap", 500)._replace(dtype=torch.float16),
         planned(256, "causal", "softcap"),

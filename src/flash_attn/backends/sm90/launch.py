@@ -106,13 +106,18 @@ def lengths_of(problem: AttentionProblem) -> int:
 def register_reasons(problem: AttentionProblem) -> list[str]:
     """What is not served because the compiler runs out of registers at head dims above 128."""
     widest = max(problem.headdim, problem.headdim_v)
-    chunked, capped = problem.visibility.attention_chunk > 0, problem.transform.softcap > 0.0
+    if lengths_of(problem) != SHAPES:
+        where = "with cu_seqlens or seqused"
+    elif _TRITON > (3, 6):
+        where = f"with Triton {triton.__version__}"
+    else:
+        return []
     features = {
-        "attention_chunk with cu_seqlens or seqused": chunked and lengths_of(problem) != SHAPES,
-        f"softcap with Triton {triton.__version__}": capped and _TRITON > (3, 6),
+        "attention_chunk": problem.visibility.attention_chunk > 0,
+        "softcap": problem.transform.softcap > 0.0,
     }
     return [
-        f"serves {name} at head dims up to 128, found {widest}"
+        f"serves {name} {where} at head dims up to 128, found {widest}"
         for name, used in features.items()
         if used and widest > 128
     ]
