@@ -9,7 +9,7 @@ NEWEST := .venv-newest
 PY := $(VENV)/bin/python
 
 export PYTHON
-export PYTHONPATH := $(CURDIR)/src
+export PYTHONPATH := $(CURDIR)/src:$(CURDIR)/packages/flash-attn-3/src
 
 # $(call tool,module,command): run the command if the environment has the module, else say so.
 tool = if $(PY) -c "import $(1)" 2>/dev/null; then echo "$(2)"; $(2); \
@@ -74,9 +74,11 @@ bench-report: $(VENV)/stamp
 
 wheel: $(VENV)/stamp
 	$(PY) -m build --no-isolation
+	$(PY) -m build --no-isolation --outdir dist packages/flash-attn-3
 
 clean:
 	rm -rf $(VENV) $(NEWEST) build dist demo-out src/*.egg-info
+	rm -rf packages/*/build packages/*/src/*.egg-info
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 
 $(VENV)/stamp $(NEWEST)/stamp: pyproject.toml scripts/setup_venv.sh

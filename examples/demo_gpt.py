@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flash_attn.layers.rotary import RotaryEmbedding
 from flash_attn.modules.mha import FlashMHA
 from flash_attn.utils.generation import InferenceParams, sample
 
@@ -120,11 +121,15 @@ def random_batch(text: Tensor, config: Config, generator: torch.Generator) -> Te
 
 
 class TwinAttention(nn.Module):
-    """FlashMHA's parameters under ``torch.nn.functional.scaled_dot_product_attention``."""
+    """FlashMHA's parameters under ``torch.nn.functional.scaled_dot_product_attention``.
+
+    Positions are turned into q and k by FlashMHA's own module: what is compared is attention.
+    """
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
+        self.rotary_emb = RotaryEmbedding(width // heads)
         self.Wqkv = nn.Linear(width, 3 * width)
         self.out_proj = nn.Linear(width, width)
 
@@ -132,7 +137,7 @@ class TwinAttention(nn.Module):
         """(batch, seqlen, width) to the same."""
         batch, seqlen, width = x.shape
         qkv = self.Wqkv(x).view(batch, seqlen, 3, self.heads, width // self.heads)
-        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
+        q, k, v = (part.transpose(1, 2) for part in self.rotary_emb(qkv).unbind(2))
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.out_proj(out.transpose(1, 2).reshape(batch, seqlen, width))
 
@@ -145,7 +150,13 @@ class Block(nn.Module):
         width = config.width
         self.ln1 = nn.LayerNorm(width)
         self.attn = (
-            FlashMHA(width, config.heads, causal=True, layer_idx=layer_idx)
+            FlashMHA(
+                width,
+                config.heads,
+                causal=True,
+                layer_idx=layer_idx,
+                rotary_emb_dim=width // config.heads,
+            )
             if flash
             else TwinAttention(width, config.heads)
         )
@@ -161,12 +172,11 @@ class Block(nn.Module):
 
 
 class ByteGPT(nn.Module):
-    """A decoder over bytes with learned positions; ``flash=False`` makes the twin."""
+    """A decoder over bytes with rotary positions; ``flash=False`` makes the twin."""
 
     def __init__(self, config: Config, flash: bool = True) -> None:
         super().__init__()
         self.tokens = nn.Embedding(256, config.width)
-        self.positions = nn.Embedding(config.context, config.width)
         self.blocks = nn.ModuleList(Block(config, i, flash) for i in range(config.layers))
         self.norm = nn.LayerNorm(config.width)
         self.head = nn.Linear(config.width, 256, bias=False)
@@ -178,9 +188,7 @@ class ByteGPT(nn.Module):
 
     def forward(self, tokens: Tensor, inference_params: InferenceParams | None = None) -> Tensor:
         """(batch, seqlen) bytes to (batch, seqlen, 256) logits of the next byte."""
-        first = 0 if inference_params is None else inference_params.seqlen_offset
-        place = torch.arange(first, first + tokens.shape[1], device=tokens.device)
-        x = self.tokens(tokens) + self.positions(place)
+        x = self.tokens(tokens)
         for block in self.blocks:
             x = block(x, inference_params=inference_params)
         return self.head(self.norm(x))

@@ -49,7 +49,7 @@ END
 
 install_package() {
     # Without isolation the build needs no download: setuptools is among the requirements.
-    pip_install --no-deps --no-build-isolation -e .
+    pip_install --no-deps --no-build-isolation -e . -e packages/flash-attn-3
 }
 
 over_base_torch() {

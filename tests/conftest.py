@@ -8,12 +8,23 @@ choice; with ``TRITON_INTERPRET=1`` and ``triton`` that is the portable kernels 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 import flash_attn
+
+# The modules of the second distribution, as if it were installed.
+sys.path.insert(0, str(Path(__file__).parents[1] / "packages" / "flash-attn-3" / "src"))
+
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    import interpreter_bounds
+
+    interpreter_bounds.install()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

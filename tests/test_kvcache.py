@@ -641,7 +641,7 @@ def test_signature() -> None:
         "q", "k_cache", "v_cache", "k", "v", "rotary_cos", "rotary_sin", "cache_seqlens",
         "cache_batch_idx", "cache_leftpad", "block_table", "softmax_scale", "causal",
         "window_size", "softcap", "rotary_interleaved", "alibi_slopes", "num_splits",
-        "return_softmax_lse",
+        "return_softmax_lse", "s_aux", "attn_mask",
     ]  # fmt: skip
 
 

@@ -99,3 +99,13 @@ def test_sum_of_the_output(device: str, dtype: torch.dtype) -> None:
     flash_attn.flash_attn_func(*leaves).sum().backward()
     for leaf, grad in zip(leaves, want[2:], strict=True):
         assert torch.equal(leaf.grad, grad)
+
+
+@pytest.mark.parametrize("seqlens", [(0, 5), (5, 0), (0, 0)], ids=str)
+def test_sum_of_an_output_without_queries_or_keys(device: str, seqlens: tuple[int, int]) -> None:
+    inputs = support.dense(device, torch.float16, seqlens=seqlens)
+    leaves = [x.requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
+    flash_attn.flash_attn_func(*leaves).sum().backward()
+    for leaf in leaves:
+        assert leaf.grad.shape == leaf.shape
+        assert not leaf.grad.any()

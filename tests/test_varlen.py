@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -206,6 +207,48 @@ def test_returns(device: str, dtype: torch.dtype) -> None:
     assert (lse.shape, lse.dtype) == ((4, 17), torch.float32)
     assert (s_dmask.shape, s_dmask.dtype) == ((0,), dtype)
     assert len(support.run_forward(inputs)) == 4
+
+
+@pytest.fixture
+def uninitialised_memory_is_nan() -> Iterator[None]:
+    """What nothing writes shows: torch.empty gives NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("uninitialised_memory_is_nan")
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window_size": (9, 3)}])
+@pytest.mark.parametrize("packed", [False, True])
+def test_feature_softmax_d(device: str, packed: bool, options: dict[str, Any]) -> None:
+    """rowsum(out * dout), each sequence where 128 rows of it would begin, and 0 elsewhere."""
+    lengths = [0, 130, 1, 128, 0, 40]
+    if packed:
+        inputs = support.varlen(device, torch.float32, lengths, padding=3, **options)
+        bounds = inputs.lengths[0].tolist()
+    else:
+        inputs = support.dense(device, torch.float32, seqlens=(130, 150), **options)
+        bounds = []
+    out, lse, _, rng_state = support.run_forward(inputs)
+    # Rows of no sequence may hold anything.
+    dout = support.poison(inputs.dout, slice(-3, None), 0) if packed else inputs.dout
+    tensors = (dout, inputs.q, inputs.k, inputs.v, out, lse)
+    grads = [support.poisoned_like(x) for x in tensors[1:4]]
+    function = flash_attn.flash_attn_interface._flash_attn_backward
+    if packed:
+        function = flash_attn.flash_attn_interface._flash_attn_varlen_backward
+    got = function(*tensors, *grads, *inputs.lengths, *inputs.flat_options(), False, rng_state)
+    rows = (out.double() * inputs.dout.double()).sum(-1).transpose(-1, -2)
+    want = rows.new_zeros((2, 299 + 3 + 6 * 128) if packed else (2, 2, 256))
+    for number, start in enumerate(bounds[:-1]):
+        first = (start + 128 * number) // 128 * 128
+        want[:, first : first + lengths[number]] = rows[:, start : bounds[number + 1]]
+    if not packed:
+        want[..., :130] = rows
+    assert got.dtype == torch.float32
+    assert got.shape == want.shape
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+    assert not got[want == 0].any()
 
 
 @pytest.mark.parametrize("causal", support.some([False, True], [True]))

@@ -17,3 +17,7 @@ class UnsupportedProblemError(FlashAttentionError, NotImplementedError):
 
 class BackendUnavailableError(FlashAttentionError, ImportError):
     """A backend was asked for by name and the library behind it cannot be loaded."""
+
+
+class ToolchainError(FlashAttentionError):
+    """Triton cannot compile or load a kernel here: what that needs is missing or not permitted."""

@@ -13,6 +13,13 @@ Common to all of them:
   (nheads,) or (batch_size, nheads), adds ``-slope * |i + seqlen_k - seqlen_q - j|``.
 * ``dropout_p`` in [0, 1) acts on the attention weights, kept ones are scaled by 1 / (1 - p).
 * ``deterministic`` is accepted; the backward pass is always bitwise repeatable.
+* ``attn_mask`` and ``s_aux``, by keyword only, are beyond FlashAttention-2. ``attn_mask``:
+  (1 or batch_size, 1 or nheads, 1 or seqlen_q, 1 or seqlen_k), bool (True where a key may be seen)
+  or floating, added to the scores after softcap (-inf hides, like False); it joins the other masks.
+  In packed and cached calls it is indexed by the position within the sequence, keys from the first
+  one in use. ``s_aux``: (nheads,) floating, attention sinks: ``exp(s_aux)`` joins the sum of every
+  row, in softmax_lse too, and a row that sees no key has its sink as LSE. Both may require
+  gradients, and both keep their dtype under autocast.
 * ``return_attn_probs=True`` returns ``(out, softmax_lse, S_dmask)``. softmax_lse is float32
   (batch_size, nheads, seqlen_q), packed (nheads, total_q). S_dmask is empty without dropout; with
   it, ``exp(score - row maximum)``, negative where dropped, in q's dtype, lengths rounded up to 128.
@@ -32,6 +39,13 @@ from torch import Tensor
 
 from . import raw_ops as flash_attn_gpu
 from .core import autograd, ops, reference
+from .core.arguments import (
+    autocast,
+    check_optional,
+    check_tensors,
+    length_bound,
+    window_pair,
+)
 from .core.autograd import Options
 from .core.kvcache import attend_with_kvcache, kvcache_problem, lengths_tensor
 from .core.outputs import last_dim_contiguous, round_multiple
@@ -72,35 +86,6 @@ def _get_block_size_n(
     return 2**30
 
 
-def _window(window_size: Sequence[int] | Tensor) -> tuple[int, int]:
-    try:
-        left, right = window_size
-    except (TypeError, ValueError):
-        raise ConstraintError(
-            f"`window_size` must be (left, right), found {window_size!r}"
-        ) from None
-    return check_integer(left, "window_size"), check_integer(right, "window_size")
-
-
-def _length_bound(max_seqlen: int | Tensor, rows: int) -> int:
-    """``max_seqlen`` as a host number. One on a GPU is not read, which would synchronise: all
-    rows are a bound as well, and no result depends on it."""
-    if isinstance(max_seqlen, Tensor):
-        return rows if max_seqlen.is_cuda else check_integer(max_seqlen, "max_seqlen")
-    return check_integer(max_seqlen, "max_seqlen")
-
-
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Under torch.autocast, float32 tensors become the autocast dtype, like a matrix product's."""
-    device_type = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device_type):
-        return tensors  # meta tensors
-    if not torch.is_autocast_enabled(device_type):
-        return tensors
-    dtype = torch.get_autocast_dtype(device_type)
-    return tuple(x.to(dtype) if x.dtype == torch.float32 else x for x in tensors)
-
-
 def _options(
     headdim: int,
     dropout_p: float,
@@ -113,10 +98,8 @@ def _options(
     **lengths: Any,
 ) -> Options:
     scale = headdim**-0.5 if softmax_scale is None else softmax_scale
-    left, right = _window(window_size)
-    if not isinstance(alibi_slopes, (Tensor, type(None))):
-        found = type(alibi_slopes).__name__
-        raise ConstraintError(f"`alibi_slopes` must be a torch.Tensor or None, found {found}")
+    left, right = window_pair(window_size)
+    check_optional(alibi_slopes=alibi_slopes)
     return Options(
         check_number(dropout_p, "dropout_p"),
         check_number(scale, "softmax_scale"),
@@ -134,13 +117,23 @@ def _format(result: tuple[Tensor, Tensor, Tensor], return_attn_probs: bool) -> A
     return result if return_attn_probs else result[0]
 
 
-def _check_tensors(**tensors: Tensor) -> None:
-    """Only what must hold to reach the operators, which check everything else."""
-    for name, x in tensors.items():
-        if not isinstance(x, Tensor):
-            raise ConstraintError(f"`{name}` must be a torch.Tensor, found {type(x).__name__}")
-        if x.dim() < 1 or x.shape[-1] == 0:
-            raise ConstraintError(f"`{name}` must have a head dim, found shape {tuple(x.shape)}")
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    options: Options,
+    return_attn_probs: bool,
+    s_aux: Tensor | None,
+    attn_mask: Tensor | None,
+) -> Any:
+    check_optional(s_aux=s_aux, attn_mask=attn_mask)
+    if s_aux is None and attn_mask is None:
+        result = autograd.attention(q, k, v, options, return_attn_probs)
+    else:
+        result = autograd.extended_attention(
+            q, k, v, options, return_attn_probs, attn_mask=attn_mask, sinks=s_aux
+        )
+    return _format(result, return_attn_probs)
 
 
 def flash_attn_func(
@@ -155,8 +148,13 @@ def flash_attn_func(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
+    *,
+    s_aux: Tensor | None = None,
+    attn_mask: Tensor | None = None,
 ) -> Any:
-    """Softmax attention ``softmax(scale * q k^T) v``, differentiable in q, k and v.
+    """Softmax attention ``softmax(scale * q k^T) v``.
+
+    Differentiable in q, k, v, ``s_aux`` and a floating ``attn_mask``.
 
     Args:
         q: (batch_size, seqlen_q, nheads, headdim).
@@ -170,17 +168,28 @@ def flash_attn_func(
         alibi_slopes: (nheads,) or (batch_size, nheads) float32.
         deterministic: accepted; always so.
         return_attn_probs: return ``(out, softmax_lse, S_dmask)``.
+        s_aux: (nheads,) floating attention sinks, logits of a key without value.
+        attn_mask: (1 or batch_size, 1 or nheads, 1 or seqlen_q, 1 or seqlen_k), bool (True: may be
+            seen) or floating (added to the scores).
 
     Returns:
         ``out`` like q, or the tuple. Details and errors: the module's docstring.
     """
-    _check_tensors(q=q, k=k, v=v)
-    q, k, v = _autocast(q, k, v)
-    options = _options(
-        q.shape[-1], dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
-        deterministic,
+    arguments = (
+        dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
     )  # fmt: skip
-    return _format(autograd.attention(q, k, v, options, return_attn_probs), return_attn_probs)
+    extended = s_aux is not None or attn_mask is not None
+    if not return_attn_probs and not extended:
+        out = autograd.repeat_dense(q, k, v, arguments)
+        if out is not None:
+            return out
+    check_tensors(q=q, k=k, v=v)
+    q, k, v = autocast(q, k, v)
+    options = _options(q.shape[-1], *arguments)
+    result = _attend(q, k, v, options, return_attn_probs, s_aux, attn_mask)
+    if not extended:
+        autograd.remember_dense(q, k, v, arguments, options)
+    return result
 
 
 def flash_attn_qkvpacked_func(
@@ -200,7 +209,7 @@ def flash_attn_qkvpacked_func(
     """
     check_tensor(qkv, "qkv", 5, "(batch_size, seqlen, 3, nheads, headdim)")
     _check_packed(qkv, "qkv", 3)
-    (qkv,) = _autocast(qkv)
+    (qkv,) = autocast(qkv)
     options = _options(
         qkv.shape[-1], dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
         deterministic,
@@ -222,10 +231,10 @@ def flash_attn_kvpacked_func(
     return_attn_probs: bool = False,
 ) -> Any:
     """:func:`flash_attn_func` on q and kv (batch_size, seqlen_k, 2, nheads_k, headdim)."""
-    _check_tensors(q=q)
+    check_tensors(q=q)
     check_tensor(kv, "kv", 5, "(batch_size, seqlen_k, 2, nheads_k, headdim)")
     _check_packed(kv, "kv", 2)
-    q, kv = _autocast(q, kv)
+    q, kv = autocast(q, kv)
     options = _options(
         q.shape[-1], dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
         deterministic,
@@ -240,7 +249,7 @@ def _check_packed(x: Tensor, name: str, count: int) -> None:
             f"`{name}` must have {count} in its third dimension from the end, found shape "
             f"{tuple(x.shape)}"
         )
-    _check_tensors(**{name: x})
+    check_tensors(**{name: x})
 
 
 def flash_attn_varlen_func(
@@ -260,6 +269,9 @@ def flash_attn_varlen_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
     block_table: Tensor | None = None,
+    *,
+    s_aux: Tensor | None = None,
+    attn_mask: Tensor | None = None,
 ) -> Any:
     """Attention over sequences of different lengths packed one after another.
 
@@ -273,6 +285,8 @@ def flash_attn_varlen_func(
         max_seqlen_q: a bound on the lengths; results do not depend on it.
         max_seqlen_k: likewise.
         block_table: (batch_size, max_blocks) int32 page numbers; forward only.
+        attn_mask: as there, by position within each sequence: its last two sizes are 1 or at least
+            ``max_seqlen_q`` and ``max_seqlen_k`` (with ``block_table``, all that the pages hold).
 
     The other arguments are those of :func:`flash_attn_func`.
 
@@ -280,19 +294,19 @@ def flash_attn_varlen_func(
         ``out`` like q (rows that belong to no sequence are 0), or
         ``(out, softmax_lse (nheads, total_q), S_dmask)``.
     """
-    _check_tensors(q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
-    q, k, v = _autocast(q, k, v)
+    check_tensors(q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    q, k, v = autocast(q, k, v)
     rows_k = k.shape[0] if block_table is None else k.shape[0] * k.shape[1]
     options = _options(
         q.shape[-1], dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
         deterministic,
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
-        max_seqlen_q=_length_bound(max_seqlen_q, q.shape[0]),
-        max_seqlen_k=_length_bound(max_seqlen_k, rows_k),
+        max_seqlen_q=length_bound(max_seqlen_q, q.shape[0]),
+        max_seqlen_k=length_bound(max_seqlen_k, rows_k),
         block_table=block_table,
     )  # fmt: skip
-    return _format(autograd.attention(q, k, v, options, return_attn_probs), return_attn_probs)
+    return _attend(q, k, v, options, return_attn_probs, s_aux, attn_mask)
 
 
 def flash_attn_varlen_qkvpacked_func(
@@ -311,9 +325,9 @@ def flash_attn_varlen_qkvpacked_func(
     """:func:`flash_attn_varlen_func` on qkv (total, 3, nheads, headdim)."""
     check_tensor(qkv, "qkv", 4, "(total, 3, nheads, headdim)")
     _check_packed(qkv, "qkv", 3)
-    _check_tensors(cu_seqlens=cu_seqlens)
-    (qkv,) = _autocast(qkv)
-    bound = _length_bound(max_seqlen, qkv.shape[0])
+    check_tensors(cu_seqlens=cu_seqlens)
+    (qkv,) = autocast(qkv)
+    bound = length_bound(max_seqlen, qkv.shape[0])
     options = _options(
         qkv.shape[-1], dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
         deterministic,
@@ -343,17 +357,17 @@ def flash_attn_varlen_kvpacked_func(
     return_attn_probs: bool = False,
 ) -> Any:
     """:func:`flash_attn_varlen_func` on q and kv (total_k, 2, nheads_k, headdim)."""
-    _check_tensors(q=q, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    check_tensors(q=q, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     check_tensor(kv, "kv", 4, "(total_k, 2, nheads_k, headdim)")
     _check_packed(kv, "kv", 2)
-    q, kv = _autocast(q, kv)
+    q, kv = autocast(q, kv)
     options = _options(
         q.shape[-1], dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
         deterministic,
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
-        max_seqlen_q=_length_bound(max_seqlen_q, q.shape[0]),
-        max_seqlen_k=_length_bound(max_seqlen_k, kv.shape[0]),
+        max_seqlen_q=length_bound(max_seqlen_q, q.shape[0]),
+        max_seqlen_k=length_bound(max_seqlen_k, kv.shape[0]),
     )  # fmt: skip
     result = autograd.packed_attention(q, kv, options, return_attn_probs)
     return _format(result, return_attn_probs)
@@ -380,6 +394,9 @@ def flash_attn_with_kvcache(
     alibi_slopes: Tensor | None = None,
     num_splits: int = 0,
     return_softmax_lse: bool = False,
+    *,
+    s_aux: Tensor | None = None,
+    attn_mask: Tensor | None = None,
 ) -> Any:
     """Attention over a KV cache, into which new keys and values are first written in place.
 
@@ -404,14 +421,17 @@ def flash_attn_with_kvcache(
         rotary_interleaved: pairs of neighbours (True) or of the two halves (False).
         num_splits: parts into which the keys are divided to fill the GPU; 0 chooses, at most 128.
         return_softmax_lse: return ``(out, softmax_lse)``.
+        attn_mask: as there, by position within each sequence, keys from ``cache_leftpad`` on and
+            appended ones included: its last size is 1 or all that the cache or the pages hold.
 
     The other arguments are those of :func:`flash_attn_func`. Forward only.
 
     Returns:
         ``out`` like q, or ``(out, softmax_lse (batch_size, nheads, seqlen_q))``.
     """
-    _check_tensors(q=q, k_cache=k_cache, v_cache=v_cache)
-    left, right = _window(window_size)
+    check_tensors(q=q, k_cache=k_cache, v_cache=v_cache)
+    check_optional(s_aux=s_aux, attn_mask=attn_mask)
+    left, right = window_pair(window_size)
     q = last_dim_contiguous(q)
     problem = kvcache_problem(
         q,
@@ -421,7 +441,9 @@ def flash_attn_with_kvcache(
         cache_batch_idx,
         cache_leftpad,
         block_table,
-        make_transform(q.shape[-1], softmax_scale, softcap, alibi_slopes),
+        make_transform(q.shape[-1], softmax_scale, softcap, alibi_slopes)._replace(
+            attn_mask=attn_mask, sinks=s_aux
+        ),
         Visibility.from_window(left, right, causal),
         check_integer(num_splits, "num_splits"),
     )
@@ -459,8 +481,8 @@ def attention_probs(
         (batch_size, nheads, seqlen_q, seqlen_k) float32; rows sum to 1, or are 0 where no key is
         seen.
     """
-    _check_tensors(q=q, k=k)
-    left, right = _window(window_size)
+    check_tensors(q=q, k=k)
+    left, right = window_pair(window_size)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     problem = ops.dense_problem(
         q, k, k, 0.0, scale, causal, left, right, softcap, alibi_slopes

@@ -15,7 +15,7 @@ from .core import ops
 from .core.attend import attend, attend_backward
 from .core.kvcache import attend_with_kvcache, kvcache_problem, lengths_tensor
 from .core.problem import AttentionProblem, BackwardInputs, Visibility, make_transform
-from .core.rng import new_state, unused_state
+from .core.rng import new_state, placeholder_state
 from .core.validate import check_gradient
 from .errors import ConstraintError
 
@@ -106,7 +106,7 @@ def _solve_backward(
 ) -> list[Tensor]:
     if rng_state is None:
         dropout = problem.dropout_p > 0.0
-        rng_state = (new_state if dropout else unused_state)(problem.q.device)
+        rng_state = (new_state if dropout else placeholder_state)(problem.q.device)
     likes = (problem.q, problem.k, problem.v)
     dq, dk, dv = (
         torch.empty_like(like) if grad is None else grad

@@ -22,10 +22,11 @@ from unittest import mock
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from flash_attn.backends.triton import launch, launch_backward
-from flash_attn.core.plan import PlanKey
+from flash_attn.core.plan import PlanKey, TilePlan
 
 TARGETS = {
     "sm80": GPUTarget("cuda", 80, 32),
@@ -55,6 +56,7 @@ class Launch(NamedTuple):
     kernel: JITFunction
     arguments: tuple[Any, ...]
     keywords: dict[str, Any]
+    key: PlanKey | None = None  # of the plan that it took, if it took one
 
     @property
     def name(self) -> str:
@@ -65,6 +67,10 @@ class Launch(NamedTuple):
         """Tile sizes, warps and stages, as far as the call names them."""
         names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
         return [self.keywords.get(name) for name in names]
+
+    def under(self, plan: TilePlan) -> Launch:
+        """The same call with another plan."""
+        return self._replace(keywords={**self.keywords, **launch.compile_options(plan)})
 
 
 @dataclass(frozen=True)
@@ -102,12 +108,15 @@ class Resources:
 def recorded(arch: str) -> Iterator[list[Launch]]:
     """Record kernel calls instead of running them; plans are those of ``arch``."""
     launches: list[Launch] = []
+    keys: dict[str, PlanKey] = {}
 
     def record(self: JITFunction, *args: Any, grid: Any, warmup: bool, **keywords: Any) -> None:
-        launches.append(Launch(self, args, keywords))
+        launches.append(Launch(self, args, keywords, keys.pop(self.__name__, None)))
 
-    def plan_key(*args: Any) -> PlanKey:
-        return _real_plan_key(*args)._replace(arch=arch)
+    def plan_key(kernel: str, *args: Any) -> PlanKey:
+        key = _real_plan_key(kernel, *args)._replace(arch=arch)
+        keys["attention_" + kernel] = key
+        return key
 
     _real_plan_key = launch.plan_key
     with ExitStack() as stack:
@@ -124,10 +133,9 @@ def record(run: Callable[[], object], arch: str) -> list[Launch]:
     return launches
 
 
-def compile_launch(one: Launch, arch: str) -> Resources:
-    """Compile a recorded kernel call for ``arch``."""
+def compile_kernel(one: Launch, arch: str) -> tuple[ASTSource, Any]:
+    """Compile a recorded kernel call for ``arch``: what Triton compiled, and the result."""
     target, kernel = TARGETS[arch], one.kernel
-    started = time.perf_counter()
     backend = make_backend(target)
     keywords = {"debug": False, **one.keywords}
     binder = create_function_from_signature(kernel.signature, kernel.params, backend)
@@ -135,14 +143,25 @@ def compile_launch(one: Launch, arch: str) -> Resources:
     options, signature, constexprs, attributes = kernel._pack_args(
         backend, keywords, bound, specialization, options
     )
-    source = ASTSource(kernel, signature, constexprs, attributes)
-    compiled = triton.compile(source, target=target, options=options.__dict__)
-    seconds = round(time.perf_counter() - started, 2)
-    if target.backend == "hip":
+    source_type = GluonASTSource if kernel.is_gluon() else ASTSource
+    source = source_type(kernel, signature, constexprs, attributes)
+    return source, triton.compile(source, target=target, options=options.__dict__)
+
+
+def resources_of(compiled: Any, arch: str, seconds: float = 0.0) -> Resources:
+    """What a compiled kernel takes; ``seconds`` is how long its compilation took."""
+    if TARGETS[arch].backend == "hip":
         registers, spilled = _usage_amd(compiled.asm["amdgcn"])
     else:
         registers, spilled = _usage_nvidia(compiled.asm["cubin"])
     return Resources(registers, spilled, compiled.metadata.shared, seconds)
+
+
+def compile_launch(one: Launch, arch: str) -> Resources:
+    """Compile a recorded kernel call for ``arch``."""
+    started = time.perf_counter()
+    _, compiled = compile_kernel(one, arch)
+    return resources_of(compiled, arch, round(time.perf_counter() - started, 2))
 
 
 def _usage_nvidia(cubin: bytes) -> tuple[int, int]:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 import pytest
+import support
 import torch
 from torch import Tensor
 
 from flash_attn import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
+from flash_attn.backends.triton import launch_backward
 
 pytestmark = pytest.mark.gpu
 
@@ -61,12 +61,54 @@ def decode(device: str = "cuda", num_splits: int = 3) -> Call:
     return call
 
 
+def paged(device: str = "cuda") -> Call:
+    """Cached queries with a row appended, and packed ones over the same pages."""
+    q, new = randn(5, 4, 64, device=device), randn(2, 1, 2, 64, device=device)
+    pages = [randn(20, 16, 2, 64, device=device) for _ in "kv"]
+    table = torch.arange(16, device=device, dtype=torch.int32).view(2, 8).flip(1)
+    cu_q, cu_k = (
+        torch.tensor(x, device=device, dtype=torch.int32) for x in ([0, 4, 5], [0, 9, 99])
+    )
+    lengths = torch.tensor([100, 37], device=device, dtype=torch.int32)
+
+    def call() -> tuple[Tensor, ...]:
+        cached = flash_attn_with_kvcache(
+            q[:2, None], *pages, new, new, cache_seqlens=lengths, block_table=table, num_splits=2
+        )
+        packed = flash_attn_varlen_func(
+            q, *pages, cu_q, cu_k, 4, 90, causal=True, block_table=table
+        )
+        return cached, packed, pages[0]
+
+    return call
+
+
+def empty(device: str = "cuda") -> Call:
+    """No keys at all, and sequences without queries or keys among others."""
+    q, k = randn(1, 3, 2, 64, device=device), randn(1, 0, 2, 64, device=device)
+    x = randn(9, 2, 64, device=device).requires_grad_()
+    cu_q, cu_k = (
+        torch.tensor(bounds, device=device, dtype=torch.int32)
+        for bounds in ([0, 0, 4, 9, 9], [0, 5, 5, 8, 9])
+    )
+
+    def call() -> tuple[Tensor, ...]:
+        out = flash_attn_varlen_func(x, x, x, cu_q, cu_k, 5, 5, causal=True)
+        (grad,) = torch.autograd.grad(out, x, torch.ones_like(out))
+        return out.detach(), grad, flash_attn_func(q, k, k)
+
+    return call
+
+
 CALLS: dict[str, Callable[..., Call]] = {
     "dense": dense,
     "causal": lambda device="cuda": dense(device, causal=True),
     "window": lambda device="cuda": dense(device, headdim=64, window_size=(30, 5)),
+    "d256": lambda device="cuda": dense(device, headdim=256, causal=True, deterministic=True),
     "varlen": varlen,
     "decode": decode,
+    "paged": paged,
+    "empty": empty,
 }
 
 
@@ -75,30 +117,18 @@ def assert_equal(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> None:
         assert torch.equal(x.cpu(), y.cpu())
 
 
-@contextmanager
-def no_synchronisation() -> Iterator[None]:
-    torch.cuda.synchronize()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PyTorch says that the mode is a prototype
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
 @pytest.mark.parametrize("name", list(CALLS))
 def test_no_call_synchronises(name: str) -> None:
     call = CALLS[name]()
     call()
-    with no_synchronisation():
+    with support.no_synchronisation():
         call()
 
 
 def test_dropout_does_not_synchronise() -> None:
     call = dense(headdim=64, dropout_p=0.1)
     call()
-    with no_synchronisation():
+    with support.no_synchronisation():
         call()
 
 
@@ -113,6 +143,51 @@ def test_side_streams_give_the_same_bits(name: str) -> None:
         got = call()
     stream.synchronize()
     assert_equal(got, want)
+
+
+@pytest.fixture
+def uninitialised_memory_is_nan() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+STEPS = ["_launch_row_statistics", "_launch_dkdv", "_launch_dq"]
+
+
+def delay(monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    """Let the backward pass run on two streams, and ``step`` start milliseconds later."""
+    launch = getattr(launch_backward, step)
+
+    def late(*arguments: object) -> None:
+        torch.cuda._sleep(20_000_000)
+        launch(*arguments)
+
+    monkeypatch.setattr(launch_backward, step, late)
+    monkeypatch.setattr(launch_backward, "overlaps_backward", lambda key, seqlen: True)
+
+
+@pytest.mark.usefixtures("uninitialised_memory_is_nan")
+@pytest.mark.parametrize("step", STEPS)
+def test_two_streams_of_a_backward_pass_wait(monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    call = dense()
+    want = call()
+    delay(monkeypatch, step)
+    assert_equal(call(), want)
+
+
+@pytest.mark.usefixtures("uninitialised_memory_is_nan")
+@pytest.mark.parametrize("step", ["_launch_row_statistics", "_launch_dq"])
+def test_a_stream_that_does_not_wait_is_noticed(monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    """That the test above can fail."""
+    call = dense()
+    want = call()
+    delay(monkeypatch, step)
+    monkeypatch.setattr(torch.cuda.Stream, "wait_stream", lambda self, other: None)
+    got = call()
+    early = [x.cpu() for x in got]
+    torch.cuda.synchronize()
+    assert not torch.equal(early[1], want[1].cpu())
 
 
 def capture(call: Call) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]:
@@ -173,7 +248,7 @@ def test_dropout_differs_between_replays_and_repeats_with_the_seed() -> None:
     assert torch.equal(drawn[1], drawn[3])
 
 
-@pytest.mark.parametrize("name", ["dense", "causal", "varlen"])
+@pytest.mark.parametrize("name", ["dense", "causal", "window", "d256", "varlen"])
 def test_a_thousand_repeats_are_equal(name: str) -> None:
     call = CALLS[name]()
     want = call()

@@ -83,7 +83,7 @@ def test_the_default_takes_our_own_kernels_by_device(record):
 
 
 def test_the_default_never_considers_other_libraries(record):
-    others = [record(name) for name in ("cuda", "flag_gems", "reference")]
+    others = [record(name) for name in ("sm90", "cuda", "flag_gems", "reference")]
     flash_attn_func(*tensors())
     assert all(other.calls == [] for other in others)
 
@@ -124,7 +124,7 @@ def test_the_choice_holds_for_the_backward_pass_and_in_other_threads(record):
 
 @pytest.mark.parametrize("name", ["", "TRITON", "flaggems", "cudnn", None, 3])
 def test_unknown_names_are_refused(name):
-    with pytest.raises(ConstraintError, match="must be one of auto, triton, cuda"):
+    with pytest.raises(ConstraintError, match="must be one of auto, triton, sm90, cuda"):
         set_backend(name)
     with pytest.raises(RuntimeError), use_backend(name):
         pass
@@ -135,7 +135,14 @@ def test_every_name_is_accepted_except_missing_libraries():
     for name in ("auto", *registry.backend_names()):
         if name != "flag_gems":
             set_backend(name)
-    assert registry.backend_names() == ["triton", "cuda", "flag_gems", "cpu", "reference"]
+    assert registry.backend_names() == [
+        "triton",
+        "sm90",
+        "cuda",
+        "flag_gems",
+        "cpu",
+        "reference",
+    ]
 
 
 def test_a_named_backend_is_used_or_says_why_not(record):
@@ -171,6 +178,34 @@ def test_the_backward_pass_asks_again(record):
         out = flash_attn_func(q, k, v)
         with pytest.raises(UnsupportedProblemError, match="backward pass of this problem"):
             out.sum().backward()
+
+
+def test_the_hopper_kernels_refuse_the_backward_pass_by_a_reason():
+    pytest.importorskip("triton", reason="Triton exists on Linux only")
+    with use_backend("sm90"):
+        with pytest.raises(UnsupportedProblemError, match="sm90: needs tensors on a GPU"):
+            registry.select(dense())
+        with pytest.raises(
+            UnsupportedProblemError,
+            match=r"(?s)backward pass of.*sm90: computes no gradients: run .*set_backend",
+        ):
+            registry.select(dense(), backward=True)
+    assert registry.select(dense(), backward=True).name == "cpu"
+
+
+def test_a_backward_pass_outside_of_the_choice_takes_its_results(record):
+    class ForwardOnly(Recorder):
+        def unsupported(self, problem, backward):
+            return ["computes no gradients"] if backward else []
+
+    hopper = ForwardOnly("sm90")
+    registry._loaded["sm90"] = hopper
+    q, k, v = tensors(requires_grad=True)
+    with use_backend("sm90"):
+        out = flash_attn_func(q, k, v)
+    out.sum().backward()
+    assert hopper.calls == ["forward"]
+    assert q.grad is not None
 
 
 def test_a_broken_library_is_a_reason_not_a_crash(monkeypatch):

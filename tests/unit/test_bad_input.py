@@ -165,7 +165,7 @@ TABLE = [
     (
         cached,
         new() | {"k": zeros(3, 1, 2, 16)},
-        ["`k`", "(3, 1, 2, 16)", "(2, 'seqlen_new', 2, 16)"],
+        ["`k`", "(3, 1, 2, 16)", "(2, seqlen_new, 2, 16)"],
     ),
     (cached, new() | {"k": zeros(2, 2, 2, 16)}, ["`v`", "found 1", "seqlen 2"]),
     (cached, {"rotary_cos": zeros(8, 8)}, ["`rotary_sin`", "None", "together"]),

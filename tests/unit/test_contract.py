@@ -14,7 +14,14 @@ from torch.utils.checkpoint import checkpoint
 import flash_attn
 import flash_attn_2_cuda
 from flash_attn import flash_attn_interface as interface
-from flash_attn.core import ops
+from flash_attn.core import ops, problem_ops
+from flash_attn.core.problem import (
+    AttentionProblem,
+    BackwardInputs,
+    ScoreTransform,
+    SequenceLayout,
+    Visibility,
+)
 from flash_attn.errors import ConstraintError
 
 REQUIRED = inspect.Parameter.empty
@@ -63,6 +70,11 @@ PUBLIC = {
     },
 }
 PUBLIC_COUNTS = [11, 9, 10, 16, 11, 14, 19]
+# Ours, by keyword only. Hugging Face sends sinks to both functions where it sees this name.
+_BEYOND = {"s_aux": None, "attn_mask": None}
+KEYWORD_ONLY = dict.fromkeys(
+    ("flash_attn_func", "flash_attn_varlen_func", "flash_attn_with_kvcache"), _BEYOND
+)
 
 TAIL = "dropout_p softmax_scale causal window_size_left window_size_right softcap alibi_slopes"
 GRADS = "dout q k v out softmax_lse dq dk dv"
@@ -147,10 +159,14 @@ SCHEMAS = {
 }
 
 
-def parameters(function):
+def parameters(function, keyword_only=None):
+    """Names and defaults in order, without those by keyword only, which must be as given."""
     found = inspect.signature(function).parameters
-    assert all(p.kind is p.POSITIONAL_OR_KEYWORD for p in found.values())
-    return [(name, p.default) for name, p in found.items()]
+    own = {name: p.default for name, p in found.items() if p.kind is p.KEYWORD_ONLY}
+    assert own == (keyword_only or {})
+    rest = [(name, p) for name, p in found.items() if name not in own]
+    assert all(p.kind is p.POSITIONAL_OR_KEYWORD for _, p in rest)
+    return [(name, p.default) for name, p in rest]
 
 
 # Names and signatures
@@ -161,7 +177,7 @@ def test_public_signatures(name):
     function = getattr(flash_attn, name)
     assert function is getattr(interface, name)
     assert inspect.isfunction(function)
-    assert parameters(function) == list(PUBLIC[name].items())
+    assert parameters(function, KEYWORD_ONLY.get(name)) == list(PUBLIC[name].items())
 
 
 def test_the_table_has_the_right_counts():
@@ -297,7 +313,45 @@ def operator_calls():
     yield "packed backward", varlen_backward, arguments
 
 
-CALLS = list(operator_calls())
+def whole_problem_calls():
+    """The operators that take every field of a problem."""
+    for name, problem in problems():
+        flat = problem_ops.flatten(problem)
+        yield name, problem_ops.forward.default, flat
+        if problem.qv is not None:  # which has no gradient
+            continue
+        out, lse, _, rng = problem_ops.forward(*flat)
+        mask = problem.transform.attn_mask
+        dmask = None if mask.dtype == torch.bool else torch.empty_like(mask)
+        inputs = BackwardInputs(
+            torch.ones_like(out),
+            out,
+            lse,
+            *(torch.empty_like(x) for x in problem[:3]),
+            rng,
+            torch.ones_like(lse),
+            dmask,
+            torch.empty_like(problem.transform.sinks),
+        )
+        yield f"{name} backward", problem_ops.backward.default, (*inputs, *flat)
+
+
+def problems():
+    q, k, v = dense_tensors()
+    transform = ScoreTransform(0.25, attn_mask=torch.randn(2, 1, 6, 9), sinks=torch.randn(4))
+    yield "mask and sinks", AttentionProblem(q, k, v, transform, Visibility(None, 0, 4))
+    yield "a second product", AttentionProblem(q, k, v, transform, qv=q + 1)
+    wide = torch.randn(2, 9, 2, 24)
+    yield "a head dim of v of its own", AttentionProblem(q, k, wide, transform)
+    x, y = packed_tensors()
+    layout = SequenceLayout(
+        bounds(3, 5), bounds(4, 7), max_seqlen_q=5, max_seqlen_k=7, seqused_q=bounds(2, 2)[1:]
+    )
+    transform = transform._replace(attn_mask=torch.rand(1, 4, 5, 7) > 0.3)
+    yield "packed", AttentionProblem(x, y, y + 1, transform, layout=layout)
+
+
+CALLS = [*operator_calls(), *whole_problem_calls()]
 
 
 @pytest.mark.parametrize(
@@ -309,6 +363,27 @@ def test_opcheck(operator, arguments):
         arguments,
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
     )
+
+
+def test_fakes_of_float8():
+    """opcheck itself cannot compare float8 tensors."""
+    q, k, v = (x.to(torch.float8_e4m3fn) for x in dense_tensors())
+    transform = ScoreTransform(0.25, k_descale=torch.rand(2, 2))
+    problem = AttentionProblem(q, k, v, transform)
+    for out_dtype, found in ((None, torch.bfloat16), (torch.float16, torch.float16)):
+        flat = problem_ops.flatten(problem._replace(out_dtype=out_dtype))
+        real = problem_ops.forward(*flat)
+        with torch._subclasses.FakeTensorMode() as mode:
+            fake = problem_ops.forward(
+                *(mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in flat)
+            )
+        assert real[0].dtype == found
+        for have, want in zip(fake, real, strict=True):
+            assert (have.shape, have.dtype, have.stride()) == (
+                want.shape,
+                want.dtype,
+                want.stride(),
+            )
 
 
 def test_opcheck_with_dynamic_shapes():
@@ -394,6 +469,25 @@ def test_compiled_without_graph_breaks(options):
     assert same(gradients(compiled, inputs), gradients(function, inputs))
 
 
+def test_compiled_with_a_mask_and_sinks():
+    torch._dynamo.reset()
+
+    def function(q, k, v, sinks, mask):
+        return flash_attn.flash_attn_func(q, k, v, causal=True, s_aux=sinks, attn_mask=mask)
+
+    def packed(q, k, v, sinks, mask):
+        lengths = (bounds(3, 5), bounds(4, 7), 5, 7)
+        return flash_attn.flash_attn_varlen_func(q, k, v, *lengths, s_aux=sinks, attn_mask=mask)
+
+    x, y = packed_tensors()
+    for call, inputs in (
+        (function, (*dense_tensors(), torch.randn(4), torch.randn(1, 4, 6, 9))),
+        (packed, (x, y, y + 1, torch.randn(4), torch.randn(2, 1, 5, 7))),
+    ):
+        compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+        assert same(gradients(compiled, inputs), gradients(call, inputs))
+
+
 def test_compiled_with_dynamic_shapes_once():
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
@@ -405,6 +499,17 @@ def test_compiled_with_dynamic_shapes_once():
         assert same(gradients(compiled, inputs), gradients(function, inputs))
         frames.append(counter.frame_count)
     assert frames[0] == frames[-1] > 0
+
+
+@pytest.mark.parametrize("lengths", [(0, 5), (5, 0), (0, 0)], ids=str)
+def test_compiled_without_queries_or_keys(lengths):
+    torch._dynamo.reset()
+    function = partial(flash_attn.flash_attn_func, causal=True)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    inputs = dense_tensors(seqlen_q=lengths[0], seqlen_k=lengths[1])
+    found = gradients(compiled, inputs)
+    assert same(found, gradients(function, inputs))
+    assert not any(x.any() for x in found)
 
 
 def test_compiled_packed_sequences():

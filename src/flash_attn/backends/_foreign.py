@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core.outputs import softmax_d_shape
 from ..core.problem import AttentionProblem, BackwardInputs
+from ..errors import UnsupportedProblemError
 
 
 def window(problem: AttentionProblem) -> tuple[int, int]:
@@ -79,9 +79,14 @@ def clear_unused_rows(x: Tensor, cu_seqlens: Tensor | None, value: float, dim: i
     x.masked_fill_(rows.view(shape), value)
 
 
-def softmax_d(problem: AttentionProblem, inputs: BackwardInputs) -> Tensor:
-    """rowsum(out * dout) in the padded layout of :func:`softmax_d_shape`."""
-    rows = (inputs.out.float() * inputs.dout.float()).sum(-1)
-    result = torch.zeros(softmax_d_shape(problem), device=rows.device)
-    result[..., : rows.shape[-2]] = rows.transpose(-1, -2)
-    return result
+def refuse_lse_gradient(name: str, inputs: BackwardInputs) -> None:
+    """These libraries' operators have no argument for a gradient of the log-sum-exp.
+
+    Raises:
+        UnsupportedProblemError: one is given.
+    """
+    if inputs.dlse is not None:
+        raise UnsupportedProblemError(
+            f"the backend {name} does not take a gradient of softmax_lse; choose another with "
+            "flash_attn.set_backend(...) or do not differentiate the log-sum-exp"
+        )

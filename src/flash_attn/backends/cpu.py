@@ -14,11 +14,17 @@ from torch import Tensor
 
 from ..core import rng
 from ..core.masking import visible_keys
-from ..core.outputs import empty_lse, empty_out, new_s_dmask, softmax_d_shape
-from ..core.problem import AttentionProblem, AttentionResult, BackwardInputs
+from ..core.outputs import empty_out, lse_without_keys, new_s_dmask, softmax_d
+from ..core.problem import (
+    AttentionProblem,
+    AttentionResult,
+    BackwardInputs,
+    Visibility,
+    is_float8,
+)
 from ..core.rotary import rotate
 from ..core.sequences import Sequence, sequences
-from . import cpu_flash
+from . import cpu_cache, cpu_flash
 
 _BLOCK_Q = 256
 _BLOCK_K = 512
@@ -30,8 +36,10 @@ class _Slice(NamedTuple):
     q: Tensor
     k: Tensor
     v: Tensor
+    qv: Tensor | None
     sequence: Sequence
     slopes: Tensor | None
+    mask: Tensor | None  # (1 or nheads, 1 or rows, 1 or keys), bool or float, a view
 
 
 class _Block(NamedTuple):
@@ -44,19 +52,56 @@ class _Block(NamedTuple):
     keep: Tensor | None
 
 
+class _Gradients(NamedTuple):
+    """One sequence's gradients, heads first, in the dtype of the computation; dmask is a view."""
+
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+    dmask: Tensor | None
+
+
 def _compute_dtype(problem: AttentionProblem) -> torch.dtype:
     return torch.float64 if problem.q.dtype == torch.float64 else torch.float32
 
 
+def _gather(x: Tensor, rows: tuple[int | slice | Tensor, ...], dtype: torch.dtype) -> Tensor:
+    """Rows of a sequence, heads first. Index tensors do not take float8: its bytes are moved."""
+    if is_float8(x.dtype):
+        return x.view(torch.uint8)[rows].view(x.dtype).to(dtype).transpose(0, 1)
+    return x[rows].to(dtype).transpose(0, 1)
+
+
+def _descaled(x: Tensor, descale: Tensor | None, number: int) -> Tensor:
+    """(heads, rows, headdim) times the factors of sequence ``number``, (heads or nheads_k,)."""
+    if descale is None:
+        return x
+    factors = descale[number]
+    return x * factors.repeat_interleave(x.shape[0] // factors.shape[0])[:, None, None]
+
+
+def _of_sequence(x: Tensor | None, number: int) -> Tensor | None:
+    """The part of a mask, or of its gradient, that belongs to one sequence."""
+    return None if x is None else x[number if x.shape[0] > 1 else 0]
+
+
 def _slices(problem: AttentionProblem) -> Iterator[_Slice]:
-    dtype = _compute_dtype(problem)
-    slopes = problem.transform.alibi_slopes
+    dtype, transform = _compute_dtype(problem), problem.transform
+    slopes = transform.alibi_slopes
     for sequence in sequences(problem):
-        q = problem.q[sequence.q_rows].to(dtype).transpose(0, 1)
-        k = problem.k[sequence.k_rows].to(dtype).transpose(0, 1)
-        v = problem.v[sequence.k_rows].to(dtype).transpose(0, 1)
-        own = slopes if slopes is None or slopes.dim() == 1 else slopes[sequence.number]
-        yield _Slice(q, k, v, sequence, own)
+        number = sequence.number
+        q = _gather(problem.q, sequence.q_rows, dtype)
+        k = _gather(problem.k, sequence.k_rows, dtype)
+        v = _gather(problem.v, sequence.k_rows, dtype)
+        yield _Slice(
+            _descaled(q, transform.q_descale, number),
+            _descaled(k, transform.k_descale, number),
+            _descaled(v, transform.v_descale, number),
+            None if problem.qv is None else _gather(problem.qv, sequence.q_rows, dtype),
+            sequence,
+            slopes if slopes is None or slopes.dim() == 1 else slopes[number],
+            _of_sequence(transform.attn_mask, number),
+        )
 
 
 def _heads_like(problem: AttentionProblem, x: Tensor) -> Tensor:
@@ -68,12 +113,21 @@ def _heads_like(problem: AttentionProblem, x: Tensor) -> Tensor:
 def _blocks(problem: AttentionProblem, part: _Slice, rng_state: Tensor) -> Iterator[_Block]:
     """Tiles of the score matrix that hold a visible key, row blocks outermost."""
     seqlen_q, seqlen_k = part.sequence.seqlen_q, part.sequence.seqlen_k
-    visibility = problem.visibility
-    for m in range(0, seqlen_q, _BLOCK_Q):
-        rows = slice(m, min(m + _BLOCK_Q, seqlen_q))
-        first, _ = visible_keys(rows.start, seqlen_q, seqlen_k, visibility)
-        _, end = visible_keys(rows.stop - 1, seqlen_q, seqlen_k, visibility)
+    # A mask that is not broadcast ends what is seen, whatever the lengths.
+    rows_end, keys_end = (
+        length if size in (None, 1) else min(length, size)
+        for length, size in zip(
+            (seqlen_q, seqlen_k),
+            (None, None) if part.mask is None else part.mask.shape[1:],
+            strict=True,
+        )
+    )
+    for m in range(0, rows_end, _BLOCK_Q):
+        rows = slice(m, min(m + _BLOCK_Q, rows_end))
+        first, _ = visible_keys(rows.start, seqlen_q, seqlen_k, problem.visibility)
+        _, end = visible_keys(rows.stop - 1, seqlen_q, seqlen_k, problem.visibility)
         # No key outside [first, end) is touched: what lies there may be NaN, and 0 * NaN is too.
+        end = min(end, keys_end)
         for n in range(first, end, _BLOCK_K):
             keys = slice(n, min(n + _BLOCK_K, end))
             yield _score_block(problem, part, rng_state, rows, keys)
@@ -82,21 +136,23 @@ def _blocks(problem: AttentionProblem, part: _Slice, rng_state: Tensor) -> Itera
 def _score_block(
     problem: AttentionProblem, part: _Slice, rng_state: Tensor, rows: slice, keys: slice
 ) -> _Block:
-    transform, (left, right, _) = problem.transform, problem.visibility
-    k = _heads_like(problem, part.k[:, keys])
-    s = torch.matmul(part.q[:, rows], k.transpose(1, 2)) * transform.softmax_scale
+    transform = problem.transform
+    dot = torch.matmul(part.q[:, rows], _heads_like(problem, part.k[:, keys]).mT)
+    if part.qv is not None:
+        dot += torch.matmul(part.qv[:, rows], _heads_like(problem, part.v[:, keys]).mT)
+    s = dot * transform.softmax_scale
     if transform.softcap > 0.0:
         s = transform.softcap * torch.tanh(s / transform.softcap)
     raw = s
     row = torch.arange(rows.start, rows.stop)
     key = torch.arange(keys.start, keys.stop)
-    distance = row[:, None] + (part.sequence.seqlen_k - part.sequence.seqlen_q) - key[None, :]
+    position = row[:, None] + (part.sequence.seqlen_k - part.sequence.seqlen_q)
     if part.slopes is not None:
-        s = s - part.slopes.to(s.dtype)[:, None, None] * distance.abs()
-    if left is not None:
-        s = s.masked_fill(distance > left, float("-inf"))
-    if right is not None:
-        s = s.masked_fill(distance < -right, float("-inf"))
+        s = s - part.slopes.to(s.dtype)[:, None, None] * (position - key).abs()
+    for hidden in _hidden(problem.visibility, position, key):
+        s = s.masked_fill(hidden, float("-inf"))
+    if part.mask is not None:
+        s = _masked(s, _mask_block(part.mask, rows, keys))
     keep = None
     if problem.dropout_p > 0.0:
         keep = rng.keep_mask(
@@ -105,12 +161,37 @@ def _score_block(
     return _Block(rows, keys, s, raw, keep)
 
 
+def _hidden(visibility: Visibility, position: Tensor, key: Tensor) -> Iterator[Tensor]:
+    """What each limit hides: (rows, keys) bool, from (rows, 1) positions and (keys,) keys."""
+    left, right, chunk = visibility
+    if left is not None:
+        yield key < position - left
+    if right is not None:
+        yield key > position + right
+    if chunk:
+        yield key // chunk != torch.div(position, chunk, rounding_mode="floor")
+
+
+def _mask_block(mask: Tensor, rows: slice, keys: slice) -> Tensor:
+    """A tile's part of a (heads, 1 or rows, 1 or keys) mask, or of its gradient: a view."""
+    whole = slice(None)
+    return mask[:, whole if mask.shape[1] == 1 else rows, whole if mask.shape[2] == 1 else keys]
+
+
+def _masked(s: Tensor, mask: Tensor) -> Tensor:
+    if mask.dtype == torch.bool:
+        return s.masked_fill(~mask, float("-inf"))
+    # Not by the sum alone: an infinite or NaN score of a hidden key would win.
+    mask = mask.to(s.dtype)
+    return (s + mask).masked_fill(mask == float("-inf"), float("-inf"))
+
+
 def _forward_slice(
     problem: AttentionProblem, part: _Slice, rng_state: Tensor, s_dmask: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Output (nheads, seqlen_q, headdim) and log-sum-exp (nheads, seqlen_q) of one sequence."""
+    """Output (nheads, seqlen_q, headdim_v) and log-sum-exp (nheads, seqlen_q) of one sequence."""
     nheads, seqlen_q, _ = part.q.shape
-    acc = torch.zeros_like(part.q)
+    acc = part.q.new_zeros(nheads, seqlen_q, problem.headdim_v)
     row_max = part.q.new_full((nheads, seqlen_q), float("-inf"))
     row_sum = part.q.new_zeros(nheads, seqlen_q)
     for block in _blocks(problem, part, rng_state):
@@ -126,12 +207,25 @@ def _forward_slice(
             p = p.masked_fill(~block.keep, 0.0)
         value = _heads_like(problem, part.v[:, block.keys])
         acc[:, rows] = acc[:, rows] * alpha[..., None] + torch.matmul(p, value)
-    dead = row_sum == 0.0
-    acc /= (row_sum.masked_fill(dead, 1.0) * (1.0 - problem.dropout_p))[..., None]
-    lse = (row_max + torch.log(row_sum)).masked_fill(dead, problem.empty_lse)
     if s_dmask.numel():
         _write_s_dmask(problem, part, rng_state, row_max, s_dmask[part.sequence.number])
-    return acc, lse
+    empty_lse = problem.empty_lse
+    if problem.transform.sinks is not None:
+        row_max, row_sum, alpha = _join_sinks(problem.transform.sinks, row_max, row_sum)
+        acc *= alpha[..., None]
+        empty_lse = float("-inf")
+    dead = row_sum == 0.0
+    acc /= (row_sum.masked_fill(dead, 1.0) * (1.0 - problem.dropout_p))[..., None]
+    return acc, (row_max + torch.log(row_sum)).masked_fill(dead, empty_lse)
+
+
+def _join_sinks(sinks: Tensor, row_max: Tensor, row_sum: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Maximum and sum with ``exp(sink)``, and the factor that this brings to what was summed."""
+    sink = sinks.to(row_max.dtype)[:, None]
+    shift = torch.maximum(row_max, sink)
+    shift = shift.masked_fill(shift == float("-inf"), 0.0)
+    alpha = torch.exp(row_max - shift)
+    return shift, row_sum * alpha + torch.exp(sink - shift), alpha
 
 
 def _write_s_dmask(
@@ -146,19 +240,18 @@ def _write_s_dmask(
 
 
 def _backward_slice(
-    problem: AttentionProblem,
-    part: _Slice,
-    inputs: BackwardInputs,
-    grads: tuple[Tensor, Tensor, Tensor],
-) -> Tensor:
-    """Fill dq, dk, dv (heads first, compute dtype); returns delta (nheads, seqlen_q)."""
-    dq, dk, dv = grads
+    problem: AttentionProblem, part: _Slice, inputs: BackwardInputs, grads: _Gradients
+) -> None:
+    """Fill ``grads``."""
     rows_of_q = part.sequence.q_rows
     dout = inputs.dout[rows_of_q].to(part.q.dtype).transpose(0, 1)
     out = inputs.out[rows_of_q].to(part.q.dtype).transpose(0, 1)
-    lse = inputs.softmax_lse[part.sequence.lse_index(problem.is_varlen_q)].to(part.q.dtype)
-    lse = lse.masked_fill(lse == float("-inf"), float("inf"))
+    lse_index = part.sequence.lse_index(problem.is_varlen_q)
+    lse = inputs.softmax_lse[lse_index].to(part.q.dtype)
     delta = (out * dout).sum(-1)
+    if inputs.dlse is not None:  # a row without keys or sink has none
+        delta -= inputs.dlse[lse_index].masked_fill(torch.isinf(lse), 0.0)
+    lse = lse.masked_fill(lse == float("-inf"), float("inf"))
     transform = problem.transform
     for block in _blocks(problem, part, inputs.rng_state):
         rows, keys = block.rows, block.keys
@@ -168,19 +261,40 @@ def _backward_slice(
             factor = block.keep / (1.0 - problem.dropout_p)
             dropped, dp = p * factor, dp * factor
         ds = p * (dp - delta[:, rows, None])
+        if grads.dmask is not None:
+            target = _mask_block(grads.dmask, rows, keys)
+            target += ds.sum_to_size(target.shape)
         if transform.softcap > 0.0:
             ds = ds * (1.0 - (block.raw / transform.softcap) ** 2)
         ds = ds * transform.softmax_scale
-        dq[:, rows] += torch.matmul(ds, _heads_like(problem, part.k[:, keys]))
-        dk[:, keys] += _sum_group(problem, torch.matmul(ds.mT, part.q[:, rows]))
-        dv[:, keys] += _sum_group(problem, torch.matmul(dropped.mT, dout[:, rows]))
-    return delta
+        grads.dq[:, rows] += torch.matmul(ds, _heads_like(problem, part.k[:, keys]))
+        grads.dk[:, keys] += _sum_group(problem, torch.matmul(ds.mT, part.q[:, rows]))
+        grads.dv[:, keys] += _sum_group(problem, torch.matmul(dropped.mT, dout[:, rows]))
 
 
 def _sum_group(problem: AttentionProblem, x: Tensor) -> Tensor:
     return (
         x if problem.nheads == problem.nheads_k else x.unflatten(0, (problem.nheads_k, -1)).sum(1)
     )
+
+
+def _backward_blocks(problem: AttentionProblem, inputs: BackwardInputs) -> None:
+    """Write all gradients but the sinks', by blocks."""
+    targets = (inputs.dq, inputs.dk, inputs.dv)
+    for grad in targets:
+        grad.zero_()
+    # Sums over heads, rows or sequences are taken in the dtype of the computation.
+    dtype = _compute_dtype(problem)
+    dmask = None if inputs.dmask is None else inputs.dmask.to(dtype).zero_()
+    for part in _slices(problem):
+        dq, dk, dv = (torch.zeros_like(x) for x in (part.q, part.k, part.v))
+        grads = _Gradients(dq, dk, dv, _of_sequence(dmask, part.sequence.number))
+        _backward_slice(problem, part, inputs, grads)
+        rows = (part.sequence.q_rows, part.sequence.k_rows, part.sequence.k_rows)
+        for target, row, grad in zip(targets, rows, grads[:3], strict=True):
+            target[row] = grad.transpose(0, 1).to(target.dtype)
+    if inputs.dmask is not None and dmask is not None:
+        inputs.dmask.copy_(dmask)
 
 
 class CpuBackend:
@@ -191,7 +305,7 @@ class CpuBackend:
     def unsupported(self, problem: AttentionProblem, backward: bool) -> list[str]:
         if problem.q.device.type != "cpu":
             return [f"needs CPU tensors, `q` is on {problem.q.device}"]
-        return [f"does not know {name}" for name in problem.extensions()]
+        return []
 
     @torch.no_grad()
     def forward(self, problem: AttentionProblem, out: Tensor | None = None) -> AttentionResult:
@@ -199,9 +313,8 @@ class CpuBackend:
         device = problem.q.device
         rng_state = rng.new_state(device) if dropout else rng.unused_state(device)
         out = empty_out(problem) if out is None else out
-        lse, s_dmask = empty_lse(problem), new_s_dmask(problem)
+        lse, s_dmask = lse_without_keys(problem), new_s_dmask(problem)
         out.zero_()
-        lse.fill_(problem.empty_lse)
         with torch.autocast("cpu", enabled=False):
             if cpu_flash.serves(problem):
                 cpu_flash.forward(problem, out, lse)
@@ -214,65 +327,46 @@ class CpuBackend:
 
     @torch.no_grad()
     def backward(self, problem: AttentionProblem, inputs: BackwardInputs) -> Tensor:
-        for grad in (inputs.dq, inputs.dk, inputs.dv):
-            grad.zero_()
-        softmax_d = torch.zeros(softmax_d_shape(problem))
         with torch.autocast("cpu", enabled=False):
-            if cpu_flash.serves(problem):
+            # PyTorch's kernel knows no gradient of the log-sum-exp.
+            if inputs.dlse is None and cpu_flash.serves(problem):
+                for grad in (inputs.dq, inputs.dk, inputs.dv):
+                    grad.zero_()
                 cpu_flash.backward(problem, inputs)
-                delta = (inputs.out.float() * inputs.dout.float()).sum(-1).transpose(-1, -2)
-                softmax_d[..., : delta.shape[-1]] = delta
-                return softmax_d
-            for part in _slices(problem):
-                grads = (
-                    torch.zeros_like(part.q),
-                    torch.zeros_like(part.k),
-                    torch.zeros_like(part.v),
-                )
-                delta = _backward_slice(problem, part, inputs, grads)
-                rows = (part.sequence.q_rows, part.sequence.k_rows, part.sequence.k_rows)
-                targets = (inputs.dq, inputs.dk, inputs.dv)
-                for target, row, grad in zip(targets, rows, grads, strict=True):
-                    target[row] = grad.transpose(0, 1).to(target.dtype)
-                index = part.sequence.lse_index(problem.is_varlen_q)
-                if problem.is_varlen_q:
-                    softmax_d[index] = delta.float()
-                else:
-                    softmax_d[index][:, : delta.shape[1]] = delta.float()
-        return softmax_d
+            else:
+                _backward_blocks(problem, inputs)
+            return softmax_d(problem, inputs.out, inputs.dout, inputs.dlse)
 
     def rotate(
-        self, x: Tensor, cos: Tensor, sin: Tensor, seqlen_offsets: int | Tensor, interleaved: bool
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        seqlen_offsets: int | Tensor,
+        interleaved: bool,
+        cu_seqlens: Tensor | None = None,
     ) -> Tensor:
-        """Rotary embedding of (batch, seqlen, nheads, headdim), into a new tensor."""
-        return rotate(x, cos, sin, seqlen_offsets=seqlen_offsets, interleaved=interleaved)
+        """Rotary embedding of dense or packed rows, into a new tensor."""
+        return rotate(
+            x,
+            cos,
+            sin,
+            seqlen_offsets=seqlen_offsets,
+            cu_seqlens=cu_seqlens,
+            interleaved=interleaved,
+        )
 
     @torch.no_grad()
     def append_kv(
-        self, problem: AttentionProblem, k_new: Tensor, v_new: Tensor, at: Tensor
+        self,
+        problem: AttentionProblem,
+        k_new: Tensor,
+        v_new: Tensor,
+        at: Tensor,
+        cu_seqlens_new: Tensor | None = None,
     ) -> None:
-        """Write (batch, seqlen_new, nheads_k, headdim) into the caches from row ``at[b]`` on.
-
-        Rows that fall outside the cache are not written.
-        """
-        table, cache_row = problem.layout.page_table, problem.layout.cache_batch_idx
-        capacity = problem.max_seqlen_k
-        for index in range(k_new.shape[0]):
-            rows = int(at[index]) + torch.arange(k_new.shape[1])
-            fits = (rows >= 0) & (rows < capacity)
-            rows = rows[fits]
-            if table is not None:
-                pages = table[index, rows // problem.k.shape[1]].long()
-                valid = (pages >= 0) & (pages < problem.k.shape[0])
-                fits = fits.nonzero()[:, 0][valid]
-                where = (pages[valid], rows[valid] % problem.k.shape[1])
-            else:
-                row = index if cache_row is None else int(cache_row[index])
-                if not 0 <= row < problem.k.shape[0]:
-                    continue
-                where = (torch.full_like(rows, row), rows)
-            problem.k[where] = k_new[index][fits]
-            problem.v[where] = v_new[index][fits]
+        """Write new rows into the caches of ``problem``, sequence b's from row ``at[b]`` on."""
+        cpu_cache.append_kv(problem, k_new, v_new, at, cu_seqlens_new)
 
 
 BACKEND = CpuBackend()

@@ -10,10 +10,16 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..core.outputs import empty_lse, empty_out, new_s_dmask
+from ..core.outputs import empty_lse, empty_out, new_s_dmask, softmax_d
 from ..core.problem import AttentionProblem, AttentionResult, BackwardInputs
 from ..core.rng import unused_state
-from ._foreign import clear_unused_rows, pad_headdim, refused_inputs, softmax_d, window
+from ._foreign import (
+    clear_unused_rows,
+    pad_headdim,
+    refuse_lse_gradient,
+    refused_inputs,
+    window,
+)
 
 # The kernels load 16 bytes at a time.
 _ALIGNMENT = 16
@@ -123,6 +129,7 @@ class CudaBackend:
 
     @torch.no_grad()
     def backward(self, problem: AttentionProblem, inputs: BackwardInputs) -> Tensor:
+        refuse_lse_gradient(self.name, inputs)
         headdim = _padded_headdim(problem)
         tensors = (inputs.dout, problem.q, problem.k, problem.v, inputs.out)
         is_causal, left, right = _masking(problem)
@@ -144,7 +151,7 @@ class CudaBackend:
         for target, grad, cu_seqlens in zip(targets, grads, bounds, strict=True):
             target.copy_(grad[..., : problem.headdim])
             clear_unused_rows(target, cu_seqlens, 0.0)
-        return softmax_d(problem, inputs)
+        return softmax_d(problem, inputs.out, inputs.dout)
 
 
 BACKEND = CudaBackend()

@@ -12,10 +12,17 @@ import flag_gems
 import torch
 from torch import Tensor
 
-from ..core.outputs import empty_lse, empty_out, new_s_dmask
+from ..core.outputs import empty_lse, empty_out, new_s_dmask, softmax_d
 from ..core.problem import AttentionProblem, AttentionResult, BackwardInputs
 from ..core.rng import unused_state
-from ._foreign import clear_unused_rows, pad_headdim, refused_inputs, softmax_d, window
+from ..core.toolchain import explains_toolchain
+from ._foreign import (
+    clear_unused_rows,
+    pad_headdim,
+    refuse_lse_gradient,
+    refused_inputs,
+    window,
+)
 
 _INT32_ELEMENTS = 2**31
 
@@ -141,6 +148,7 @@ class FlagGemsBackend:
             reasons.append("this release of FlagGems counts cache elements in 32 bits")
         return reasons + (_refused_backward(problem) if backward else [])
 
+    @explains_toolchain
     @torch.no_grad()
     def forward(self, problem: AttentionProblem, out: Tensor | None = None) -> AttentionResult:
         headdim = max(16, (problem.headdim + 7) // 8 * 8)
@@ -203,8 +211,10 @@ class FlagGemsBackend:
         clear_unused_rows(lse, problem.layout.cu_seqlens_q, problem.empty_lse, dim=1)
         return AttentionResult(out, lse, new_s_dmask(problem), unused_state(problem.q.device))
 
+    @explains_toolchain
     @torch.no_grad()
     def backward(self, problem: AttentionProblem, inputs: BackwardInputs) -> Tensor:
+        refuse_lse_gradient(self.name, inputs)
         # The backward kernels take head dims that are powers of two.
         headdim = max(16, 1 << (problem.headdim - 1).bit_length())
         tensors = (inputs.dout, problem.q, problem.k, problem.v, inputs.out)
@@ -231,7 +241,7 @@ class FlagGemsBackend:
         for target, grad, cu_seqlens in zip(targets, grads, bounds, strict=True):
             target.copy_(grad[..., : problem.headdim])
             clear_unused_rows(target, cu_seqlens, 0.0)
-        return softmax_d(problem, inputs)
+        return softmax_d(problem, inputs.out, inputs.dout)
 
 
 BACKEND = FlagGemsBackend()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..core import reference
-from ..core.outputs import empty_out, softmax_d_shape
+from ..core.outputs import empty_out, softmax_d
 from ..core.problem import AttentionProblem, AttentionResult, BackwardInputs
 
 
@@ -38,17 +38,7 @@ class ReferenceBackend:
         for target, grad in zip(targets, grads[:4], strict=True):
             if target is not None and grad is not None:
                 target.copy_(grad)
-        return _softmax_d(problem, inputs)
-
-
-def _softmax_d(problem: AttentionProblem, inputs: BackwardInputs) -> Tensor:
-    """rowsum(out * dout) - dlse, in the padded layout of :func:`softmax_d_shape`."""
-    rows = (inputs.out.float() * inputs.dout.float()).sum(-1).transpose(-1, -2)
-    if inputs.dlse is not None:
-        rows = rows - inputs.dlse
-    softmax_d = torch.zeros(softmax_d_shape(problem), device=rows.device)
-    softmax_d[..., : rows.shape[-1]] = rows
-    return softmax_d
+        return softmax_d(problem, inputs.out, inputs.dout, inputs.dlse)
 
 
 BACKEND = ReferenceBackend()

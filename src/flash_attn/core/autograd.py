@@ -6,6 +6,7 @@ slices the kernel writes, so nothing is concatenated afterwards.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..errors import ConstraintError
-from . import ops
+from . import eager, ops, problem_ops, repeated
 from .outputs import last_dim_contiguous
 
 
@@ -40,6 +41,17 @@ class Options(NamedTuple):
         return self[:7]
 
     @property
+    def is_plain(self) -> bool:
+        """Whether all numbers are Python's own."""
+        dropout_p, scale, causal, left, right, softcap, *_ = self
+        integers = {type(left), type(right), type(self.max_seqlen_q), type(self.max_seqlen_k)}
+        return (
+            type(causal) is bool
+            and integers == {int}
+            and {type(dropout_p), type(scale), type(softcap)} <= {int, float}
+        )
+
+    @property
     def lengths(self) -> tuple[Any, ...]:
         return (self.cu_seqlens_q, self.cu_seqlens_k, self.max_seqlen_q, self.max_seqlen_k)
 
@@ -49,27 +61,42 @@ def run_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Call the dense or the packed forward operator: (out, softmax_lse, s_dmask, rng_state)."""
     return_softmax = return_softmax and options.dropout_p > 0.0
+    direct = _may_bypass(q, k, v, options)
     if options.cu_seqlens_q is None:
-        return ops.forward(q, k, v, *options.shared, return_softmax)
-    return ops.varlen_forward(
-        q, k, v, *options.lengths, *options.shared, return_softmax, options.block_table
+        forward = ops.solve_forward if direct else ops.forward
+        return forward(q, k, v, *options.shared, return_softmax)
+    forward = ops.solve_varlen_forward if direct else ops.varlen_forward
+    return forward(q, k, v, *options.lengths, *options.shared, return_softmax, options.block_table)
+
+
+def _may_bypass(q: Tensor, k: Tensor, v: Tensor, options: Options) -> bool:
+    """Whether the operators' implementation may be called directly: nobody would notice, nothing
+    that it does would be recorded for autograd, and no number needs an operator's conversion."""
+    others = [getattr(options, name) for name in _TENSOR_OPTIONS]
+    if not eager.is_unobserved(q, k, v, *others) or not options.is_plain:
+        return False
+    return not torch.is_grad_enabled() or not any(
+        x is not None and x.requires_grad for x in (q, k, v, *others)
     )
 
 
 def _run_backward(
-    dout: Tensor, saved: tuple[Tensor, ...], grads: tuple[Tensor, ...], options: Options
+    dout: Tensor, saved: tuple[Any, ...], grads: tuple[Tensor, ...], options: Options
 ) -> None:
     if options.block_table is not None:
         raise ConstraintError(
             "`block_table` is for forward passes only: paged keys have no gradient"
         )
     q, k, v, out, softmax_lse, rng_state = saved
-    inputs = (last_dim_contiguous(dout), q, k, v, out, softmax_lse, *grads)
+    inputs: Any = (last_dim_contiguous(dout), q, k, v, out, softmax_lse, *grads)
     tail = (*options.shared, options.deterministic, rng_state)
+    # Gradients are never recorded here: double differentiation is refused.
+    direct = _may_bypass(q, k, v, options) and eager.is_unobserved(inputs[0], *inputs[4:])
     if options.cu_seqlens_q is None:
-        ops.backward(*inputs, *tail)
+        (ops.solve_backward if direct else ops.backward)(*inputs, *tail)
     else:
-        ops.varlen_backward(*inputs, *options.lengths, *tail)
+        backward = ops.solve_varlen_backward if direct else ops.varlen_backward
+        backward(*inputs, *options.lengths, *tail)
 
 
 _TENSOR_OPTIONS = ("alibi_slopes", "cu_seqlens_q", "cu_seqlens_k", "block_table")
@@ -144,6 +171,88 @@ class PackedAttention(torch.autograd.Function):
         return (dq, dpacked, None, None)
 
 
+class RepeatedAttention(torch.autograd.Function):
+    """(q, k, v) -> out for a call that was solved before; without dropout or other tensors."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, solve: repeated.Solve, call: _DenseCall
+    ) -> Tensor:
+        out, lse = solve((q, k, v))
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.call = call
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, softmax_lse = ctx.saved_tensors
+        grads = (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
+        tensors = (q, k, v, dout, out, softmax_lse, *grads)
+        solve = repeated.find_plain(ctx.call.values, tensors) if eager.nobody_watches() else None
+        if solve is not None:
+            solve(tensors)
+        else:
+            _run_backward(dout, (q, k, v, out, softmax_lse, None), grads, ctx.call.options)
+        return (*grads, None, None)
+
+
+class _DenseCall(NamedTuple):
+    """What arguments of the dense public function amount to: ``values`` are those of its problem
+    after q, k and v."""
+
+    options: Options
+    values: tuple[Any, ...]
+
+
+_dense: dict[tuple[Any, ...], _DenseCall] = {}
+
+
+def repeat_dense(q: Tensor, k: Tensor, v: Tensor, arguments: tuple[Any, ...]) -> Tensor | None:
+    """``out`` if the same call, on tensors like these, was solved before and nothing stands in
+    the way of repeating it, else None.
+
+    Args:
+        arguments: how the public function was called besides, to be passed to
+            :func:`remember_dense` where this is None.
+    """
+    if not eager.nobody_watches() or type(q) is not Tensor:
+        return None
+    try:
+        known = _dense.get((q.shape[-1:], arguments))
+    except TypeError:  # not hashable
+        return None
+    if known is None:
+        return None
+    if q.dtype is torch.float32 and torch.is_autocast_enabled(q.device.type):
+        return None
+    solve = repeated.find_plain(known.values, (q, k, v))
+    if solve is None:
+        return None
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return RepeatedAttention.apply(q, k, v, solve, known)
+    return solve((q, k, v))[0]
+
+
+def remember_dense(
+    q: Tensor, k: Tensor, v: Tensor, arguments: tuple[Any, ...], options: Options
+) -> None:
+    """Note what the arguments of a call that went well amount to."""
+    if torch.compiler.is_compiling() or not options.is_plain or options.dropout_p > 0.0:
+        return
+    if len(_dense) >= 1024:
+        _dense.clear()
+    # A tensor among the arguments may change its value.
+    if type(arguments[3]) is tuple and not any(isinstance(x, Tensor) for x in _flat(arguments)):
+        values = ops.dense_problem(q, k, v, *options.shared)[3:]
+        _dense[(q.shape[-1:], arguments)] = _DenseCall(options, values)
+
+
+def _flat(arguments: tuple[Any, ...]) -> Iterator[Any]:
+    for x in arguments:
+        yield from x if isinstance(x, tuple) else (x,)
+
+
 def attention(
     q: Tensor, k: Tensor, v: Tensor, options: Options, return_softmax: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -152,6 +261,28 @@ def attention(
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return Attention.apply(q, k, v, options, return_softmax)
     return run_forward(q, k, v, options, return_softmax)[:3]
+
+
+def extended_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    options: Options,
+    return_softmax: bool,
+    attn_mask: Tensor | None,
+    sinks: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same with a mask or sinks, for which FlashAttention-2's operators have no arguments."""
+    options = options._replace(dropout_p=float(options.dropout_p))
+    return_softmax = return_softmax and options.dropout_p > 0.0
+    tail: tuple[Any, ...] = (*options.shared, return_softmax)
+    if options.cu_seqlens_q is None:
+        problem = ops.dense_problem(q, k, v, *tail)
+    else:
+        tail = (*options.lengths, *tail, options.block_table)
+        problem = ops.varlen_problem(q, k, v, *tail)
+    transform = problem.transform._replace(attn_mask=attn_mask, sinks=sinks)
+    return problem_ops.solve(problem._replace(transform=transform))
 
 
 def packed_attention(

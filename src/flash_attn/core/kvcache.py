@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -15,18 +17,44 @@ from .problem import (
     ScoreTransform,
     SequenceLayout,
     Visibility,
+    is_float8,
 )
 from .validate import (
+    check_cu_seqlens,
     check_device,
     check_flash_2,
     check_index,
     check_last_stride,
     check_like,
     check_problem,
+    check_range,
     check_same_headdim,
     check_tensor,
     require,
 )
+
+
+class CacheUpdate(NamedTuple):
+    """What is written into the caches before attending, and how queries and keys are rotated.
+
+    Attributes:
+        k: (batch, seqlen_new, nheads_k, headdim), packed (total_new, nheads_k, headdim), or None.
+        v: like k, with the values' head dim.
+        rotary_cos: (seqlen_rotary, rotary_dim / 2), or None for no rotation.
+        rotary_sin: like rotary_cos.
+        rotary_interleaved: pairs are neighbours instead of (i, i + rotary_dim / 2).
+        cu_seqlens: (batch + 1,) int32 row bounds of packed new keys.
+        rotary_seqlens: (batch,) int32 position of each sequence's first query and new key; None
+            is where the new keys are written.
+    """
+
+    k: Tensor | None = None
+    v: Tensor | None = None
+    rotary_cos: Tensor | None = None
+    rotary_sin: Tensor | None = None
+    rotary_interleaved: bool = True
+    cu_seqlens: Tensor | None = None
+    rotary_seqlens: Tensor | None = None
 
 
 def attend_with_kvcache(
@@ -37,73 +65,123 @@ def attend_with_kvcache(
     rotary_sin: Tensor | None,
     rotary_interleaved: bool,
     out: Tensor | None = None,
+    *,
+    cu_seqlens_k_new: Tensor | None = None,
+    rotary_seqlens: Tensor | None = None,
 ) -> AttentionResult:
     """Append ``k_new`` and ``v_new`` to the caches of ``problem``, then attend.
 
     ``problem.layout.seqused_k`` holds the lengths before appending, left padding included. New
-    keys are rotated at positions ``seqused_k + t``, queries at ``seqused_k + i`` if the mask is
-    causal or a window, else all at ``seqused_k``.
+    keys are rotated at positions ``start + t`` with ``start`` either ``rotary_seqlens`` or
+    ``seqused_k``, queries at ``start + i`` if the mask is causal, a window or chunks, else all at
+    ``start``. Arguments are those of :class:`CacheUpdate`.
+
+    Raises:
+        ConstraintError: an argument is wrong.
+        UnsupportedProblemError: no permitted backend computes it; the caches may be updated.
+    """
+    update = CacheUpdate(
+        k_new, v_new, rotary_cos, rotary_sin, rotary_interleaved, cu_seqlens_k_new, rotary_seqlens
+    )
+    check_update(problem, update)
+    lengths = problem.layout.seqused_k
+    if k_new is None or v_new is None or lengths is None:
+        return attend(problem, out)
+    check_problem(problem)
+    if settings.CHECK_INDICES:
+        _check_contents(problem, update, lengths)
+    writer = registry.cache_writer(problem.q.device)
+    if rotary_cos is not None:
+        start = lengths if rotary_seqlens is None else rotary_seqlens
+        rotary = _Rotary(writer, update, start)
+        k_new = rotary.turn(k_new, cu_seqlens_k_new)
+        problem = problem._replace(q=_rotate_queries(problem, rotary))
+    if k_new.numel():
+        writer.append_kv(problem, k_new, v_new, lengths, cu_seqlens_k_new)
+    longer = problem.layout._replace(seqused_k=lengths + _new_lengths(update))
+    return attend(problem._replace(layout=longer), out)
+
+
+def _new_lengths(update: CacheUpdate) -> Tensor | int:
+    """How many new keys each sequence has, by the same clamping as where they are written."""
+    k_new = update.k
+    if k_new is None:
+        return 0
+    if update.cu_seqlens is None:
+        return k_new.shape[1]
+    bounds = update.cu_seqlens.clamp(0, k_new.shape[0])
+    return bounds.diff().clamp_min(0)
+
+
+class _Rotary(NamedTuple):
+    """A rotation whose first position of every sequence is ``start``, (batch,) int32."""
+
+    writer: registry.CacheWriter
+    update: CacheUpdate
+    start: Tensor
+
+    def turn(self, x: Tensor, cu_seqlens: Tensor | None, start: Tensor | None = None) -> Tensor:
+        """``x`` rotated into a new tensor; float8 goes through float32 and saturates."""
+        cos, sin = self.update.rotary_cos, self.update.rotary_sin
+        if cos is None or sin is None:
+            return x
+        start = self.start if start is None else start
+        rotate, interleaved = self.writer.rotate, self.update.rotary_interleaved
+        if not is_float8(x.dtype):
+            return rotate(x, cos, sin, start, interleaved, cu_seqlens)
+        y = rotate(x.float(), cos.float(), sin.float(), start, interleaved, cu_seqlens)
+        largest = torch.finfo(x.dtype).max
+        return y.clamp(-largest, largest).to(x.dtype)
+
+
+def _rotate_queries(problem: AttentionProblem, rotary: _Rotary) -> Tensor:
+    q, cu_seqlens_q = problem.q, problem.layout.cu_seqlens_q
+    if problem.visibility != Visibility():
+        return rotary.turn(q, cu_seqlens_q)
+    # Without a mask all queries of a sequence stand at the same position.
+    if cu_seqlens_q is None:
+        batch_size, seqlen_q, nheads, headdim = q.shape
+        one_row = q.reshape(batch_size, 1, seqlen_q * nheads, headdim)
+        return rotary.turn(one_row, None).view(q.shape)
+    if problem.batch_size == 0:
+        return q
+    rows = torch.arange(q.shape[0], dtype=torch.int32, device=q.device)
+    owner = torch.searchsorted(cu_seqlens_q, rows, right=True) - 1
+    start = rotary.start[owner.clamp(0, problem.batch_size - 1)]
+    return rotary.turn(q[:, None], None, start)[:, 0]
+
+
+def check_update(problem: AttentionProblem, update: CacheUpdate) -> None:
+    """The caches of ``problem`` and the ``update`` fit together, as far as shapes say.
 
     Raises:
         ConstraintError: an argument is wrong.
     """
     _check_shapes(problem)
-    layout = problem.layout
-    lengths = layout.seqused_k
-    _check_new(problem, k_new, v_new)
-    _check_rotary(problem, k_new, rotary_cos, rotary_sin)
-    if k_new is None or v_new is None or lengths is None:
-        return attend(problem, out)
-    check_problem(problem)
-    _check_capacity(problem, lengths, k_new.shape[1])
-    writer = registry.cache_writer(problem.q.device)
-    if rotary_cos is not None and rotary_sin is not None:
-        k_new = writer.rotate(k_new, rotary_cos, rotary_sin, lengths, rotary_interleaved)
-        q = _rotate_queries(problem, writer, rotary_cos, rotary_sin, lengths, rotary_interleaved)
-        problem = problem._replace(q=q)
-    if k_new.numel():
-        writer.append_kv(problem, k_new, v_new, lengths)
-    longer = layout._replace(seqused_k=lengths + k_new.shape[1])
-    return attend(problem._replace(layout=longer), out)
-
-
-def _rotate_queries(
-    problem: AttentionProblem,
-    writer: registry.CacheWriter,
-    cos: Tensor,
-    sin: Tensor,
-    lengths: Tensor,
-    interleaved: bool,
-) -> Tensor:
-    q = problem.q
-    if problem.visibility != Visibility():
-        return writer.rotate(q, cos, sin, lengths, interleaved)
-    # Without a mask every query stands at the same position: one row of seqlen_q * nheads heads.
-    batch_size, seqlen_q, nheads, headdim = q.shape
-    one_row = q.reshape(batch_size, 1, seqlen_q * nheads, headdim)
-    return writer.rotate(one_row, cos, sin, lengths, interleaved).view(q.shape)
+    _check_new(problem, update)
+    _check_rotary(problem, update)
 
 
 def _check_shapes(problem: AttentionProblem) -> None:
-    q, k, v = problem.q, problem.k, problem.v
-    check_tensor(q, "q", 4, "(batch_size, seqlen_q, nheads, headdim)")
+    q, k, v, layout = problem.q, problem.k, problem.v, problem.layout
+    if problem.is_varlen_q:
+        check_tensor(q, "q", 3, "(total_q, nheads, headdim)")
+    else:
+        check_tensor(q, "q", 4, "(batch_size, seqlen_q, nheads, headdim)")
     for x, name in ((k, "k_cache"), (v, "v_cache")):
         check_tensor(x, name, 4, "(batch_size_cache, seqlen_cache, nheads_k, headdim) or, with "
                      "`block_table`, (num_blocks, page_block_size, nheads_k, headdim)")  # fmt: skip
         check_last_stride(x, name)
-    table = problem.layout.page_table
-    check_index(table, "block_table", q, (q.shape[0], None))
-    check_index(problem.layout.seqused_k, "cache_seqlens", q, (q.shape[0],))
-    if k.shape[0] and q.shape[1] > problem.max_seqlen_k and k.shape[1]:
-        raise ConstraintError(
-            f"`q` must have seqlen <= the seqlen of the KV cache, found {q.shape[1]} and "
-            f"{problem.max_seqlen_k}"
-        )
+    rows = problem.batch_size if layout.cache_batch_idx is None else None
+    check_index(layout.page_table, "block_table", q, (rows, None))
+    check_index(layout.seqused_k, "cache_seqlens", q, (problem.batch_size,))
 
 
-def _check_new(problem: AttentionProblem, k_new: Tensor | None, v_new: Tensor | None) -> None:
+def _check_new(problem: AttentionProblem, update: CacheUpdate) -> None:
+    k_new, v_new, cu_seqlens = update.k, update.v, update.cu_seqlens
     if k_new is None:
         require(v_new is None, "`v` is given without `k`: pass both or none")
+        require(cu_seqlens is None, "`cu_seqlens_k_new` is given without `k`: pass both or none")
         return
     if v_new is None:
         raise ConstraintError("If key is supplied, value must also be passed in: `v` is None")
@@ -111,62 +189,88 @@ def _check_new(problem: AttentionProblem, k_new: Tensor | None, v_new: Tensor | 
         raise ConstraintError(
             "If key is supplied, seqlens_k must also be passed in: `cache_seqlens` is None"
         )
-    heads = (problem.nheads_k, problem.headdim)
-    for x, name in ((k_new, "k"), (v_new, "v")):
-        check_tensor(x, name, 4, "(batch_size, seqlen_new, nheads_k, headdim)")
-        check_like(x, name, problem.q)
-        if (x.shape[0], *x.shape[2:]) != (problem.batch_size, *heads):
-            wanted = (problem.batch_size, "seqlen_new", *heads)
-            raise ConstraintError(f"`{name}` must have shape {wanted}, found {tuple(x.shape)}")
-    if k_new.shape[1] != v_new.shape[1]:
+    if problem.layout.cu_seqlens_k is not None:
         raise ConstraintError(
-            f"`v` must have seqlen {k_new.shape[1]} like `k`, found {v_new.shape[1]}"
+            "`k` cannot be appended to packed keys: pass a cache, without `cu_seqlens_k`"
         )
-    if k_new.shape[1] > problem.max_seqlen_k:
+    check_index(cu_seqlens, "cu_seqlens_k_new", problem.q, (problem.batch_size + 1,))
+    leading = (problem.batch_size, "seqlen_new") if cu_seqlens is None else ("total_new",)
+    for x, name, headdim in ((k_new, "k", problem.headdim), (v_new, "v", problem.headdim_v)):
+        wanted = (*leading, problem.nheads_k, headdim)
+        check_tensor(x, name, len(wanted), _text(wanted))
+        check_like(x, name, problem.q)
+        fits = all(
+            isinstance(want, str) or want == have
+            for want, have in zip(wanted, x.shape, strict=True)
+        )
+        require(fits, f"`{name}` must have shape {_text(wanted)}, found {tuple(x.shape)}")
+        check_last_stride(x, name)
+    seqlen_new = k_new.shape[-3]
+    if seqlen_new != v_new.shape[-3]:
+        raise ConstraintError(
+            f"`v` must have seqlen {seqlen_new} like `k`, found {v_new.shape[-3]}"
+        )
+    if cu_seqlens is None and seqlen_new > problem.max_seqlen_k:
         raise ConstraintError(
             "`k` must have seqlen <= the seqlen of the KV cache, found "
-            f"{k_new.shape[1]} and {problem.max_seqlen_k}"
+            f"{seqlen_new} and {problem.max_seqlen_k}"
         )
 
 
-def _check_capacity(problem: AttentionProblem, lengths: Tensor, seqlen_new: int) -> None:
-    """With FLASH_ATTN_CHECK=1: the new rows fit. Otherwise rows that do not fit are dropped."""
-    if not settings.CHECK_INDICES or lengths.numel() == 0:
+def _text(shape: tuple[int | str, ...]) -> str:
+    return f"({', '.join(str(size) for size in shape)})"
+
+
+def _check_contents(problem: AttentionProblem, update: CacheUpdate, lengths: Tensor) -> None:
+    """With FLASH_ATTN_CHECK=1: the new rows fit and the rotary tables reach them. Otherwise rows
+    that do not fit are dropped and positions are clamped. Synchronises."""
+    if lengths.numel() == 0 or update.k is None:
         return
-    longest = int(lengths.max()) + seqlen_new
+    if update.cu_seqlens is not None:
+        check_cu_seqlens(update.cu_seqlens.tolist(), "cu_seqlens_k_new", update.k.shape[0])
+    new = _new_lengths(update)
+    longest = int((lengths + new).max())
     where = "block_table" if problem.is_paged else "k_cache"
     require(
         longest <= problem.max_seqlen_k,
         f"`{where}` has room for {problem.max_seqlen_k} keys a sequence, but `cache_seqlens` and "
         f"the new keys need {longest}",
     )
+    if update.rotary_cos is not None and update.rotary_seqlens is not None:
+        last = update.rotary_seqlens + new
+        check_range(update.rotary_seqlens, "rotary_seqlens", 0, update.rotary_cos.shape[0])
+        check_range(last, "rotary_seqlens plus the new keys", 0, update.rotary_cos.shape[0])
 
 
-def _check_rotary(
-    problem: AttentionProblem, k_new: Tensor | None, cos: Tensor | None, sin: Tensor | None
-) -> None:
+def _check_rotary(problem: AttentionProblem, update: CacheUpdate) -> None:
+    cos, sin = update.rotary_cos, update.rotary_sin
     if cos is None and sin is None:
+        require(
+            update.rotary_seqlens is None,
+            "`rotary_seqlens` is given without `rotary_cos` and `rotary_sin`: pass all or none",
+        )
         return
     if cos is None or sin is None:
         missing = "rotary_cos" if cos is None else "rotary_sin"
         raise ConstraintError(f"`rotary_cos` and `rotary_sin` go together: `{missing}` is None")
-    if k_new is None:
+    if update.k is None:
         raise ConstraintError(
             "If rotary cos/sin are provided, new key / value to be appended to KV cache must also "
             "be provided: `k` is None"
         )
+    check_index(update.rotary_seqlens, "rotary_seqlens", problem.q, (problem.batch_size,))
+    rows, what = problem.max_seqlen_k, "the cache"
+    if not problem.is_varlen_q and problem.q.shape[1] > rows:
+        rows, what = problem.q.shape[1], "`q`"
     for x, name in ((cos, "rotary_cos"), (sin, "rotary_sin")):
         check_tensor(x, name, 2, "(seqlen_rotary, rotary_dim / 2)")
-        if x.dtype != problem.q.dtype:
-            raise ConstraintError(
-                f"{name} must have the same dtype as query, found {x.dtype} and {problem.q.dtype}"
-            )
+        _check_table_dtype(x, name, problem.q.dtype)
         check_device(x, name, problem.q)
         require(x.is_contiguous(), f"`{name}` must be contiguous, found strides {x.stride()}")
-        if x.shape[0] < problem.max_seqlen_k:
+        if x.shape[0] < rows:
             raise ConstraintError(
                 f"cos/sin seqlen must be at least the seqlen of KV cache: `{name}` has "
-                f"{x.shape[0]} rows, the cache {problem.max_seqlen_k}"
+                f"{x.shape[0]} rows, {what} {rows}"
             )
     require(
         cos.shape == sin.shape,
@@ -181,6 +285,14 @@ def _check_rotary(
         rotary_dim % 16 == 0,
         f"Only rotary dimensions divisible by 16 are currently supported, found {rotary_dim}",
     )
+
+
+def _check_table_dtype(x: Tensor, name: str, dtype: torch.dtype) -> None:
+    """The queries' dtype; beside float8 queries, whose tables would be coarse, any floating one."""
+    if x.dtype != dtype and not (is_float8(dtype) and x.is_floating_point()):
+        raise ConstraintError(
+            f"{name} must have the same dtype as query, found {x.dtype} and {dtype}"
+        )
 
 
 def kvcache_problem(
@@ -203,14 +315,27 @@ def kvcache_problem(
         cache_batch_idx=cache_batch_idx,
     )
     check_flash_2(layout, num_splits)
-    check_same_headdim(q, v_cache)
-    return AttentionProblem(
+    check_same_headdim(q, k_cache, v_cache)
+    problem = AttentionProblem(
         q, k_cache, v_cache, transform, visibility, layout, num_splits=num_splits
     )
+    _check_shapes(problem)
+    if k_cache.shape[0] and q.shape[1] > problem.max_seqlen_k and k_cache.shape[1]:
+        raise ConstraintError(
+            f"`q` must have seqlen <= the seqlen of the KV cache, found {q.shape[1]} and "
+            f"{problem.max_seqlen_k}"
+        )
+    return problem
 
 
-def lengths_tensor(cache_seqlens: Tensor | int | None, q: Tensor) -> Tensor | None:
-    """``cache_seqlens`` as a (batch,) int32 tensor: an integer holds for every sequence."""
+def lengths_tensor(
+    cache_seqlens: Tensor | int | None, q: Tensor, batch_size: int | None = None
+) -> Tensor | None:
+    """``cache_seqlens`` as a (batch,) int32 tensor: an integer holds for every sequence.
+
+    ``batch_size`` is given where q is packed.
+    """
     if isinstance(cache_seqlens, int):
-        return torch.full((q.shape[0],), cache_seqlens, dtype=torch.int32, device=q.device)
+        rows = q.shape[0] if batch_size is None else batch_size
+        return torch.full((rows,), cache_seqlens, dtype=torch.int32, device=q.device)
     return cache_seqlens

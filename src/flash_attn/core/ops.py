@@ -12,10 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attend import attend, attend_backward
+from .attend import attend, attend_backward, operator_outputs
 from .outputs import s_dmask_shape, softmax_d_shape
-from .problem import AttentionProblem, BackwardInputs, SequenceLayout, Visibility, make_transform
-from .rng import new_state, unused_state
+from .problem import (
+    AttentionProblem,
+    AttentionResult,
+    BackwardInputs,
+    SequenceLayout,
+    Visibility,
+    make_transform,
+)
+from .rng import new_state, placeholder_state
 from .validate import check_flash_2, check_same_headdim
 
 NAMESPACE = "flash_attn"
@@ -65,7 +72,7 @@ def dense_problem(
     return_softmax: bool = False,
 ) -> AttentionProblem:
     """The problem that the dense operators' flat arguments describe."""
-    check_same_headdim(q, v)
+    check_same_headdim(q, k, v)
     return AttentionProblem(
         q,
         k,
@@ -77,8 +84,13 @@ def dense_problem(
     )
 
 
+def solve_forward(*arguments: Any) -> AttentionResult:
+    """What the dense forward operator computes, past the dispatcher."""
+    return attend(dense_problem(*arguments))
+
+
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
-    return tuple(attend(dense_problem(*arguments)))
+    return operator_outputs(dense_problem(*arguments))
 
 
 def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
@@ -131,7 +143,7 @@ def varlen_problem(
         max_seqlen_k=max_seqlen_k,
     )
     check_flash_2(layout, num_splits)
-    check_same_headdim(q, v)
+    check_same_headdim(q, k, v)
     return AttentionProblem(
         q,
         k,
@@ -145,8 +157,13 @@ def varlen_problem(
     )
 
 
+def solve_varlen_forward(*arguments: Any) -> AttentionResult:
+    """What the packed forward operator computes, past the dispatcher."""
+    return attend(varlen_problem(*arguments))
+
+
 def _varlen_forward(*arguments: Any) -> tuple[Tensor, ...]:
-    return tuple(attend(varlen_problem(*arguments)))
+    return operator_outputs(varlen_problem(*arguments))
 
 
 def _varlen_forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
@@ -165,7 +182,7 @@ def _solve_backward(
 ) -> Tensor:
     if rng_state is None:
         dropout = problem.dropout_p > 0.0
-        rng_state = (new_state if dropout else unused_state)(problem.q.device)
+        rng_state = (new_state if dropout else placeholder_state)(problem.q.device)
     inputs = BackwardInputs(
         dout,
         out,
@@ -178,7 +195,7 @@ def _solve_backward(
     return attend_backward(problem, inputs)
 
 
-def _backward(
+def solve_backward(
     dout: Tensor,
     q: Tensor,
     k: Tensor,
@@ -198,6 +215,7 @@ def _backward(
     deterministic: bool,
     rng_state: Tensor | None = None,
 ) -> Tensor:
+    """What the dense backward operator computes, past the dispatcher."""
     # `deterministic` asks for what every backend gives: no accumulation depends on timing.
     problem = dense_problem(
         q, k, v, dropout_p, softmax_scale, causal, window_size_left, window_size_right,
@@ -219,7 +237,7 @@ def _backward_fake(
     return q.new_empty(softmax_d_shape(problem), dtype=torch.float32)
 
 
-def _varlen_backward(
+def solve_varlen_backward(
     dout: Tensor,
     q: Tensor,
     k: Tensor,
@@ -244,6 +262,7 @@ def _varlen_backward(
     rng_state: Tensor | None = None,
     zero_tensors: bool = False,
 ) -> Tensor:
+    """What the packed backward operator computes, past the dispatcher."""
     problem = varlen_problem(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale,
         causal, window_size_left, window_size_right, softcap, alibi_slopes,
@@ -271,8 +290,8 @@ def _varlen_backward_fake(
 _IMPLEMENTATIONS: dict[str, tuple[Any, Any]] = {
     "_flash_attn_forward": (_forward, _forward_fake),
     "_flash_attn_varlen_forward": (_varlen_forward, _varlen_forward_fake),
-    "_flash_attn_backward": (_backward, _backward_fake),
-    "_flash_attn_varlen_backward": (_varlen_backward, _varlen_backward_fake),
+    "_flash_attn_backward": (solve_backward, _backward_fake),
+    "_flash_attn_varlen_backward": (solve_varlen_backward, _varlen_backward_fake),
 }
 
 # Kept alive for the life of the process: the operators vanish with the library object.

@@ -31,6 +31,8 @@ class PlanKey(NamedTuple):
         few_rows: whether there are at most 16 queries a sequence (decoding).
         block_dv: head dim of v, rounded up likewise; 0 is that of q.
         second: whether there is a second product, of queries with values.
+        windowed: whether the mask has a left limit, for which more is kept in registers.
+        padded: whether the head dim is less than block_d, so that columns are masked.
         mask_tensor: whether the scores have a mask tensor.
     """
 
@@ -44,6 +46,8 @@ class PlanKey(NamedTuple):
     few_rows: bool = False
     block_dv: int = 0
     second: bool = False
+    windowed: bool = False
+    padded: bool = False
     mask_tensor: bool = False
 
 
@@ -71,6 +75,11 @@ def override(**plans: TilePlan) -> Iterator[None]:
     finally:
         _overrides.clear()
         _overrides.update(before)
+
+
+def is_overridden() -> bool:
+    """Whether an :func:`override` is in force."""
+    return bool(_overrides)
 
 
 def overridden(key: PlanKey) -> TilePlan | None:

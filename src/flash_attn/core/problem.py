@@ -199,7 +199,7 @@ class AttentionProblem(NamedTuple):
             "qv": self.qv is not None,
             "a head dim of v of its own": self.v.shape[-1] != self.q.shape[-1],
             "float8 inputs": is_float8(self.q.dtype),
-            "out_dtype": self.result_dtype != self.q.dtype,
+            "out_dtype": self.out_dtype not in (None, self.q.dtype),
         }
         return [name for name, is_used in used.items() if is_used]
 
@@ -238,7 +238,7 @@ class AttentionResult(NamedTuple):
         out: like q, with the values' head dim, in :attr:`AttentionProblem.result_dtype`.
         softmax_lse: float32 natural log-sum-exp, see :attr:`AttentionProblem.lse_shape`.
         s_dmask: (batch, nheads, seqlen_q, seqlen_k) each rounded up to 128, or shape (0,).
-        rng_state: (2,) int64 seed and offset of the dropout mask.
+        rng_state: (2,) int64 seed and offset of the dropout mask; without dropout any two numbers.
     """
 
     out: Tensor

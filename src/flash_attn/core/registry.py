@@ -46,25 +46,40 @@ class CacheWriter(Protocol):
     """What a backend needs besides, to serve KV caches."""
 
     def rotate(
-        self, x: Tensor, cos: Tensor, sin: Tensor, seqlen_offsets: int | Tensor, interleaved: bool
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        seqlen_offsets: int | Tensor,
+        interleaved: bool,
+        cu_seqlens: Tensor | None = None,
     ) -> Tensor:
-        """Rotary embedding of (batch, seqlen, nheads, headdim), into a new tensor."""
+        """Rotary embedding of (batch, seqlen, nheads, headdim), or with ``cu_seqlens`` of packed
+        (total, nheads, headdim), into a new tensor."""
 
     def append_kv(
-        self, problem: AttentionProblem, k_new: Tensor, v_new: Tensor, at: Tensor
+        self,
+        problem: AttentionProblem,
+        k_new: Tensor,
+        v_new: Tensor,
+        at: Tensor,
+        cu_seqlens_new: Tensor | None = None,
     ) -> None:
-        """Write new rows into the problem's caches, sequence b's from row ``at[b]`` on."""
+        """Write new rows, dense or packed, into the problem's caches, sequence b's from row
+        ``at[b]`` on."""
 
 
 # Name -> where its object lives. Loaded on first use: importing flash_attn loads torch alone.
 _LOCATIONS = {
     "triton": "flash_attn.backends.triton",
+    "sm90": "flash_attn.backends.sm90",
     "cuda": "flash_attn.backends.cuda",
     "flag_gems": "flash_attn.backends.flag_gems",
     "cpu": "flash_attn.backends.cpu",
     "reference": "flash_attn.backends.reference",
 }
-# The families of our own kernels, best first: what "auto" and USE_FLAGGEMS=TRUE choose from.
+# The families of our own kernels, best first: what "auto" and USE_FLAGGEMS=TRUE choose from. "sm90"
+# computes no gradients yet and is chosen by name alone.
 _OWN = ("triton", "cpu")
 AUTO = "auto"
 
@@ -111,8 +126,8 @@ def set_backend(name: str) -> None:
 
     Args:
         name: "auto" (the default: our own kernels, by device, unless the environment says
-            otherwise), "triton", "cuda", "flag_gems", "cpu" or "reference". A named backend is
-            used or an error says why it cannot be: there is no fallback from it.
+            otherwise), "triton", "sm90", "cuda", "flag_gems", "cpu" or "reference". A named
+            backend is used or an error says why it cannot be: there is no fallback from it.
 
     Raises:
         ConstraintError: no backend has that name.
@@ -134,6 +149,18 @@ def use_backend(name: str) -> Iterator[None]:
         yield
     finally:
         _context_choice.pop()
+
+
+def choice() -> tuple[str, bool]:
+    """What :func:`select` depends on besides the problem: a name, and what the environment says
+    where none is named."""
+    name = _context_choice[-1] if _context_choice else _process_choice
+    return (name, name != AUTO or settings.use_flaggems())
+
+
+def is_loaded(backend: Backend) -> bool:
+    """Whether ``backend`` is what its name stands for."""
+    return _loaded.get(backend.name) is backend
 
 
 def _reasons(name: str, problem: AttentionProblem, backward: bool) -> list[str]:

@@ -23,8 +23,13 @@ def new_state(device: torch.device) -> Tensor:
 
 
 def unused_state(device: torch.device) -> Tensor:
-    """The (2,) int64 state that calls without dropout return."""
+    """The (2,) int64 state that operators without dropout return."""
     return torch.zeros(2, dtype=torch.int64, device=device)
+
+
+def placeholder_state(device: torch.device) -> Tensor:
+    """Stands for a (2,) int64 state where none is read: uninitialised, which launches nothing."""
+    return torch.empty(2, dtype=torch.int64, device=device)
 
 
 def keep_threshold(dropout_p: float) -> int:

@@ -49,10 +49,10 @@ def check_like(x: Tensor, name: str, q: Tensor) -> None:
     check_device(x, name, q)
 
 
-def check_device(x: Tensor, name: str, q: Tensor) -> None:
-    """``x`` is where q is."""
+def check_device(x: Tensor, name: str, q: Tensor, like: str = "q") -> None:
+    """``x`` is where q, or the argument called ``like``, is."""
     if x.device != q.device:
-        raise ConstraintError(f"`{name}` must be on {q.device} like `q`, found {x.device}")
+        raise ConstraintError(f"`{name}` must be on {q.device} like `{like}`, found {x.device}")
 
 
 def check_index(x: Tensor | None, name: str, q: Tensor, shape: tuple[int | None, ...]) -> None:
@@ -323,6 +323,11 @@ def check_backward(problem: AttentionProblem, dout: Tensor, out: Tensor, lse: Te
         raise ConstraintError(
             f"the backward pass does not support float8: `q` has dtype {_name(problem.q.dtype)}"
         )
+    if problem.result_dtype != problem.q.dtype:
+        raise ConstraintError(
+            f"the backward pass needs an output like `q`: `out_dtype` is "
+            f"{_name(problem.result_dtype)}, `q` has dtype {_name(problem.q.dtype)}; leave it out"
+        )
     for x, name in ((dout, "dout"), (out, "out")):
         if tuple(x.shape) != problem.out_shape:
             raise ConstraintError(
@@ -368,25 +373,25 @@ def check_contents(problem: AttentionProblem) -> None:
         (layout.cu_seqlens_k, "cu_seqlens_k", None if problem.is_paged else problem.k.shape[0]),
     ):
         if cu is not None:
-            _check_cu_seqlens(cu.tolist(), name, total)
+            check_cu_seqlens(cu.tolist(), name, total)
     capacity = problem.max_seqlen_k
     if layout.cu_seqlens_q is None:
-        _check_range(layout.seqused_q, "seqused_q", 0, problem.max_seqlen_q)
+        check_range(layout.seqused_q, "seqused_q", 0, problem.max_seqlen_q)
     elif layout.seqused_q is not None:
         _check_at_most(layout.seqused_q, "seqused_q", layout.cu_seqlens_q.diff(), "cu_seqlens_q")
     if layout.cu_seqlens_k is None:
-        _check_range(layout.seqused_k, "cache_seqlens", 0, capacity)
+        check_range(layout.seqused_k, "cache_seqlens", 0, capacity)
     elif layout.seqused_k is not None:
         _check_at_most(layout.seqused_k, "seqused_k", layout.cu_seqlens_k.diff(), "cu_seqlens_k")
-    _check_range(layout.leftpad_k, "cache_leftpad", 0, capacity)
+    check_range(layout.leftpad_k, "cache_leftpad", 0, capacity)
     if layout.leftpad_k is not None and layout.seqused_k is not None:
         _check_at_most(layout.leftpad_k, "cache_leftpad", layout.seqused_k, "cache_seqlens")
     rows = (problem.k if layout.page_table is None else layout.page_table).shape[0]
-    _check_range(layout.cache_batch_idx, "cache_batch_idx", 0, rows - 1)
+    check_range(layout.cache_batch_idx, "cache_batch_idx", 0, rows - 1)
     _check_pages(problem)
 
 
-def _check_cu_seqlens(bounds: list[int], name: str, total: int | None) -> None:
+def check_cu_seqlens(bounds: list[int], name: str, total: int | None) -> None:
     require(bounds[0] == 0, f"`{name}` must start with 0, found {bounds[0]}")
     for before, after in zip(bounds, bounds[1:], strict=False):
         require(after >= before, f"`{name}` must not decrease, found {before} before {after}")
@@ -396,7 +401,7 @@ def _check_cu_seqlens(bounds: list[int], name: str, total: int | None) -> None:
         )
 
 
-def _check_range(x: Tensor | None, name: str, low: int, high: int) -> None:
+def check_range(x: Tensor | None, name: str, low: int, high: int) -> None:
     if x is None or x.numel() == 0:
         return
     smallest, largest = int(x.min()), int(x.max())
@@ -460,9 +465,10 @@ def check_flash_2(layout: SequenceLayout, num_splits: int) -> None:
         )
 
 
-def check_same_headdim(q: Tensor, v: Tensor) -> None:
+def check_same_headdim(q: Tensor, k: Tensor, v: Tensor) -> None:
     """FlashAttention-2's interface has one head dim for all tensors."""
-    if v.shape[-1:] != q.shape[-1:]:
+    # A wrong `k` is reported with all else that is checked of it.
+    if v.shape[-1:] != q.shape[-1:] and k.shape[-1:] == q.shape[-1:]:
         raise ConstraintError(
             f"`v` must have head dim {q.shape[-1]} like `q`, found {v.shape[-1]}; "
             "flash_attn_interface.flash_attn_func takes a head dim of v of its own"

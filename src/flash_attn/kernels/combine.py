@@ -55,7 +55,9 @@ def attention_combine(
         part = tl.load(partial_lse + split * stride_qs + rows, mask=inside, other=float("-inf"))
         weight = tl.exp2((part - shift) * LOG2E)
         pointers = partial_out + split * stride_ps + wide_rows[:, None] * stride_pm + cols[None, :]
-        acc += weight[:, None] * tl.load(pointers, mask=tile_mask, other=0.0)
+        # A part of weight 0 is not read: it may never have been written.
+        part_mask = tile_mask & (weight > 0.0)[:, None]
+        acc += weight[:, None] * tl.load(pointers, mask=part_mask, other=0.0)
         total += weight
     dead = total == 0.0
     acc = acc * tl.where(dead, 0.0, 1.0 / tl.where(dead, 1.0, total))[:, None]

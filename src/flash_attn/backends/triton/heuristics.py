@@ -12,19 +12,26 @@ from functools import lru_cache
 from ...core.plan import PlanKey, TilePlan, overridden, report
 from .extended_plans import extended_plan, size_of
 
-_Table = dict[tuple[str, int], TilePlan]
+_Variants = tuple[TilePlan, TilePlan, TilePlan, TilePlan]
+_Table = dict[int, dict[str, _Variants]]
 
 
-def _table(
-    forward: tuple[int, ...], dkdv: tuple[int, ...], dq: tuple[int, ...]
-) -> dict[str, TilePlan]:
-    return {"forward": TilePlan(*forward), "dkdv": TilePlan(*dkdv), "dq": TilePlan(*dq)}
+def _variants(**rows: list[tuple[int, int, int, int]]) -> dict[str, _Variants]:
+    """By kernel, the plans without a mask, with one, with heavy features, and with a left limit.
+
+    Where rows are left out, the last one repeats; a left limit takes the plan of other masks.
+    """
+    found = {}
+    for kernel, given in rows.items():
+        plans = [TilePlan(*row) for row in given]
+        full, masked, heavy = (plans + [plans[-1]] * 2)[:3]
+        found[kernel] = (full, masked, heavy, plans[3] if len(plans) > 3 else masked)
+    return found
 
 
-def _variants(**rows: list[tuple[int, ...]]) -> dict[str, tuple[TilePlan, ...]]:
-    """By kernel, the plans without a mask, with one, and with heavy features; the last repeats."""
-    plans = {kernel: [TilePlan(*row) for row in given] for kernel, given in rows.items()}
-    return {kernel: tuple((found + [found[-1]] * 2)[:3]) for kernel, found in plans.items()}
+def _changed(table: _Table, changes: _Table) -> _Table:
+    """``table`` with the plans of single head dims and kernels replaced."""
+    return {block_d: {**table[block_d], **changes.get(block_d, {})} for block_d in table}
 
 
 # Hopper. Head dims 64 and 128 without heavy features were measured on an H200
@@ -41,37 +48,36 @@ _SM90 = {
         dq=[(64, 64, 4, 3)],
     ),
     64: _variants(
-        forward=[(64, 64, 4, 3), (64, 64, 4, 3), (128, 64, 8, 3)],
+        forward=[(64, 64, 4, 3), (64, 64, 4, 3), (128, 64, 8, 2)],
         dkdv=[(64, 64, 4, 2), (64, 64, 4, 3), (32, 128, 8, 3)],
         dq=[(64, 64, 4, 3), (64, 64, 4, 3), (128, 64, 8, 3)],
     ),
     128: _variants(
-        forward=[(128, 64, 8, 3), (128, 128, 8, 3), (128, 64, 8, 2)],
+        forward=[(128, 64, 8, 3), (128, 128, 8, 3), (128, 64, 8, 2), (128, 64, 8, 2)],
         dkdv=[(64, 128, 8, 2), (32, 128, 8, 3), (32, 64, 8, 2)],
         dq=[(128, 64, 8, 3), (128, 64, 8, 3), (128, 32, 8, 3)],
     ),
     256: _variants(
-        forward=[(128, 32, 8, 2)],
+        forward=[(128, 32, 8, 2), (128, 32, 8, 2), (128, 32, 8, 2), (64, 32, 8, 2)],
         dkdv=[(32, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1)],
         dq=[(64, 32, 8, 2), (32, 32, 8, 1)],
     ),
 }
 # What newer compilers need instead: from Triton 3.7 on.
-_SM90_NEWER = {
-    **_SM90,
-    128: {**_SM90[128], **_variants(forward=[(128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 2)])},
-}
+_SM90_NEWER = _changed(
+    _SM90, {128: _variants(forward=[(128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 2)])}
+)
 # Ampere data centre GPUs: 163 KB of shared memory.
 _SM80 = {
     16: _variants(
         forward=[(128, 64, 4, 3)],
         dkdv=[(64, 128, 8, 2)],
-        dq=[(128, 64, 8, 3)],
+        dq=[(128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3), (128, 128, 8, 3)],
     ),
     32: _variants(
         forward=[(128, 64, 4, 3)],
         dkdv=[(64, 128, 8, 2), (64, 128, 8, 2), (32, 128, 8, 2)],
-        dq=[(128, 64, 8, 3)],
+        dq=[(128, 128, 8, 3), (128, 64, 8, 3)],
     ),
     64: _variants(
         forward=[(128, 64, 4, 3), (128, 64, 4, 3), (128, 64, 8, 3)],
@@ -80,13 +86,13 @@ _SM80 = {
     ),
     128: _variants(
         forward=[(128, 32, 8, 2), (64, 64, 8, 2)],
-        dkdv=[(32, 128, 8, 2), (64, 64, 8, 1)],
+        dkdv=[(128, 64, 8, 2), (64, 64, 8, 1)],
         dq=[(128, 32, 8, 2), (128, 32, 8, 2), (128, 32, 8, 1)],
     ),
     256: _variants(
-        forward=[(64, 64, 8, 2), (64, 32, 8, 2)],
+        forward=[(64, 64, 8, 2), (64, 32, 8, 2), (64, 32, 8, 1)],
         dkdv=[(32, 64, 8, 2), (16, 32, 8, 1)],
-        dq=[(64, 64, 8, 2), (64, 32, 8, 1)],
+        dq=[(64, 64, 8, 2), (64, 32, 8, 1), (32, 128, 8, 1), (64, 32, 8, 1)],
     ),
 }
 # The other Ampere, Ada and GeForce Blackwell GPUs, and any unknown one: 99 KB of shared memory.
@@ -94,12 +100,12 @@ _SM86 = {
     16: _variants(
         forward=[(128, 64, 4, 3), (128, 64, 4, 3), (128, 64, 4, 2)],
         dkdv=[(64, 128, 8, 2)],
-        dq=[(128, 64, 8, 3)],
+        dq=[(128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3), (128, 128, 8, 3)],
     ),
     32: _variants(
         forward=[(128, 64, 4, 3)],
         dkdv=[(64, 128, 8, 2)],
-        dq=[(128, 64, 8, 3)],
+        dq=[(128, 128, 8, 3), (128, 64, 8, 3)],
     ),
     64: _variants(
         forward=[(128, 64, 4, 3), (128, 64, 8, 3)],
@@ -107,8 +113,8 @@ _SM86 = {
         dq=[(128, 64, 8, 2), (128, 64, 8, 2), (128, 32, 8, 2)],
     ),
     128: _variants(
-        forward=[(128, 64, 8, 3), (128, 32, 8, 2), (64, 32, 4, 2)],
-        dkdv=[(32, 128, 8, 2), (64, 64, 8, 1)],
+        forward=[(128, 64, 8, 3), (128, 32, 8, 2), (64, 32, 4, 2), (64, 32, 4, 2)],
+        dkdv=[(64, 64, 8, 1)],
         dq=[(128, 32, 8, 2), (128, 32, 8, 2), (128, 32, 8, 1)],
     ),
     256: _variants(
@@ -118,10 +124,7 @@ _SM86 = {
     ),
 }
 # What newer compilers need instead: from Triton 3.7 on.
-_SM86_NEWER = {
-    **_SM86,
-    128: {**_SM86[128], **_variants(forward=[(128, 64, 8, 3), (64, 32, 4, 2)])},
-}
+_SM86_NEWER = _changed(_SM86, {128: _variants(forward=[(128, 64, 8, 3), (64, 32, 4, 2)])})
 # Blackwell data centre GPUs: products accumulate in tensor memory.
 _SM100 = {
     16: _variants(
@@ -135,9 +138,9 @@ _SM100 = {
         dq=[(128, 64, 8, 3)],
     ),
     64: _variants(
-        forward=[(128, 64, 4, 3), (128, 64, 4, 3), (128, 64, 8, 3)],
+        forward=[(128, 64, 4, 3), (128, 64, 4, 3), (128, 64, 8, 2)],
         dkdv=[(64, 128, 8, 2)],
-        dq=[(128, 64, 8, 2)],
+        dq=[(128, 64, 8, 2), (128, 64, 8, 2), (128, 32, 8, 2)],
     ),
     128: _variants(
         forward=[(128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 2)],
@@ -146,7 +149,7 @@ _SM100 = {
     ),
     256: _variants(
         forward=[(128, 32, 8, 2), (128, 32, 8, 2), (64, 64, 8, 2)],
-        dkdv=[(32, 64, 8, 2), (16, 64, 8, 1), (32, 32, 8, 1)],
+        dkdv=[(32, 64, 8, 2), (16, 64, 8, 1), (16, 32, 8, 1)],
         dq=[(64, 64, 8, 2), (64, 32, 8, 1), (32, 32, 8, 1)],
     ),
 }
@@ -176,39 +179,154 @@ _GENERIC = {
 }
 # Full float32 products have no tensor cores to feed: tiles are small.
 _FLOAT32 = {
-    16: _table((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
-    32: _table((32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
-    64: _table((32, 32, 4, 1), (32, 32, 8, 1), (32, 32, 8, 1)),
-    128: _table((32, 32, 8, 1), (16, 16, 8, 1), (32, 32, 8, 1)),
-    256: _table((32, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
+    16: _variants(
+        forward=[(32, 32, 4, 1)],
+        dkdv=[(32, 32, 4, 1)],
+        dq=[(32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 2)],
+    ),
+    32: _variants(
+        forward=[(32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 2)],
+        dkdv=[(32, 32, 4, 1)],
+        dq=[(32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 2)],
+    ),
+    64: _variants(forward=[(32, 32, 4, 1)], dkdv=[(32, 32, 8, 1)], dq=[(32, 32, 8, 1)]),
+    128: _variants(
+        forward=[(32, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1)],
+        dkdv=[(16, 16, 8, 1)],
+        dq=[(32, 32, 8, 1), (32, 32, 8, 1), (16, 16, 8, 1)],
+    ),
+    # With two stages the tiles of the next step wait in shared memory; with one, 320 bytes spill.
+    256: _variants(
+        forward=[(32, 16, 8, 1)],
+        dkdv=[(16, 16, 8, 2)],
+        dq=[(16, 16, 8, 1), (16, 16, 8, 1), (16, 32, 8, 1)],
+    ),
+}
+# CDNA: four warps have twice the registers of eight, and 64 KB hold no second stage.
+_FLOAT32_AMD = _changed(
+    _FLOAT32,
+    {
+        64: _variants(dkdv=[(32, 32, 4, 1)]),
+        128: _variants(dq=[(32, 32, 4, 1)]),
+        256: _variants(dkdv=[(16, 16, 4, 1)], dq=[(16, 16, 4, 1)]),
+    },
+)
+_TABLES = {
+    "sm80": _SM80,
+    "sm86": _SM86,
+    "sm86 newer": _SM86_NEWER,
+    "sm90": _SM90,
+    "sm90 newer": _SM90_NEWER,
+    "sm100": _SM100,
+    "gfx942": _GFX942,
+    "generic": _GENERIC,
+    "float32": _FLOAT32,
+    "float32 amd": _FLOAT32_AMD,
+}
+# Head dims that are not powers of two: what differs, since masks of columns take registers too.
+_PADDED_SM90 = {
+    16: _variants(
+        forward=[(128, 64, 4, 3), (128, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 3)],
+    ),
+    32: _variants(
+        forward=[(128, 64, 4, 3), (128, 64, 8, 3)],
+        dkdv=[(64, 64, 4, 3), (64, 128, 8, 3), (32, 64, 4, 3)],
+    ),
+    64: _variants(
+        forward=[(128, 64, 8, 3), (128, 64, 8, 3), (64, 64, 8, 3), (128, 64, 8, 3)],
+        dkdv=[(64, 128, 8, 2), (64, 64, 8, 2), (32, 128, 8, 3), (32, 128, 8, 3)],
+    ),
+    128: _variants(
+        forward=[(128, 64, 8, 3), (128, 128, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2)],
+        dkdv=[(32, 128, 8, 2), (32, 128, 8, 3), (32, 64, 8, 2)],
+    ),
+}
+_PADDED_SM86 = {
+    16: _variants(
+        forward=[(128, 64, 4, 3), (128, 64, 4, 3), (128, 64, 4, 2), (128, 64, 8, 3)],
+        dq=[(128, 64, 8, 3), (128, 128, 8, 3), (128, 64, 8, 3), (128, 128, 8, 3)],
+    ),
+    32: _variants(
+        forward=[(128, 64, 4, 3), (128, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 3)],
+    ),
+    64: _variants(
+        forward=[(128, 64, 8, 3), (128, 64, 8, 3), (64, 64, 8, 3)],
+        dkdv=[(64, 128, 8, 2), (64, 64, 8, 2)],
+        dq=[(128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 2)],
+    ),
+}
+_PADDED: dict[str, _Table] = {
+    "sm90": _PADDED_SM90,
+    "sm90 newer": _PADDED_SM90,
+    "sm80": {
+        16: _variants(
+            forward=[(128, 64, 4, 3), (128, 64, 4, 3), (128, 64, 4, 3), (128, 64, 8, 3)],
+            dq=[(128, 128, 8, 3), (128, 128, 8, 3), (128, 64, 8, 3), (128, 128, 8, 3)],
+        ),
+        32: _variants(
+            forward=[(128, 64, 4, 3), (128, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 3)],
+        ),
+        64: _variants(
+            forward=[(128, 64, 8, 3), (128, 64, 8, 3), (128, 32, 8, 2), (128, 64, 8, 3)],
+            dkdv=[(32, 128, 8, 2), (32, 128, 8, 2), (64, 32, 8, 2)],
+            dq=[(128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 2)],
+        ),
+        128: _variants(dkdv=[(128, 64, 8, 2), (64, 64, 8, 1)]),
+    },
+    "sm86": _PADDED_SM86,
+    "sm86 newer": _PADDED_SM86,
+    "sm100": {
+        64: _variants(
+            forward=[(128, 64, 8, 3), (128, 64, 8, 3), (64, 64, 8, 3)],
+            dkdv=[(64, 128, 8, 2), (64, 128, 8, 2), (32, 128, 8, 2)],
+        ),
+        128: _variants(dq=[(128, 64, 8, 2), (64, 64, 8, 2)]),
+    },
+    "float32": {
+        16: _variants(dq=[(32, 32, 4, 1), (32, 32, 4, 2)]),
+        64: _variants(
+            forward=[(32, 32, 4, 1), (32, 32, 8, 2)],
+            dq=[(32, 32, 8, 1), (32, 32, 8, 2)],
+        ),
+    },
 }
 
 
-def _family(arch: str, newer: bool) -> dict[int, dict[str, tuple[TilePlan, ...]]]:
-    """The table of ``arch``, or of its closest relative."""
-    if arch == "sm90":
-        return _SM90_NEWER if newer else _SM90
-    if arch == "sm80":
-        return _SM80
-    if arch.startswith("sm10"):
-        return _SM100
-    if arch.startswith("gfx"):
-        return _GFX942
-    if arch.startswith("sm"):
-        return _SM86_NEWER if newer else _SM86
-    return _GENERIC
+def family_of(key: PlanKey) -> str:
+    """The name of the table for ``key``: that of its GPU, or of the closest relative."""
+    if key.itemsize == 4:
+        return "float32 amd" if key.arch.startswith("gfx") else "float32"
+    newer = " newer" if key.triton >= (3, 7) else ""
+    if key.arch == "sm90":
+        return "sm90" + newer
+    if key.arch == "sm80":
+        return "sm80"
+    if key.arch.startswith("sm10"):
+        return "sm100"
+    if key.arch.startswith("gfx"):
+        return "gfx942"
+    return "sm86" + newer if key.arch.startswith("sm") else "generic"
+
+
+def variant_of(key: PlanKey) -> int:
+    """Which of a kernel's plans serves ``key``; see ``_variants``."""
+    if key.heavy:
+        return 2
+    return 3 if key.windowed else int(key.masked)
 
 
 @lru_cache(maxsize=1024)
 def _lookup(key: PlanKey) -> TilePlan:
-    variant = 2 if key.heavy else int(key.masked)
     plan = extended_plan(key)
-    if plan is None and key.itemsize == 4:
-        plan = _FLOAT32[size_of(key)][key.kernel]
-    elif plan is None:
-        plan = _family(key.arch, key.triton >= (3, 7))[size_of(key)][key.kernel][variant]
+    if plan is None:
+        family, size = family_of(key), size_of(key)
+        kernels = _TABLES[family][size]
+        if key.padded:
+            kernels = {**kernels, **_PADDED.get(family, {}).get(size, {})}
+        plan = kernels[key.kernel][variant_of(key)]
     if key.few_rows and key.kernel == "forward":
-        plan = TilePlan(16, min(plan.block_n, 64), 4, plan.num_stages)
+        most = 32 if key.padded and key.block_d == 64 else 64
+        plan = TilePlan(16, min(plan.block_n, most), 4, plan.num_stages)
     return plan
 
 

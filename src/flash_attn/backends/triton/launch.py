@@ -13,12 +13,15 @@ from ...core.device import arch_of, guard, multiprocessors_of
 from ...core.outputs import empty_lse, empty_out, new_s_dmask
 from ...core.plan import PlanKey, TilePlan
 from ...core.problem import AttentionProblem, AttentionResult, is_float8
-from ...kernels.combine import attention_combine
-from ...kernels.forward import attention_forward
-from ...kernels.kv_append import append_kv as append_kv_kernel
+from ...kernels import combine as combine_kernels
+from ...kernels import forward as forward_kernels
 from ...kernels.softmax_debug import softmax_debug
+from .._launcher import Launcher, scratch
 from .extended_plans import converts_float8_ahead, float8_product, float8_weights
 from .heuristics import plan_for
+
+attention_forward = Launcher(forward_kernels.attention_forward)
+attention_combine = Launcher(combine_kernels.attention_combine)
 
 _major, _minor = triton.__version__.split(".")[:2]
 _TRITON = (int(_major), int(_minor))
@@ -105,6 +108,8 @@ def plan_key(kernel: str, problem: AttentionProblem, facts: Facts, rows: int = 0
         0 < rows <= _FEW_ROWS,
         facts.block_dv,
         problem.qv is not None,
+        named["HAS_LEFT"],
+        problem.headdim < facts.block_d,
         problem.transform.attn_mask is not None,
     )
 
@@ -121,7 +126,14 @@ def packs_heads(problem: AttentionProblem, plan: TilePlan) -> bool:
         return False
     if problem.pack_gqa is not None:
         return problem.pack_gqa
-    return 0 < problem.max_seqlen_q * group <= plan.block_m
+    return 0 < typical_rows(problem) * group <= plan.block_m
+
+
+def typical_rows(problem: AttentionProblem) -> int:
+    """Queries of a sequence; packed, of one of average length. Not ``max_seqlen_q``: a bound of a
+    caller's choice must not decide the order in which anything is summed."""
+    rows = problem.q.shape[-3]
+    return triton.cdiv(rows, max(1, problem.batch_size)) if problem.is_varlen_q else rows
 
 
 def compile_options(plan: TilePlan) -> dict[str, int]:
@@ -249,7 +261,7 @@ def _plan_forward(problem: AttentionProblem, facts: Facts) -> ForwardPlan:
         pack_gqa = packs_heads(problem, largest)
     if pack_gqa:
         # A tile for few rows is chosen by the number of rows with the heads in them.
-        tile = plan_for(plan_key("forward", problem, facts, problem.max_seqlen_q * group))
+        tile = plan_for(plan_key("forward", problem, facts, typical_rows(problem) * group))
         rows, heads = tile.block_m // group, problem.nheads_k
     tiles = tiles_of(problem.q.shape[-3], problem.batch_size, problem.is_varlen_q, rows)
     programs = tiles * heads * (1 if problem.is_varlen_q else problem.batch_size)
@@ -263,7 +275,7 @@ def forward(problem: AttentionProblem, out: Tensor | None) -> AttentionResult:
     out = empty_out(problem) if out is None else out
     lse = empty_lse(problem)
     with guard(problem.q):
-        rng_state = rng.new_state(device) if dropout else rng.unused_state(device)
+        rng_state = rng.new_state(device) if dropout else rng.placeholder_state(device)
         problem = float8_operands(problem)
         facts = facts_of(problem)
         plan = _plan_forward(problem, facts)
@@ -359,8 +371,8 @@ def _forward_split(
     splits: int,
 ) -> None:
     """Partial results in float32, then their merge."""
-    partial_out = torch.empty((splits, *out.shape), dtype=torch.float32, device=out.device)
-    partial_lse = torch.empty((splits, *lse.shape), dtype=torch.float32, device=lse.device)
+    partial_out = scratch((splits, *out.shape), torch.float32, out.device)
+    partial_lse = scratch((splits, *lse.shape), torch.float32, lse.device)
     _launch_forward(problem, facts, plan, rng_state, partial_out, partial_lse, splits)
     rows = problem.q.shape[-3]
     block_m = 16 if facts.block_dv <= 256 else 8
@@ -409,27 +421,3 @@ def _launch_softmax_debug(
         num_warps=4,
         **named,
     )  # fmt: skip
-
-
-def append_kv(problem: AttentionProblem, k_new: Tensor, v_new: Tensor, at: Tensor) -> None:
-    """Write (batch, seqlen_new, nheads_k, headdim) into the caches from row ``at[b]`` on."""
-    table, cache_row = problem.layout.page_table, problem.layout.cache_batch_idx
-    block_m = 16
-    tiles = triton.cdiv(k_new.shape[1], block_m)
-    with guard(problem.q):
-        append_kv_kernel[(tiles * problem.nheads_k * k_new.shape[0],)](
-            k_new, v_new, problem.k, problem.v, at,
-            at if table is None else table,
-            at if cache_row is None else cache_row,
-            *row_strides(k_new), *row_strides(v_new),
-            *row_strides(problem.k), *row_strides(problem.v),
-            0 if table is None else table.stride(0),
-            problem.nheads_k, k_new.shape[1], problem.max_seqlen_k,
-            1 if table is None else problem.k.shape[1],
-            problem.k.shape[0], tiles,
-            HEAD_DIM=problem.headdim, BLOCK_M=block_m,
-            BLOCK_D=max(16, triton.next_power_of_2(problem.headdim)),
-            IS_PAGED=table is not None,
-            HAS_BATCH_IDX=cache_row is not None,
-            num_warps=4,
-        )  # fmt: skip

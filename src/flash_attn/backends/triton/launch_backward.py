@@ -10,12 +10,8 @@ from torch import Tensor
 from ...core.device import guard, side_stream
 from ...core.outputs import softmax_d_shape
 from ...core.problem import AttentionProblem, BackwardInputs
-from ...kernels.backward import (
-    attention_dkdv,
-    attention_dmask,
-    attention_dq,
-    attention_row_statistics,
-)
+from ...kernels import backward as kernels
+from .._launcher import Launcher, scratch
 from .heuristics import overlaps_backward, plan_for
 from .launch import (
     Facts,
@@ -30,12 +26,20 @@ from .launch import (
     tiles_of,
 )
 
+attention_row_statistics = Launcher(kernels.attention_row_statistics)
+attention_dkdv = Launcher(kernels.attention_dkdv)
+attention_dq = Launcher(kernels.attention_dq)
+attention_dmask = Launcher(kernels.attention_dmask)
+
 
 def backward(problem: AttentionProblem, inputs: BackwardInputs) -> Tensor:
     """Write dq, dk, dv in place, honouring their strides; returns softmax_d."""
-    shape = (2, *softmax_d_shape(problem))
+    shape, device = softmax_d_shape(problem), problem.q.device
     # Row statistics, each sequence padded to a multiple of 128 rows: delta and base-2 LSE.
-    softmax_d, lse_log2 = torch.empty(shape, dtype=torch.float32, device=problem.q.device)
+    # Packed, nothing writes what lies between the sequences.
+    allocate = torch.zeros if problem.is_varlen_q else torch.empty
+    softmax_d = allocate(shape, dtype=torch.float32, device=device)
+    lse_log2 = scratch(shape, torch.float32, device)
     lse = inputs.softmax_lse
     lse = lse if lse.stride(-1) == 1 or lse.shape[-1] == 1 else lse.contiguous()
     dlse = inputs.dlse
@@ -81,7 +85,7 @@ def _launch_row_statistics(
         q if cu_seqlens_q is None else cu_seqlens_q,
         problem.batch_size, problem.nheads, q.shape[-3], tiles,
         problem.layout.seqused_q, dlse, *((None,) * 2 if dlse is None else lse_strides(dlse)),
-        HEAD_DIM=problem.headdim_v, BLOCK_M=max(8, min(64, 8192 // facts.block_dv)),
+        HEAD_DIM=problem.headdim_v, BLOCK_M=max(8, min(64, 4096 // facts.block_dv)),
         BLOCK_D=facts.block_dv, IS_VARLEN=problem.is_varlen_q,
         num_warps=4,
     )  # fmt: skip

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from ...core.device import guard
+from ...core.outputs import mark_written
 from ...core.rotary import check_rotary
+from ...core.toolchain import explains_toolchain
 from ...kernels.rotary import rotary_kernel
 
 # Heads that share one reading of the tables. A constant: the head count must not choose a kernel.
@@ -37,12 +39,12 @@ def apply_rotary(
     if cos.shape[1] == 0:
         return out if inplace else out.copy_(x)
     _launch(out, x, cos, sin, seqlen_offsets, cu_seqlens, interleaved, conjugate)
-    if inplace and not x.is_inference():
-        # Autograd must see that the values changed, as it does after any in-place operation.
-        torch.autograd.graph.increment_version(x)
+    if inplace:
+        mark_written(x)
     return out
 
 
+@explains_toolchain
 def _launch(
     out: Tensor,
     x: Tensor,

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ...core.toolchain import explains_toolchain
 from ...errors import ConstraintError
 
 _FORWARD_BLOCK = 16 * 1024
@@ -47,6 +48,7 @@ def _block_size(n_cols: int, limit: int) -> int:
     return min(limit, max(16, 1 << (n_cols - 1).bit_length()))
 
 
+@explains_toolchain
 def _forward_kernel(
     logits: Tensor, labels: Tensor, lse: Tensor | None, options: _Options, partial: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -86,6 +88,7 @@ def _forward_kernel(
     return lse, losses, z_losses
 
 
+@explains_toolchain
 def _backward_kernel(
     logits: Tensor, labels: Tensor, lse: Tensor, dlosses: Tensor, out: Tensor, options: _Options
 ) -> None:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ...core.toolchain import explains_toolchain
 from ...errors import ConstraintError
 
 # A program keeps a whole row in registers; wider rows are left to PyTorch.
@@ -132,6 +133,7 @@ def _stride(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.stride(0)
 
 
+@explains_toolchain
 def _forward_kernel(
     inputs: _Inputs, options: _Options, shape: torch.Size
 ) -> tuple[_Outputs, _Saved]:
@@ -212,6 +214,7 @@ class _Gradients(NamedTuple):
     bias1: Tensor | None
 
 
+@explains_toolchain
 def _backward_kernel(
     saved: _Saved,
     dtypes: _Dtypes,

@@ -1,0 +1,210 @@
+"""Times the host side of one attention call, layer by layer, in microseconds.
+
+Calls are issued back to back on tensors so small that the GPU keeps up; the best of several rounds
+counts. Without a GPU the launches end in a stub instead of the driver, on CPU tensors: what remains
+is the cost of Python and of allocation, on CPU time, so that a busy machine matters less.
+
+    python benchmarks/host_cost.py --out benchmarks/results/NAME.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from flash_attn import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
+from flash_attn.backends import _launcher
+from flash_attn.backends._launcher import Launcher, Repeat, recording
+from flash_attn.backends.triton import BACKEND, launch
+from flash_attn.core import ops, repeated
+from flash_attn.core.attend import attend
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+Calls = dict[str, Callable[[], object]]
+
+
+@triton.jit
+def nothing(x, BLOCK: tl.constexpr):
+    pass
+
+
+def microseconds(call: Callable[[], object], calls: int, rounds: int = 10) -> float:
+    """The best time of one call."""
+    clock = time.perf_counter if ON_GPU else time.thread_time
+    best = float("inf")
+    for _ in range(rounds + 1):  # the first one warms up
+        if ON_GPU:
+            torch.cuda.synchronize()
+        started = clock()
+        for _ in range(calls):
+            call()
+        best = min(best, (clock() - started) / calls)
+    return best * 1e6
+
+
+def random(*shape: int, grad: bool = False) -> Tensor:
+    made = torch.randn(shape, dtype=torch.bfloat16, device=DEVICE)
+    return made.requires_grad_(grad)
+
+
+def launches(q: Tensor, k: Tensor, v: Tensor) -> Calls:
+    """Triton's usual path and direct launches, of an empty kernel and of the forward kernel."""
+    with recording() as empty_tape:
+        Launcher(nothing)[(1,)](q, BLOCK=16)
+    empty = Repeat(empty_tape, [q])
+    problem = ops.dense_problem(q, k, v, 0.0, None, False, -1, -1, 0.0, None)
+    with recording() as tape:
+        result = launch.forward(problem, None)
+    tensors = (q, k, v, result.out, result.softmax_lse, result.rng_state)
+    forward = Repeat(tape, tensors)
+    addresses = [x.data_ptr() for x in tensors]
+    kernel, grid, _, arguments, keywords, *_ = tape.launches[0]
+    return {
+        "empty kernel, direct": lambda: empty([addresses[0]]),
+        "empty kernel, usual path": lambda: nothing[(1,)](q, BLOCK=16),
+        "forward kernel, direct": lambda: forward(addresses.copy()),
+        "forward kernel, usual path": lambda: kernel[grid](*arguments, **keywords),
+        "both allocations": lambda: (launch.empty_out(problem), launch.empty_lse(problem)),
+    }
+
+
+def layers(q: Tensor, k: Tensor, v: Tensor) -> Calls:
+    """From the backend to the operator."""
+    problem = ops.dense_problem(q, k, v, 0.0, None, False, -1, -1, 0.0, None)
+    for _ in range(3):
+        attend(problem)
+    call = repeated.identify(problem)
+    solve = None if call is None else repeated.find(call.signature)
+    if call is None or solve is None:
+        raise RuntimeError("the call is not repeated: see the log at level INFO")
+    flat = (q, k, v, 0.0, q.shape[-1] ** -0.5, False, -1, -1, 0.0, None, False)
+    return {
+        "solve (allocate, launch)": lambda: solve(call.tensors),
+        "identify": lambda: repeated.identify(problem),
+        "attend": lambda: attend(problem),
+        "backend.forward, not repeated": lambda: BACKEND.forward(problem),
+        "operator": lambda: ops.forward(*flat),
+    }
+
+
+def public(args: argparse.Namespace) -> tuple[Calls, Calls]:
+    """Public functions, without and with gradients."""
+    q, k, v = (random(args.batch, args.seqlen, args.nheads, args.headdim) for _ in "qkv")
+    one_row = q[:, :1].contiguous()
+    packed = [x.flatten(0, 1) for x in (q, k, v)]
+    cu = torch.arange(args.batch + 1, dtype=torch.int32, device=DEVICE) * args.seqlen
+    lengths = torch.full((args.batch,), args.seqlen, dtype=torch.int32, device=DEVICE)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    dout = torch.randn_like(q)
+    bounds = (cu, cu, args.seqlen, args.seqlen)
+    without = {
+        "flash_attn_func": lambda: flash_attn_func(q, k, v),
+        "flash_attn_func, causal": lambda: flash_attn_func(q, k, v, causal=True),
+        "flash_attn_func, with LSE": lambda: flash_attn_func(q, k, v, return_attn_probs=True),
+        "flash_attn_varlen_func": lambda: flash_attn_varlen_func(*packed, *bounds),
+        "flash_attn_with_kvcache": lambda: flash_attn_with_kvcache(
+            one_row, k, v, cache_seqlens=lengths
+        ),
+    }
+    with_gradients = {
+        "flash_attn_func, recorded": lambda: flash_attn_func(*leaves),
+        "flash_attn_func and backward": lambda: torch.autograd.grad(
+            flash_attn_func(*leaves), leaves, dout
+        ),
+    }
+    return without, with_gradients
+
+
+def of_pytorch(args: argparse.Namespace) -> tuple[Calls, Calls]:
+    """PyTorch's own flash attention on the same sizes."""
+    shape = (args.batch, args.nheads, args.seqlen, args.headdim)
+    q, k, v = (random(*shape) for _ in "qkv")
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    dout = torch.randn_like(q)
+    return (
+        {"PyTorch SDPA": lambda: F.scaled_dot_product_attention(q, k, v)},
+        {
+            "PyTorch SDPA, recorded": lambda: F.scaled_dot_product_attention(*leaves),
+            "PyTorch SDPA and backward": lambda: torch.autograd.grad(
+                F.scaled_dot_product_attention(*leaves), leaves, dout
+            ),
+        },
+    )
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    for name, value in (("batch", 1), ("seqlen", 128), ("nheads", 8), ("headdim", 64)):
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--calls", type=int, default=200, help="in one round")
+    parser.add_argument("--out", type=Path, help="also write the figures as JSON")
+    return parser.parse_args(argv)
+
+
+def stub(stack: ExitStack) -> None:
+    """Let the portable kernels take CPU tensors and launch nothing."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+    from stub_driver import stub_driver
+
+    stack.enter_context(stub_driver(silent=True))
+    BACKEND.unsupported = lambda problem, backward: []  # type: ignore[method-assign]
+
+
+def measure(args: argparse.Namespace) -> dict[str, float]:
+    q, k, v = (random(args.batch, args.seqlen, args.nheads, args.headdim) for _ in "qkv")
+    figures: dict[str, float] = {}
+
+    def take(calls: Calls) -> None:
+        for name, call in calls.items():
+            figures[name] = microseconds(call, args.calls)
+            print(f"{figures[name]:8.2f}  {name}", flush=True)
+
+    without, with_gradients = public(args)
+    sdpa_without, sdpa_with = of_pytorch(args)
+    with torch.no_grad():
+        take(launches(q, k, v))
+        take(layers(q, k, v))
+        take(without)
+        if ON_GPU:
+            with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+                take(sdpa_without)
+    take(with_gradients)
+    if ON_GPU:
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            take(sdpa_with)
+    return figures
+
+
+def main(argv: list[str]) -> None:
+    args = parse(argv)
+    with ExitStack() as stack:
+        if not ON_GPU:
+            stub(stack)
+        device = torch.cuda.get_device_name() if ON_GPU else "no GPU, launches end in a stub"
+        versions = (
+            f"Python {platform.python_version()}, torch {torch.__version__}, "
+            f"triton {triton.__version__}"
+        )
+        print(f"{device}; {versions}; direct launches: {_launcher.undisturbed()}")
+        figures = measure(args)
+    if args.out:
+        table = {"device": device, "versions": versions, "microseconds": figures}
+        args.out.write_text(json.dumps(table, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,382 @@
+"""Repeating kernel launches without Triton's binder.
+
+``kernel[grid](...)`` finds the compiled kernel anew on every launch: it classifies each argument,
+builds a key and looks it up, which costs several times what the driver needs. Where the arguments
+of a call follow from a key that the caller has, all of that can be done once:
+
+* :class:`Launcher` wraps a kernel and launches as usual; inside :func:`recording` it also notes
+  what it launched.
+* :class:`Repeat` launches what was noted again, for other tensors of the same dtypes, layouts and
+  alignments: it copies the argument list, fills in addresses and calls the compiled kernel.
+* :class:`Handle` is one compiled kernel of one GPU.
+
+Everything that is not an address is constant in a :class:`Repeat`, so the caller's key must hold
+every number that the launch code looks at. Tensor maps, which the driver encodes from an address
+and a layout, are kept by address; the layout belongs to the argument.
+
+Read against Triton 3.6 to 3.9. :func:`undisturbed` is asked before every direct launch: with
+launch hooks, debugging or instrumentation the usual path is taken, which serves them.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton import knobs
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+logger = logging.getLogger("flash_attn")
+
+_major, _minor = triton.__version__.split(".")[:2]
+KNOWN_VERSION = (3, 6) <= (int(_major), int(_minor)) <= (3, 9)
+
+_Grid = tuple[int, int, int]
+_Run = Callable[[_Grid, int, Sequence[Any]], object]
+
+
+class Unrepeatable(Exception):
+    """Why a launch cannot be repeated directly; the usual path serves it."""
+
+
+def undisturbed() -> bool:
+    """Whether nothing asks to see launches or changes how kernels are compiled."""
+    runtime = knobs.runtime
+    try:
+        return not (
+            runtime.launch_enter_hook.calls
+            or runtime.launch_exit_hook.calls
+            or runtime.debug
+            or runtime.add_stages_inspection_hook
+            or knobs.compilation.instrumentation_mode
+        )
+    except AttributeError:  # a plain function in a hook's place
+        return False
+
+
+class Launch(NamedTuple):
+    """A kernel launch as it was made."""
+
+    kernel: Any
+    grid: Sequence[int]
+    compiled: Any
+    args: tuple[Any, ...]
+    keywords: dict[str, Any]
+    device: int
+    stream: int
+
+
+class Tape:
+    """What happened inside :func:`recording`: the launches and the scratch tensors, in order."""
+
+    def __init__(self) -> None:
+        self.launches: list[Launch] = []
+        self.scratch: list[Tensor] = []
+
+
+class _Recording(threading.local):
+    tape: Tape | None = None
+
+
+_recording = _Recording()
+
+
+@contextmanager
+def recording() -> Iterator[Tape]:
+    """Note the launches that this thread makes through :class:`Launcher` inside the block."""
+    before, _recording.tape = _recording.tape, Tape()
+    try:
+        yield _recording.tape
+    finally:
+        _recording.tape = before
+
+
+def scratch(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An uninitialised tensor that lives for one call; a :class:`Repeat` allocates its own."""
+    made = torch.empty(shape, dtype=dtype, device=device)
+    if _recording.tape is not None:
+        _recording.tape.scratch.append(made)
+    return made
+
+
+class Launcher:
+    """A kernel: ``Launcher(kernel)[grid](*args, **keywords)`` is ``kernel[grid](...)``, noted."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+        self.__name__ = kernel.__name__
+
+    def __getitem__(self, grid: Sequence[int]) -> Callable[..., Any]:
+        launch = self.kernel[grid]
+        if torch.compiler.is_compiling() or _recording.tape is None:
+            return launch
+        return self._noted(launch, grid, _recording.tape)
+
+    def _noted(self, launch: Any, grid: Sequence[int], tape: Tape) -> Callable[..., Any]:
+        def run(*args: Any, **keywords: Any) -> Any:
+            device = driver.active.get_current_device()
+            stream = driver.active.get_current_stream(device)
+            compiled = launch(*args, **keywords)
+            noted = Launch(self.kernel, grid, compiled, args, keywords, device, stream)
+            tape.launches.append(noted)
+            return compiled
+
+        return run
+
+
+class Handle:
+    """A compiled kernel, loaded on the GPU that was current.
+
+    Attributes:
+        arguments: what the recorded launch passed, one for each parameter.
+        run: ``run(grid, stream, arguments)`` launches. ``arguments`` are those of :attr:`flat`:
+            numbers as they are, addresses for tensors, anything for constexprs.
+        flat: :attr:`arguments` with each tensor descriptor replaced by what the driver takes for
+            it, a :class:`_Map` and its shape and strides.
+
+    Raises:
+        Unrepeatable: this Triton, or this kernel, is not launched as was expected.
+    """
+
+    def __init__(self, launch: Launch) -> None:
+        if not KNOWN_VERSION:
+            raise Unrepeatable(f"Triton {triton.__version__} is unknown")
+        if not isinstance(launch.kernel, JITFunction) or launch.kernel.pre_run_hooks:
+            raise Unrepeatable(f"{launch.kernel!r} is not a plain compiled kernel")
+        compiled = launch.compiled
+        if hasattr(compiled, "result"):
+            compiled = compiled.result()
+        bound = inspect.signature(launch.kernel.fn).bind(
+            *launch.args, **{k: v for k, v in launch.keywords.items() if _is_parameter(launch, k)}
+        )
+        bound.apply_defaults()
+        self.arguments = list(bound.arguments.values())
+        if any(isinstance(x, (tuple, list)) for x in self.arguments):
+            raise Unrepeatable("tuple arguments are not repeated")
+        try:
+            self._bind(compiled)
+        except AttributeError as error:
+            raise Unrepeatable(f"Triton {triton.__version__}: {error}") from error
+
+    def _bind(self, compiled: Any) -> None:
+        self._compiled = compiled  # keeps the module loaded
+        launcher, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+        descriptors = [i for i, x in enumerate(self.arguments) if hasattr(x, "block_shape")]
+        maps = list(getattr(compiled.metadata, "tensordesc_meta", None) or [])
+        self.flat: list[Any] = list(self.arguments)
+        if _is_plain_cuda(launcher):
+            if len(maps) != len(descriptors):
+                raise Unrepeatable("descriptors that are no tensor maps are not repeated")
+            self._expand(launcher, dict(zip(descriptors, maps, strict=True)))
+            self.run = _direct(launcher, function, metadata, bool(descriptors))
+        elif descriptors:
+            raise Unrepeatable(f"{type(launcher).__name__} takes no tensor maps")
+        else:
+            self.run = _through_launcher(launcher, function, metadata)
+
+    def _expand(self, launcher: Any, maps: dict[int, Any]) -> None:
+        make = inspect.getmodule(type(launcher)).make_tensordesc_arg  # type: ignore[union-attr]
+        extra = len(inspect.signature(make).parameters) - 2
+        self.flat = []
+        for position, value in enumerate(self.arguments):
+            if position in maps:
+                encoded = make(value, maps[position], *[()] * extra)
+                self.flat += [_Map(value, maps[position], make, extra, encoded[0]), *encoded[1:]]
+            else:
+                self.flat.append(value)
+
+
+def _is_parameter(launch: Launch, name: str) -> bool:
+    return name in launch.kernel.arg_names
+
+
+def _is_plain_cuda(launcher: Any) -> bool:
+    """Whether the C function behind Triton's CUDA launcher can be called without it."""
+    return (
+        type(launcher).__name__ == "CudaLauncher"
+        and type(launcher).__module__ == "triton.backends.nvidia.driver"
+        and launcher.global_scratch_size == 0
+        and launcher.profile_scratch_size == 0
+        and not getattr(launcher, "gsan_enabled", False)
+    )
+
+
+def _through_launcher(launcher: Any, function: int, metadata: Any) -> _Run:
+    def run(grid: _Grid, stream: int, arguments: Sequence[Any]) -> None:
+        launcher(*grid, stream, function, metadata, None, None, None, *arguments)
+
+    return run
+
+
+def _direct(launcher: Any, function: int, metadata: Any, encoded: bool) -> _Run:
+    launch = launcher.launch
+    if encoded:
+        # Triton wraps the C function to encode descriptors, which is done here.
+        launch = inspect.getclosurevars(launch).nonlocals.get("launcher")
+        if launch is None:
+            raise Unrepeatable("Triton's way to encode descriptors is unknown")
+    flags = (launcher.launch_cooperative_grid, launcher.launch_pdl)
+    if hasattr(launcher, "arg_annotations"):  # from Triton 3.7 on
+        hooks_and_scratch = (None,) * 5
+        parsing = (launcher.arg_annotations, launcher.kernel_signature)
+        constant: tuple[Any, ...] = (*flags, metadata, *hooks_and_scratch, *parsing)
+
+        def run(grid: _Grid, stream: int, arguments: Sequence[Any]) -> None:
+            launch(*grid, stream, function, *constant, arguments)
+
+    else:
+        scratch_memory, hooks = (None,) * 2, (None,) * 3
+        constant = (*flags, *scratch_memory, metadata, *hooks)
+
+        def run(grid: _Grid, stream: int, arguments: Sequence[Any]) -> None:
+            launch(*grid, stream, function, *constant, *arguments)
+
+    return run
+
+
+class _Map:
+    """The tensor map of one argument, encoded for each address once.
+
+    An entry holds an address and 128 bytes, no tensor: where an address comes back with another
+    tensor of this layout, the same map is right.
+    """
+
+    CAPACITY = 256
+
+    def __init__(self, descriptor: Any, metadata: Any, make: Any, extra: int, encoded: Any) -> None:
+        self.base = descriptor.base
+        self._fields = (type(descriptor), dict(vars(descriptor), base=None))
+        self._make, self._metadata, self._extra = make, metadata, extra
+        self._encoded = {descriptor.base.data_ptr(): encoded}
+
+    def release(self) -> None:
+        """Forget the recorded tensor."""
+        self.base = None
+
+    def at(self, address: int) -> Any:
+        """The driver's object for the tensor at ``address``."""
+        encoded = self._encoded.get(address)
+        return self._encode(address) if encoded is None else encoded
+
+    def _encode(self, address: int) -> Any:
+        kind, fields = self._fields
+        descriptor = object.__new__(kind)
+        vars(descriptor).update(fields, base=_Address(address))
+        encoded = self._make(descriptor, self._metadata, *[()] * self._extra)[0]
+        if len(self._encoded) >= self.CAPACITY:
+            self._encoded = {}
+        self._encoded[address] = encoded
+        return encoded
+
+
+class _Address(NamedTuple):
+    """Stands for a tensor where only its address is asked for."""
+
+    address: int
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+class _Step(NamedTuple):
+    """One launch of a :class:`Repeat`; places are (position, index of the address)."""
+
+    run: _Run
+    grid: _Grid
+    template: list[Any]
+    places: list[tuple[int, int]]
+    maps: list[tuple[int, int, _Map]]
+
+
+class Repeat:
+    """The launches of a tape, on other tensors.
+
+    Args:
+        tape: launches of one stream.
+        tensors: the tensors whose addresses the launches depend on, in the order in which
+            :meth:`__call__` gets addresses. An argument must be one of them or of the scratch
+            tensors.
+
+    Raises:
+        Unrepeatable: a launch took another tensor, or cannot be launched directly.
+    """
+
+    def __init__(self, tape: Tape, tensors: Sequence[Tensor]) -> None:
+        if not tape.launches:
+            raise Unrepeatable("nothing was launched")
+        if len({(launch.device, launch.stream) for launch in tape.launches}) > 1:
+            raise Unrepeatable("the launches were on several streams")
+        known = [*tensors, *tape.scratch]
+        self._steps = [_step(launch, known) for launch in tape.launches]
+        self._scratch = [(x.shape, x.stride(), x.dtype, x.device) for x in tape.scratch]
+        active = driver.active
+        self.device = tape.launches[0].device
+        self._get_device, self._get_stream = active.get_current_device, active.get_current_stream
+
+    def is_current(self) -> bool:
+        """Whether the GPU of the recording is the current one, as it must be for a launch."""
+        return self._get_device() == self.device
+
+    def __call__(self, addresses: list[int]) -> None:
+        """Launch on the current stream; ``addresses`` is changed."""
+        stream = self._get_stream(self.device)
+        if self._scratch:
+            held = [
+                torch.empty_strided(shape, stride, dtype=dtype, device=device)
+                for shape, stride, dtype, device in self._scratch
+            ]
+            addresses += [x.data_ptr() for x in held]
+        for run, grid, template, places, maps in self._steps:
+            arguments = template.copy()
+            for position, index in places:
+                arguments[position] = addresses[index]
+            for position, index, tensor_map in maps:
+                arguments[position] = tensor_map.at(addresses[index])
+            run(grid, stream, arguments)
+
+
+def _step(launch: Launch, known: Sequence[Tensor]) -> _Step:
+    handle = Handle(launch)
+    template, places, maps = list(handle.flat), [], []
+    for position, value in enumerate(template):
+        if isinstance(value, _Map):
+            maps.append((position, _index(value.base, known, launch), value))
+            value.release()
+        elif isinstance(value, Tensor):
+            places.append((position, _index(value, known, launch)))
+        else:
+            continue
+        template[position] = None
+    if callable(launch.grid):
+        raise Unrepeatable("grids that are functions are not repeated")
+    return _Step(handle.run, _three(launch.grid), template, places, maps)
+
+
+def _three(grid: Sequence[int]) -> _Grid:
+    x, y, z = (*grid, 1, 1)[:3]
+    return (x, y, z)
+
+
+def _index(tensor: Tensor, known: Sequence[Tensor], launch: Launch) -> int:
+    """Which of the known tensors an argument is: by identity, since addresses may coincide."""
+    for index, candidate in enumerate(known):
+        if tensor is candidate:
+            return index
+    raise Unrepeatable(f"{launch.kernel.__name__} took a tensor made during the call")
+
+
+def repeat(tape: Tape, tensors: Sequence[Tensor]) -> Repeat | None:
+    """A :class:`Repeat`, or None with the reason logged."""
+    try:
+        return Repeat(tape, tensors)
+    except Unrepeatable as reason:
+        logger.info("launches stay on Triton's usual path: %s", reason)
+        return None

@@ -1,0 +1,263 @@
+"""Launching the Hopper kernels: from a problem and a plan to TMA descriptors and arguments."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from ...core import rng
+from ...core.device import guard, multiprocessors_of
+from ...core.outputs import empty_lse, empty_out, new_s_dmask
+from ...core.problem import AttentionProblem, AttentionResult
+from ...kernels.sm90_forward import attention_forward_sm90
+from .plans import (
+    MAX_HEADDIM,
+    ONE_TILE,
+    ROWS,
+    ForwardKey,
+    ForwardPlan,
+    forward_plan,
+    heads_at_a_time,
+    heads_in_sections,
+    lengths_plan,
+    padded_headdim,
+    with_own_buffer,
+)
+
+# Far beyond any length, yet far enough from 2**31 for sums of positions.
+_NO_WINDOW = 2**29
+# Where the sequences' lengths come from, as in kernels.sm90_forward.
+SHAPES, USED, PACKED = range(3)
+_TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
+_counters: dict[tuple[int, int], Tensor] = {}
+
+
+def is_describable(x: Tensor) -> bool:
+    """Whether TMA can describe ``x``: 16-byte steps between rows, heads and sequences."""
+    steps = [step for step, size in zip(x.stride()[:-1], x.shape[:-1], strict=True) if size > 1]
+    aligned = all(0 < step < 2**39 and step % 8 == 0 for step in steps)
+    return aligned and x.stride(-1) == 1 and x.data_ptr() % 16 == 0
+
+
+def describe(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """The descriptor of (batch, seqlen, nheads, headdim) by blocks of (rows, columns) of a head."""
+    if x.dim() == 3:  # packed: one long sequence
+        x = x[None]
+    batch, seqlen, nheads, headdim = x.shape
+    # A dimension of extent 1 is never stepped over, but its step has to be a valid one.
+    step_b, step_s, step_h = (
+        step if size > 1 else 8 for step, size in zip(x.stride()[:3], x.shape[:3], strict=True)
+    )
+    return TensorDescriptor(
+        x,
+        [batch, nheads, seqlen, headdim],
+        [step_b, step_h, step_s, 1],
+        [1, 1, rows, columns],
+        gl.NVMMASharedLayout(128, 16, 4),
+    )
+
+
+def counter_for(x: Tensor) -> Tensor:
+    """One int32 that is 0 whenever a kernel of the current stream starts.
+
+    Kernels set it back themselves, so the streams of a device need one each. A graph that is being
+    captured may be replayed on any stream: it gets one of its own, set to 0 by the graph.
+    """
+    if torch.cuda.is_current_stream_capturing():
+        return torch.zeros(1, dtype=torch.int32, device=x.device)
+    key = (x.device.index, torch.cuda.current_stream(x.device).cuda_stream)
+    if key not in _counters:
+        _counters[key] = torch.zeros(1, dtype=torch.int32, device=x.device)
+    return _counters[key]
+
+
+def binding_window(problem: AttentionProblem) -> tuple[int | None, int | None]:
+    """The problem's window without the bounds that hide nothing; chunks are bounds too."""
+    left, right, chunk = problem.visibility
+    seqlen_q, seqlen_k = problem.q.shape[-3], problem.k.shape[-3]
+    if left is not None and left >= seqlen_k - 1:
+        left = None
+    if right is not None and right >= seqlen_q - 1:
+        right = None
+    widest = max(padded_headdim(problem.headdim), padded_headdim(problem.headdim_v))
+    # At the largest head dim the compiler of Triton 3.9 runs out of registers for packed sequences
+    # unless both bounds are there.
+    if chunk or (problem.is_varlen_q and widest == MAX_HEADDIM):
+        left = _NO_WINDOW if left is None else left
+        right = _NO_WINDOW if right is None else right
+    return left, right
+
+
+def lengths_of(problem: AttentionProblem) -> int:
+    """Where the kernel finds the sequences' lengths."""
+    layout = problem.layout
+    if layout.cu_seqlens_q is not None:
+        return PACKED
+    used = layout.seqused_q is not None or layout.seqused_k is not None
+    return USED if used else SHAPES
+
+
+def register_reasons(problem: AttentionProblem) -> list[str]:
+    """What is not served because the compiler runs out of registers at head dims above 128."""
+    widest = max(problem.headdim, problem.headdim_v)
+    if lengths_of(problem) != SHAPES:
+        where = "with cu_seqlens or seqused"
+    elif _TRITON > (3, 6):
+        where = f"with Triton {triton.__version__}"
+    else:
+        return []
+    features = {
+        "attention_chunk": problem.visibility.attention_chunk > 0,
+        "softcap": problem.transform.softcap > 0.0,
+    }
+    return [
+        f"serves {name} {where} at head dims up to 128, found {widest}"
+        for name, used in features.items()
+        if used and widest > 128
+    ]
+
+
+def plan_for(problem: AttentionProblem) -> ForwardPlan:
+    """The plan of a problem's forward pass."""
+    left, right = binding_window(problem)
+    block_d, block_dv = padded_headdim(problem.headdim), padded_headdim(problem.headdim_v)
+    width = max(block_d, block_dv)
+    if lengths_of(problem) != SHAPES:
+        return lengths_plan(width)
+    masked = left is not None or right is not None
+    plan = forward_plan(ForwardKey(width, masked, problem.max_seqlen_k, left is not None))
+    return with_own_buffer(plan) if block_d != block_dv else plan
+
+
+def fill_empty(problem: AttentionProblem, out: Tensor, lse: Tensor) -> None:
+    """The results of rows that see no key."""
+    out.zero_()
+    sinks = problem.transform.sinks
+    if sinks is None:
+        lse.fill_(problem.empty_lse)
+    else:
+        lse.copy_(sinks[:, None].expand_as(lse))
+
+
+def forward(
+    problem: AttentionProblem, out: Tensor | None = None, plan: ForwardPlan | None = None
+) -> AttentionResult:
+    """Solve ``problem``, which the backend supports, into ``out`` if it is given."""
+    device = problem.q.device
+    out = empty_out(problem) if out is None else out
+    lse = empty_lse(problem)
+    with guard(problem.q):
+        if problem.q.numel() == 0 or problem.k.numel() == 0 or problem.v.numel() == 0:
+            fill_empty(problem, out, lse)
+        elif is_describable(out):
+            launch_forward(problem, plan or plan_for(problem), out, lse)
+        else:
+            target = out.new_empty(out.shape)
+            launch_forward(problem, plan or plan_for(problem), target, lse)
+            out.copy_(target)
+    return AttentionResult(out, lse, new_s_dmask(problem), rng.unused_state(device))
+
+
+def launch_forward(
+    problem: AttentionProblem,
+    plan: ForwardPlan,
+    out: Tensor,
+    lse: Tensor,
+    trace: Tensor | None = None,
+) -> None:
+    """The kernel alone: ``out`` describable, ``lse`` contiguous, neither queries nor keys empty."""
+    q, k, v, layout, transform = problem.q, problem.k, problem.v, problem.layout, problem.transform
+    group = problem.nheads // problem.nheads_k
+    block_d, block_dv = padded_headdim(problem.headdim), padded_headdim(problem.headdim_v)
+    left, right = binding_window(problem)
+    lengths = lengths_of(problem)
+    row_tiles, sequences = tiles_of(problem, plan)
+    width = (problem.headdim + problem.headdim_v) // 2
+    section = min(heads_at_a_time(plan, problem.max_seqlen_k, width, group), sequences)
+    tiles = row_tiles * sequences
+    programs = tiles
+    if plan.scheduler != ONE_TILE:
+        available = multiprocessors_of(q.device.index or 0) - problem.sm_margin
+        programs = min(programs, max(available, 1))
+    counter = counter_for(q)
+    scale, softcap = transform.softmax_scale, transform.softcap
+    attention_forward_sm90[(programs,)](
+        describe(q, ROWS, block_d),
+        describe(k, plan.block_n, block_d),
+        describe(v, plan.block_n, block_dv),
+        describe(out, ROWS, plan.out_columns(block_dv) or block_dv),
+        lse,
+        counter,
+        lse if trace is None else trace,
+        lse if transform.sinks is None else transform.sinks,
+        (softcap or scale) * math.log2(math.e),
+        scale / softcap if softcap else 0.0,
+        problem.empty_lse,
+        problem.nheads,
+        group,
+        q.shape[-3],
+        k.shape[-3],
+        _NO_WINDOW if left is None else min(left, _NO_WINDOW),
+        _NO_WINDOW if right is None else min(right, _NO_WINDOW),
+        min(problem.visibility.attention_chunk or 1, _NO_WINDOW),
+        row_tiles,
+        sequences,
+        section,
+        heads_in_sections(plan, problem.max_seqlen_k, width, group, sequences),
+        tiles,
+        problem.batch_size,
+        # Those that are absent are not read.
+        counter if layout.cu_seqlens_q is None else layout.cu_seqlens_q,
+        counter if layout.cu_seqlens_k is None else layout.cu_seqlens_k,
+        counter if layout.seqused_q is None else layout.seqused_q,
+        counter if layout.seqused_k is None else layout.seqused_k,
+        out,
+        out.stride(-3),
+        out.stride(-2),
+        problem.headdim_v,
+        HAS_LEFT=left is not None,
+        HAS_RIGHT=right is not None,
+        HAS_CHUNK=problem.visibility.attention_chunk > 0,
+        HAS_SOFTCAP=softcap > 0.0,
+        HAS_SINKS=transform.sinks is not None,
+        LENGTHS=lengths,
+        HAS_USED_Q=layout.seqused_q is not None,
+        HAS_USED_K=layout.seqused_k is not None,
+        TRACE=trace is not None,
+        **constants(plan, block_d, block_dv),
+    )
+
+
+def tiles_of(problem: AttentionProblem, plan: ForwardPlan) -> tuple[int, int]:
+    """(row tiles of a sequence, sequences), as the kernel counts them."""
+    rows = problem.q.shape[-3]
+    if problem.is_varlen_q:
+        return rows // plan.block_m + problem.batch_size + 2, problem.nheads
+    return -(-rows // plan.block_m), problem.batch_size * problem.nheads
+
+
+def constants(plan: ForwardPlan, block_d: int, block_dv: int) -> dict[str, Any]:
+    """What the plan says at compile time."""
+    return {
+        "BLOCK_N": plan.block_n,
+        "BLOCK_D": block_d,
+        "BLOCK_DV": block_dv,
+        "CONSUMERS": plan.consumers,
+        "STAGES": plan.stages,
+        "Q_SLOTS": plan.q_slots,
+        "OUT_COLUMNS": plan.out_columns(block_dv),
+        "SCHEDULER": plan.scheduler,
+        "EARLY": plan.early,
+        "PING_PONG": plan.ping_pong,
+        "SKIP": plan.skip,
+        "REGISTERS": plan.registers,
+        "SLIM": plan.slim,
+        "LATE": plan.late,
+        "num_warps": 4,
+    }

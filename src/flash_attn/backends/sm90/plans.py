@@ -1,0 +1,193 @@
+"""Launch plans of the Hopper kernels: which configuration computes which problem.
+
+Choices follow measurements on an H100 with 16k tokens and a hidden size of 2048 in bfloat16, see
+docs/lab/hopper-forward.md. Figures beside plans are TFLOP/s at the lengths that they serve, of 512,
+1024, 2048, 4096, 8192 and 16384 keys.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import NamedTuple
+
+ROWS = 64  # of a consumer, as in kernels.sm90_forward
+ONE_TILE, ROUND_ROBIN, DYNAMIC = range(3)
+SHARED_LIMIT = 232448
+MAX_HEADDIM = 256
+
+
+@dataclass(frozen=True)
+class ForwardPlan:
+    """How the forward kernel is compiled and launched; see kernels.sm90_forward.
+
+    Attributes:
+        consumers: warpgroups that compute, of 64 queries each.
+        block_n: keys in a block.
+        stages: blocks of keys, and of values, that shared memory holds.
+        scheduler: ONE_TILE, ROUND_ROBIN or DYNAMIC.
+        q_slots: tiles of queries that shared memory holds.
+        out_halves: 0: results leave through the queries' buffer, 1: through one of their own, 2:
+            through one of half the width, in two steps.
+        early: start the next tile's first product before storing a tile.
+        ping_pong: consumers take turns in starting products.
+        skip: consumers leave out the last blocks of keys that none of their rows sees.
+        section_bytes: keys and values of the heads that are worked on at a time; 0: one head.
+        last_bytes: keys and values of the last heads, all worked on at a time; 0: as the others.
+        slim: the producer is one warp, and the counter has a warp of its own.
+        late: with DYNAMIC, fetch a tile under the end of the tile before, not under its start.
+    """
+
+    consumers: int
+    block_n: int
+    stages: int
+    scheduler: int
+    q_slots: int
+    out_halves: int
+    early: bool = False
+    ping_pong: bool = False
+    skip: bool = False
+    section_bytes: int = 0
+    last_bytes: int = 0
+    slim: bool = False
+    late: bool = False
+
+    @property
+    def block_m(self) -> int:
+        """Queries in a tile."""
+        return ROWS * self.consumers
+
+    @property
+    def registers(self) -> int:
+        """Registers of a consumer's thread: what the 24 or more of a producer's thread leave."""
+        warpgroups = self.consumers + 1
+        for_all = 65536 // (128 * warpgroups) // 8 * 8 * warpgroups
+        return min(240, (for_all - 24) // self.consumers // 8 * 8)
+
+    def out_columns(self, block_d: int) -> int:
+        """Width of the buffer that results leave through, 0 if it is the queries'.
+
+        Not less than the 64 columns that lie together in shared memory.
+        """
+        return max(block_d // self.out_halves, 64) if self.out_halves else 0
+
+    def shared_bytes(self, block_d: int) -> int:
+        """Bytes of shared memory for tiles of 16-bit elements, without barriers."""
+        rows = self.q_slots * self.block_m + 2 * self.stages * self.block_n
+        return 2 * (rows * block_d + self.block_m * self.out_columns(block_d))
+
+
+class ForwardKey(NamedTuple):
+    """What a plan may depend on.
+
+    Attributes:
+        block_d: see :func:`padded_headdim`.
+        masked: whether tiles differ in work: a causal mask or a window.
+        seqlen: keys in a sequence.
+        has_left: whether rows stop seeing keys on their left.
+    """
+
+    block_d: int
+    masked: bool
+    seqlen: int
+    has_left: bool = False
+
+
+def padded_headdim(headdim: int) -> int:
+    """Columns of the kernel's tiles: 64, 128 or 256; those past the head dim are read as 0."""
+    return max(64, 1 << (headdim - 1).bit_length())
+
+
+_L2 = 32 << 20
+# By (block_d, masked): plans from the given number of keys on.
+_Rows = tuple[tuple[int, ForwardPlan], ...]
+_64 = ForwardPlan(3, 128, 2, ROUND_ROBIN, 2, 1, ping_pong=True)
+_SHORT_64 = ForwardPlan(2, 128, 3, DYNAMIC, 2, 1, section_bytes=_L2)
+_128 = ForwardPlan(2, 128, 2, DYNAMIC, 1, 1, section_bytes=8 << 20, last_bytes=_L2)
+_256 = ForwardPlan(2, 64, 2, ROUND_ROBIN, 1, 2)
+_FORWARD: dict[tuple[int, bool], _Rows] = {
+    (64, False): (
+        (0, replace(_64, slim=True)),  # 388 452 532 556 566 557
+    ),
+    (64, True): (
+        (0, replace(_SHORT_64, early=True)),  # 225 313
+        (2048, replace(_64, scheduler=DYNAMIC, skip=True, section_bytes=_L2)),  # 408 475 538 545
+    ),
+    (128, False): (
+        (0, ForwardPlan(2, 128, 2, ROUND_ROBIN, 2, 1, ping_pong=True, slim=True)),  # 522 625
+        (2048, ForwardPlan(3, 64, 3, ROUND_ROBIN, 1, 1, ping_pong=True)),  # 699 721 714 699
+    ),
+    (128, True): (
+        (0, _128),  # 308 467 581 651
+        (8192, replace(_128, late=True)),  # 686 681
+    ),
+    (256, False): (
+        (0, replace(_256, slim=True)),  # 536 670 762 799 787 767
+    ),
+    (256, True): (
+        (0, replace(_256, scheduler=DYNAMIC, skip=True, late=True, section_bytes=16 << 20,
+                    last_bytes=_L2)),  # 318 485 613 711 756 759
+    ),
+}  # fmt: skip
+
+
+@lru_cache(maxsize=1024)
+def forward_plan(key: ForwardKey) -> ForwardPlan:
+    """The plan for ``key``, a pure function."""
+    rows = _FORWARD[key.block_d, key.masked]
+    plan = next(plan for start, plan in reversed(rows) if key.seqlen >= start)
+    return windowed(plan, key.block_d) if key.has_left else plan
+
+
+def windowed(plan: ForwardPlan, block_d: int) -> ForwardPlan:
+    """``plan`` for tiles whose rows also have a first key: more numbers to keep.
+
+    At head dim 256 the compiler of Triton 3.9 has no registers left for both that and ``early``.
+    """
+    return replace(plan, early=False) if block_d == 256 else plan
+
+
+def with_own_buffer(plan: ForwardPlan) -> ForwardPlan:
+    """``plan`` for values of another head dim than the keys': results do not fit q's buffer."""
+    halves = 2 if plan.block_n == 64 and plan.consumers == 2 else 1
+    return plan if plan.out_halves else replace(plan, out_halves=halves)
+
+
+# By block_d: plans for lengths that only the device knows. More numbers describe a tile there.
+_LENGTHS: dict[int, ForwardPlan] = {
+    64: _SHORT_64,
+    128: replace(_128, section_bytes=_L2, last_bytes=0),
+    256: replace(_256, scheduler=DYNAMIC, section_bytes=_L2),
+}
+
+
+def lengths_plan(block_d: int) -> ForwardPlan:
+    """The plan for packed sequences and for used lengths."""
+    return _LENGTHS[block_d]
+
+
+def forward_plans() -> list[tuple[int, bool, ForwardPlan]]:
+    """Every (block_d, masked, plan) there is."""
+    return [(*key, plan) for key, rows in _FORWARD.items() for _, plan in rows]
+
+
+def heads_at_a_time(plan: ForwardPlan, seqlen_k: int, headdim: int, group: int) -> int:
+    """How many query heads of all sequences are worked on at a time, so that their keys and values
+    (16 bits an element) stay in the L2 cache; whole groups."""
+    return heads_in(plan.section_bytes, seqlen_k, headdim, group)
+
+
+def heads_in_sections(
+    plan: ForwardPlan, seqlen_k: int, headdim: int, group: int, sequences: int
+) -> int:
+    """How many of ``sequences`` query heads come in sections; the others are one section."""
+    if not plan.last_bytes:
+        return sequences
+    section = heads_at_a_time(plan, seqlen_k, headdim, group)
+    last = min(sequences, heads_in(plan.last_bytes, seqlen_k, headdim, group))
+    return (sequences - last) // section * section
+
+
+def heads_in(size: int, seqlen_k: int, headdim: int, group: int) -> int:
+    """Query heads whose keys and values take ``size`` bytes; whole groups, at least one."""
+    return group * max(1, size // max(4 * seqlen_k * headdim, 1))

@@ -1,0 +1,59 @@
+"""How the Hopper backward is run: a pure function of the problem's shape."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class BackwardPlan(NamedTuple):
+    """How ``attention_backward_sm90`` is compiled; see its docstring.
+
+    Attributes:
+        section_bytes: heads are worked on together as long as q, do and the sums of dq of their
+            query heads fit into so many bytes of L2 cache.
+        distance: how many programs lie between one that prepares for or finishes after a section
+            and that section's; a few more than a GPU runs at a time, so that nobody waits.
+    """
+
+    block_m: int
+    block_d: int
+    q_slots: int = 2
+    do_slots: int = 2
+    ds_slots: int = 2
+    eager_dv: bool = False
+    ahead: int = 0
+    dq_group: bool = False
+    registers: int = 240
+    dq_registers: int = 0
+    section_bytes: int = 32 << 20
+    housekeeping: bool = False
+    deterministic: bool = False
+    is_reversed: bool = False
+    other_registers: int = 24
+    distance: int = 168
+
+    @property
+    def statistics_rows(self) -> int:
+        """Rows of a program of ``row_statistics_sm90``."""
+        return 32
+
+
+MAX_HEADDIM = 128
+
+
+_D64 = BackwardPlan(
+    64, 64, q_slots=3, do_slots=3, ds_slots=3, ahead=1, dq_group=True, deterministic=True,
+    registers=208, dq_registers=72,
+)  # fmt: skip
+_D128 = BackwardPlan(64, 128, ahead=2, deterministic=True)
+
+
+def plan_backward(headdim: int, is_masked: bool, seqlen_q: int) -> BackwardPlan:
+    """The plan for head dims up to 128; ``is_masked`` is whether there is a window or causality."""
+    # Where each block of keys is seen by later queries than the one before it, the programs of a
+    # head can all go on at once only if the last block adds first.
+    section = 32 << 20 if is_masked and seqlen_q >= 2048 else 4 << 20
+    plan = _D64 if headdim <= 64 else _D128
+    return plan._replace(
+        eager_dv=is_masked == (headdim <= 64), is_reversed=is_masked, section_bytes=section
+    )

@@ -1,0 +1,1151 @@
+"""Attention backward for Hopper: TMA and warpgroup MMA in specialised warps.
+
+    p[i, j]  = exp(score[i, j] - lse[i])              recomputed, never stored
+    delta[i] = sum_d out[i, d] dout[i, d]
+    ds[i, j] = p[i, j] (dout[i] . v[j] - delta[i])
+    dv[j] = sum_i p dout[i],   dk[j] = scale sum_i ds q[i],   dq[i] = scale sum_j ds k[j]
+
+* ``row_statistics_sm90``: delta and log-sum-exp in base 2 of all rows, padded; zeroes the sums of
+  dq.
+* ``attention_backward_sm90``: a program owns 128 keys of one key head and walks over the blocks of
+  queries that see them, for every query head of the group, so dk and dv are summed in float32 in
+  registers. Its share of dq is added to float32 sums in global memory by TMA.
+* ``finish_dq_sm90``: rounds the sums of dq to the result's type.
+
+The main kernel has a producer warpgroup, whose only task is to ask for tiles, and two consumer
+warpgroups with 64 keys each. They compute transposed tiles, keys x queries, because then p and ds
+are already in the registers that the next products read them from. A consumer's step:
+
+    S = k q^T;  dP = v do^T;  P = exp2(S - lse);  dV += P do;  dS = P (dP - delta)
+    dS to shared memory; meet the other consumer
+    dQ = half of dS^T k;  dK += dS q;  dQ to shared memory, from where TMA adds it to the sums
+
+DQ_GROUP: a third group computes dQ instead, so that the consumers never wait for each other.
+DETERMINISTIC: the programs add to each tile of dq in the order of their keys, REVERSED from the
+last to the first. A program waits only for programs with smaller numbers, which started before it.
+
+AHEAD starts the next step's S before dQ leaves the registers (1) or after (2; with DQ_GROUP there
+is no difference). EAGER_DV queues dV behind dP instead of waiting for dP first.
+
+HOUSEKEEPING moves most of the other two kernels' work into the main kernel, where two warps that
+would have nothing to do carry it out beside the products: see ``Duties``.
+
+Rows past a sequence's end are read as 0 by TMA, with lse +inf, which makes p 0; keys past the end
+are masked. The sums of dq are kept in tiles of 64 x 64 in the order of the registers that hold
+them, so that every thread moves whole 16 bytes and no bank conflicts arise.
+"""
+
+import math
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from .gluon_async import (
+    aggregate,
+    allow_dependents,
+    count_up,
+    fence_async,
+    meet,
+    opaque_zero,
+    peek,
+    tma_add,
+    tma_complete,
+    tma_load,
+    tma_store,
+    wait_for_dependencies,
+    wait_until,
+)
+
+LOG2E = gl.constexpr(1.4426950408889634)
+# Keys of a consumer and rows of a tile of dq: what one warpgroup MMA instruction computes.
+ROWS = gl.constexpr(64)
+# The first hardware barrier that the compiler leaves alone.
+CONSUMERS_MEET = gl.constexpr(9)
+HOUSEKEEPERS_MEET = gl.constexpr(10)
+NO_ROW = gl.constexpr(0x3FFFFFFF)
+# Housekeeping: its warps; rows of a piece, and of a tile of out and dout.
+HOUSEKEEPERS = gl.constexpr(2)
+PIECE = gl.constexpr(128)
+STRIP = gl.constexpr(8)
+
+
+# ---------------------------------------------------------------------------------- shared memory
+@aggregate
+class Ring:
+    """Slots of shared memory that are written and read in turn.
+
+    The n-th use of the ring takes slot n % SLOTS. Waiting on a barrier names the parity of the
+    use: a barrier counts how often it completed, in one bit.
+    """
+
+    data: gl.shared_memory_descriptor
+    full: gl.shared_memory_descriptor
+    empty: gl.shared_memory_descriptor
+    SLOTS: gl.constexpr
+
+    @gluon.constexpr_function
+    def __init__(self, data, full, empty, SLOTS):
+        self.data = data
+        self.full = full
+        self.empty = empty
+        self.SLOTS = gl.constexpr(SLOTS)
+
+    @gluon.jit
+    def slot(self, use):
+        return self.data.index(use % self.SLOTS)
+
+    @gluon.jit
+    def wait_full(self, use):
+        mbarrier.wait(self.full.index(use % self.SLOTS), (use // self.SLOTS) & 1)
+
+    @gluon.jit
+    def wait_empty(self, use):
+        mbarrier.wait(self.empty.index(use % self.SLOTS), ((use // self.SLOTS) & 1) ^ 1)
+
+    @gluon.jit
+    def announce(self, use):
+        """This warpgroup has written its part of the slot."""
+        mbarrier.arrive(self.full.index(use % self.SLOTS), count=1)
+
+    @gluon.jit
+    def release(self, use):
+        """This warpgroup is done with the slot."""
+        mbarrier.arrive(self.empty.index(use % self.SLOTS), count=1)
+
+
+@gluon.jit
+def new_ring(data, SLOTS: gl.constexpr, WRITERS: gl.constexpr, READERS: gl.constexpr):
+    """A ring over SLOTS buffers; TMA counts as one writer."""
+    BARRIERS: gl.constexpr = mbarrier.MBarrierLayout()
+    full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], BARRIERS)
+    empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], BARRIERS)
+    for i in gl.static_range(SLOTS):
+        mbarrier.init(full.index(i), count=WRITERS)
+        mbarrier.init(empty.index(i), count=READERS)
+    return Ring(data, full, empty, SLOTS)
+
+
+@gluon.constexpr_function
+def stacked(count, block_type):
+    """The shape of ``count`` blocks."""
+    return [count, *block_type.shape]
+
+
+@gluon.constexpr_function
+def bytes_of(block_type):
+    """Bytes of a block."""
+    return math.prod(block_type.shape) * block_type.element_ty.primitive_bitwidth // 8
+
+
+@gluon.jit
+def ring_for(desc, SLOTS: gl.constexpr, READERS: gl.constexpr):
+    """A ring that TMA fills with blocks of a descriptor."""
+    shape: gl.constexpr = stacked(SLOTS, desc.block_type)
+    return new_ring(gl.allocate_shared_memory(desc.dtype, shape, desc.layout), SLOTS, 1, READERS)
+
+
+@gluon.jit
+def buffers_for(desc, COUNT: gl.constexpr):
+    """COUNT buffers for blocks of a descriptor."""
+    return gl.allocate_shared_memory(desc.dtype, stacked(COUNT, desc.block_type), desc.layout)
+
+
+@aggregate
+class Shared:
+    """All shared memory. ``lse`` comes with ``q`` and ``delta`` with ``do``, slot by slot."""
+
+    q: Ring
+    do: Ring
+    k: Ring
+    v: Ring
+    ds: Ring
+    lse: gl.shared_memory_descriptor
+    delta: gl.shared_memory_descriptor
+    dq: gl.shared_memory_descriptor
+
+    @gluon.constexpr_function
+    def __init__(self, q, do, k, v, ds, lse, delta, dq):
+        self.q = q
+        self.do = do
+        self.k = k
+        self.v = v
+        self.ds = ds
+        self.lse = lse
+        self.delta = delta
+        self.dq = dq
+
+
+# -------------------------------------------------------------------------------------------- work
+@aggregate
+class Config:
+    """What is known when the kernel is compiled; see attention_backward_sm90."""
+
+    BLOCK_M: gl.constexpr
+    BLOCK_N: gl.constexpr
+    BLOCK_D: gl.constexpr
+    EAGER_DV: gl.constexpr
+    AHEAD: gl.constexpr
+    DQ_GROUP: gl.constexpr
+    HOUSEKEEPING: gl.constexpr
+    DETERMINISTIC: gl.constexpr
+    SOFTCAP: gl.constexpr
+    HAS_LEFT: gl.constexpr
+    HAS_RIGHT: gl.constexpr
+
+    @gluon.constexpr_function
+    def __init__(self, BLOCK_M, BLOCK_D, EAGER_DV, AHEAD, DQ_GROUP, HOUSEKEEPING, DETERMINISTIC,
+                 SOFTCAP, HAS_LEFT, HAS_RIGHT):  # fmt: skip
+        self.BLOCK_M = gl.constexpr(BLOCK_M)
+        self.BLOCK_N = gl.constexpr(128)
+        self.BLOCK_D = gl.constexpr(BLOCK_D)
+        self.EAGER_DV = gl.constexpr(EAGER_DV)
+        self.AHEAD = gl.constexpr(AHEAD)
+        self.DQ_GROUP = gl.constexpr(DQ_GROUP)
+        self.HOUSEKEEPING = gl.constexpr(HOUSEKEEPING)
+        self.DETERMINISTIC = gl.constexpr(DETERMINISTIC)
+        self.SOFTCAP = gl.constexpr(SOFTCAP)
+        self.HAS_LEFT = gl.constexpr(HAS_LEFT)
+        self.HAS_RIGHT = gl.constexpr(HAS_RIGHT)
+
+
+@aggregate
+class Grid:
+    """How programs divide ``key_blocks`` blocks of keys of ``sequences`` key heads.
+
+    Heads (of all sequences) are taken in sections. Within a section heads run fastest and blocks
+    of keys from the first, which most queries see, to the last; REVERSED from the last.
+    """
+
+    nheads_k: gl.tensor
+    key_blocks: gl.tensor
+    sequences: gl.tensor
+    section: gl.tensor
+    REVERSED: gl.constexpr
+
+    @gluon.constexpr_function
+    def __init__(self, nheads_k, key_blocks, sequences, section, REVERSED):
+        self.nheads_k = nheads_k
+        self.key_blocks = key_blocks
+        self.sequences = sequences
+        self.section = section
+        self.REVERSED = gl.constexpr(REVERSED)
+
+    @gluon.jit
+    def place(self, program):
+        """(batch, key head, block of keys) of a program."""
+        span = self.key_blocks * self.section
+        number = program // span
+        within = program - number * span
+        heads = gl.minimum(self.section, self.sequences - number * self.section)
+        key_block = within // heads
+        sequence = number * self.section + within - key_block * heads
+        if self.REVERSED:
+            key_block = self.key_blocks - 1 - key_block
+        batch = sequence // self.nheads_k
+        return batch, sequence - batch * self.nheads_k, key_block
+
+
+@aggregate
+class Work:
+    """A program's work: 128 keys of one key head, and the queries that see them.
+
+    A query at row r sees the keys [r - reach_left, r + reach_right], as far as there are such
+    bounds, before seqlen_k. In each of ``steps`` steps the program takes BLOCK_M queries: the rows
+    [first_row, end_row) of every query head of the group in turn. ``first_sum`` is the first of
+    these rows in the padded statistics and the sums of dq, and ``to_next_head`` leads from the
+    last step of a head to the first one of the next there.
+    """
+
+    scale: gl.tensor
+    scale_log2: gl.tensor
+    cap_log2: gl.tensor
+    seqlen_k: gl.tensor
+    reach_left: gl.tensor
+    reach_right: gl.tensor
+    first_key: gl.tensor
+    first_row: gl.tensor
+    end_row: gl.tensor
+    first_sum: gl.tensor
+    to_next_head: gl.tensor
+    steps: gl.tensor
+    grid: Grid
+    config: Config
+
+    @gluon.constexpr_function
+    def __init__(self, scale, scale_log2, cap_log2, seqlen_k, reach_left, reach_right, first_key,
+                 first_row, end_row, first_sum, to_next_head, steps, grid, config):  # fmt: skip
+        self.scale = scale
+        self.scale_log2 = scale_log2
+        self.cap_log2 = cap_log2
+        self.seqlen_k = seqlen_k
+        self.reach_left = reach_left
+        self.reach_right = reach_right
+        self.first_key = first_key
+        self.first_row = first_row
+        self.end_row = end_row
+        self.first_sum = first_sum
+        self.to_next_head = to_next_head
+        self.steps = steps
+        self.grid = grid
+        self.config = config
+
+
+@gluon.jit
+def step_after(work, row, sum_row):
+    """The next step's (row, row of the sums)."""
+    BLOCK_M: gl.constexpr = work.config.BLOCK_M
+    is_last = row + BLOCK_M >= work.end_row
+    following = gl.where(is_last, work.first_row, row + BLOCK_M)
+    return following, sum_row + gl.where(is_last, work.to_next_head, BLOCK_M)
+
+
+@gluon.jit
+def rows_of_queries(first_key, seqlen_q, seqlen_k, reach_left, reach_right, config):
+    """[first, end) of the queries that see some of BLOCK_N keys, in whole blocks."""
+    last_key = gl.minimum(first_key + config.BLOCK_N, seqlen_k) - 1
+    first = gl.to_tensor(0)
+    end = seqlen_q
+    if config.HAS_RIGHT:
+        first = gl.maximum(first_key - reach_right, 0)
+    if config.HAS_LEFT:
+        end = gl.maximum(gl.minimum(last_key + reach_left + 1, seqlen_q), 0)
+    first = first // config.BLOCK_M * config.BLOCK_M
+    end = (end + config.BLOCK_M - 1) // config.BLOCK_M * config.BLOCK_M
+    return first, gl.maximum(end, first)
+
+
+# ---------------------------------------------------------------------------------------- producer
+@gluon.jit
+def ask_for(desc, coordinates, ring, use):
+    """Start loading one block; nothing else may be expected in this slot."""
+    slot = ring.full.index(use % ring.SLOTS)
+    mbarrier.expect(slot, bytes_of(desc.block_type))
+    tma_load(desc, coordinates, slot, ring.slot(use))
+
+
+@gluon.jit
+def ask_with_row_values(
+    desc, values_desc, batch, head, row, sum_row, ring, values, use, work, duties
+):
+    """Start loading a block of rows and one number for each row into the same slot.
+
+    Only these numbers come from the launch before or from housekeepers, so only they wait for them.
+    """
+    slot = ring.full.index(use % ring.SLOTS)
+    mbarrier.expect(slot, bytes_of(desc.block_type) + bytes_of(values_desc.block_type))
+    tma_load(desc, [batch, head, row, 0], slot, ring.slot(use))
+    if use == 0:
+        wait_for_dependencies()
+    if work.config.HOUSEKEEPING:  # noqa: SIM102 -- one condition is a constant, the other is not
+        if row == work.first_row:
+            wait_until_prepared(duties, sum_row // duties.padded_rows)
+    tma_load(values_desc, [sum_row], slot, values.index(use % ring.SLOTS))
+
+
+@gluon.jit
+def producer(work, shared, duties, group, q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc):
+    """Ask for everything that the consumers read, as slots become empty."""
+    batch, key_head, _ = work.grid.place(gl.program_id(0))
+    ask_for(k_desc, [batch, key_head, work.first_key, 0], shared.k, 0)
+    ask_for(v_desc, [batch, key_head, work.first_key, 0], shared.v, 0)
+    head = key_head * group
+    row = work.first_row
+    sum_row = work.first_sum
+    for i in range(work.steps):
+        shared.q.wait_empty(i)
+        ask_with_row_values(
+            q_desc, lse_desc, batch, head, row, sum_row, shared.q, shared.lse, i, work, duties
+        )
+        shared.do.wait_empty(i)
+        ask_with_row_values(
+            do_desc, delta_desc, batch, head, row, sum_row, shared.do, shared.delta, i, work, duties
+        )
+        row, sum_row = step_after(work, row, sum_row)
+        head = gl.where(row == work.first_row, head + 1, head)
+    allow_dependents()
+
+
+# ---------------------------------------------------------------------------------------- consumer
+@gluon.jit
+def mask_weights(work, p, first_key, first_row):
+    """0 where a query does not see a key; ``p`` is (ROWS keys, BLOCK_M queries).
+
+    The registers of a thread hold columns 8a + 2t + c with t the thread's place among four. Taken
+    apart like that, the comparison is with a constant for each register and one or two numbers for
+    each key, so no register holds column numbers.
+    """
+    WEIGHTS: gl.constexpr = p.type.layout
+    BLOCK_M: gl.constexpr = work.config.BLOCK_M
+    parts = p.reshape([ROWS, BLOCK_M // 8, 4, 2])
+    PARTS: gl.constexpr = parts.type.layout
+    A: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, PARTS)))
+    T: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, PARTS)))
+    C: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, PARTS)))
+    K: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, PARTS)))
+    column = gl.arange(0, BLOCK_M // 8, layout=A)[None, :, None, None] * 8
+    column = column + gl.arange(0, 2, layout=C)[None, None, None, :]
+    origin = gl.arange(0, 4, layout=T)[None, None, :, None] * 2 + first_row
+    key = first_key + gl.arange(0, ROWS, layout=K)
+    first = gl.where(key < work.seqlen_k, 0, NO_ROW)
+    if work.config.HAS_RIGHT:
+        first = gl.where(key < work.seqlen_k, key - work.reach_right, NO_ROW)
+    seen = column >= first[:, None, None, None] - origin
+    if work.config.HAS_LEFT:
+        seen = seen & (column <= (key + work.reach_left)[:, None, None, None] - origin)
+    parts = gl.where(seen, parts, 0.0)
+    return gl.convert_layout(parts.reshape([ROWS, BLOCK_M]), WEIGHTS, assert_trivial=True)
+
+
+@gluon.jit
+def mask_if_needed(work, p, first_key, first_row):
+    """Weights of ROWS keys, masked unless every query of the block sees every key."""
+    outside = first_key + ROWS > work.seqlen_k
+    if work.config.HAS_RIGHT:
+        outside = outside | (first_row + work.reach_right < first_key + ROWS - 1)
+    if work.config.HAS_LEFT:
+        outside = outside | (first_row + work.config.BLOCK_M - 1 - work.reach_left > first_key)
+    if outside:
+        p = mask_weights(work, p, first_key, first_row)
+    return p
+
+
+@gluon.jit
+def keys_of(ring, LANE: gl.constexpr, work):
+    """The 64 rows of k or v that a consumer owns."""
+    whole = ring.data.index(opaque_zero()).reshape([work.config.BLOCK_N, work.config.BLOCK_D])
+    return whole.slice(LANE * ROWS, ROWS, 0)
+
+
+@gluon.jit
+def rows_of(ring, use, work):
+    """The block of q or do in use."""
+    return ring.slot(use).reshape([work.config.BLOCK_M, work.config.BLOCK_D])
+
+
+@gluon.jit
+def keys_by_rows(keys, rows, zeros):
+    """Start keys rows^T: (ROWS, BLOCK_M)."""
+    return warpgroup_mma(keys, rows.permute([1, 0]), zeros, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def exponents(work, s):
+    """Base-2 exponents of the weights, before the log-sum-exp: of products q.k."""
+    s = s * work.scale_log2
+    if work.config.SOFTCAP:
+        s = work.cap_log2 - 2.0 * work.cap_log2 / (gl.exp2(s) + 1.0)  # cap * tanh
+    return s
+
+
+@gluon.jit
+def softcap_slope(work, p, lse):
+    """The derivative of softcap, 1 - tanh^2. From the weights, because nothing else of the scores
+    is left by then; where a weight is 0 it does not matter, as long as it is a number."""
+    capped = (gl.log2(gl.maximum(p, 1e-37)) + lse) * (1.0 / work.cap_log2)
+    capped = gl.minimum(gl.maximum(capped, -1.0), 1.0)
+    return 1.0 - capped * capped
+
+
+@gluon.jit
+def register_order(tile):
+    """A 64 x 64 tile of sums with its elements in the order that the threads hold them: the four
+    neighbours in a row are one thread's."""
+    return tile.reshape([4, 2, 8, 8, 4, 2]).permute([0, 3, 2, 4, 1, 5]).reshape([ROWS, 64])
+
+
+@gluon.jit
+def dq_operands(work, shared, use, TILE: gl.constexpr):
+    """(dS^T, k) whose product is the TILE-th 64 x 64 tile of the block's dq."""
+    config = work.config
+    COLUMNS: gl.constexpr = config.BLOCK_D // 64
+    ds = shared.ds.slot(use)
+    if config.BLOCK_M > ROWS:
+        ds = ds.slice((TILE // COLUMNS) * ROWS, ROWS, 1)
+    k = shared.k.data.index(opaque_zero()).reshape([config.BLOCK_N, config.BLOCK_D])
+    if COLUMNS > 1:
+        k = k.slice((TILE % COLUMNS) * 64, 64, 1)
+    return ds.permute([1, 0]), k
+
+
+@gluon.jit
+def tile_of(work, sum_row, TILE: gl.constexpr):
+    """The number of a 64 x 64 tile of the sums of dq: the TILE-th of a block's."""
+    COLUMNS: gl.constexpr = work.config.BLOCK_D // 64
+    return (sum_row // ROWS + TILE // COLUMNS) * COLUMNS + TILE % COLUMNS
+
+
+@gluon.jit
+def turn_of(work, row):
+    """How many of another program's warps add to a block of dq before this program does."""
+    BLOCK_N: gl.constexpr = work.config.BLOCK_N
+    turn = work.first_key // BLOCK_N
+    if work.grid.REVERSED:
+        last = work.grid.key_blocks - 1
+        if work.config.HAS_RIGHT:
+            last = gl.minimum(last, (row + work.config.BLOCK_M - 1 + work.reach_right) // BLOCK_N)
+        turn = last - turn
+    elif work.config.HAS_LEFT:
+        turn -= gl.maximum(row - work.reach_left, 0) // BLOCK_N
+    return turn * 4
+
+
+@gluon.jit
+def peek_at_turn(work, turns, sum_row, TILE: gl.constexpr):
+    """The counter of a tile, asked for in time."""
+    seen = gl.to_tensor(0)
+    if work.config.DETERMINISTIC:
+        seen = peek(turns + tile_of(work, sum_row, TILE))
+    return seen
+
+
+@gluon.jit
+def pass_turn(work, turns, sum_row, TILE: gl.constexpr):
+    """Let the next program add to a tile."""
+    fence_async()
+    count_up(turns + tile_of(work, sum_row, TILE))
+
+
+@gluon.jit
+def add_to_dq(dq_desc, work, turns, seen, row, sum_row, dq, buffer, TILE: gl.constexpr):
+    """Add a tile to the sums of dq through a buffer that no TMA reads any more."""
+    buffer.store(register_order(dq))
+    fence_async_shared()
+    if work.config.DETERMINISTIC:
+        turn = turn_of(work, row)
+        if seen < turn:
+            wait_until(turns + tile_of(work, sum_row, TILE), turn)
+    tma_add(dq_desc, [tile_of(work, sum_row, TILE) * 64, 0], buffer)
+
+
+@gluon.jit
+def store_keys(desc, work, ring, values, LANE: gl.constexpr):
+    """Write a consumer's rows of dk or dv by TMA, through the rows of k or v that it owns.
+
+    Where they go is computed again: held through the loop, it would cost registers.
+    """
+    batch, key_head, key_block = work.grid.place(gl.program_id(0) + opaque_zero())
+    row = key_block * work.config.BLOCK_N + LANE * ROWS
+    keys_of(ring, LANE, work).store(values.to(desc.dtype))
+    fence_async_shared()
+    source = ring.data.index(0).slice(LANE * ROWS, ROWS, 2)
+    tma_store(desc, [batch, key_head, row, 0], source)
+
+
+@gluon.jit
+def consumer(LANE: gl.constexpr, work, shared, duties, dq_desc, dk_desc, dv_desc):
+    """dk and dv of keys [64 * LANE, 64 * LANE + 64) of the program's, and dS for dq."""
+    config = work.config
+    BLOCK_M: gl.constexpr = config.BLOCK_M
+    BLOCK_D: gl.constexpr = config.BLOCK_D
+    AHEAD: gl.constexpr = config.AHEAD
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
+    DQ: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
+    COLUMN: gl.constexpr = gl.SliceLayout(0, SCORES)
+    # How many products may be in flight behind those waited for: the next step's S is one.
+    EARLY: gl.constexpr = 1 if AHEAD == 1 else 0
+    dtype: gl.constexpr = dk_desc.dtype
+
+    dk = gl.zeros([ROWS, BLOCK_D], gl.float32, SUMS)
+    dv = gl.zeros([ROWS, BLOCK_D], gl.float32, SUMS)
+    zeros = gl.zeros([ROWS, BLOCK_M], gl.float32, SCORES)
+    dq_zeros = gl.zeros([ROWS, 64], gl.float32, DQ)
+    first_key = work.first_key + LANE * ROWS
+    row = work.first_row
+    sum_row = work.first_sum
+    shared.k.wait_full(0)
+    s = zeros
+    if AHEAD > 0:
+        if work.steps > 0:  # otherwise it multiplies what lies in shared memory, for nobody
+            shared.q.wait_full(0)
+        s = keys_by_rows(keys_of(shared.k, LANE, work), rows_of(shared.q, 0, work), zeros)
+        s = warpgroup_mma_wait(0, deps=[s])
+    shared.v.wait_full(0)
+    for i in range(work.steps):
+        k = keys_of(shared.k, LANE, work)
+        v = keys_of(shared.v, LANE, work)
+        q = rows_of(shared.q, i, work)
+        do = rows_of(shared.do, i, work)
+        # The last step has no next one and starts its own S again, for nobody.
+        following = gl.minimum(i + 1, work.steps - 1)
+
+        # P, dV, dS.
+        if AHEAD == 0:
+            shared.q.wait_full(i)
+            s = keys_by_rows(k, q, zeros)
+        shared.do.wait_full(i)
+        dp = keys_by_rows(v, do, zeros)
+        if AHEAD == 0:
+            s = warpgroup_mma_wait(1, deps=[s])
+        lse = shared.lse.index(i % shared.q.SLOTS).load(COLUMN)
+        p = gl.exp2(exponents(work, s) - gl.expand_dims(lse, 0))
+        p = mask_if_needed(work, p, first_key, row)
+        weights = gl.convert_layout(p.to(dtype), OPERAND)
+        if config.EAGER_DV:
+            dv = warpgroup_mma(weights, do, dv, is_async=True)
+            dp = warpgroup_mma_wait(1, deps=[dp])
+        else:
+            dp = warpgroup_mma_wait(0, deps=[dp])
+            dv = warpgroup_mma(weights, do, dv, is_async=True)
+        delta = shared.delta.index(i % shared.do.SLOTS).load(COLUMN)
+        ds = p * (dp - gl.expand_dims(delta, 0))
+        if config.SOFTCAP:
+            lse = shared.lse.index(i % shared.q.SLOTS).load(COLUMN)
+            ds *= softcap_slope(work, p, gl.expand_dims(lse, 0))
+        ds = ds.to(dtype)
+        if config.DQ_GROUP:
+            shared.ds.wait_empty(i)
+        shared.ds.slot(i).slice(LANE * ROWS, ROWS, 0).store(ds)
+        fence_async_shared()
+        ds = gl.convert_layout(ds, OPERAND)
+
+        # dK, and dQ or its share.
+        if config.DQ_GROUP:
+            shared.ds.announce(i)
+            dk = warpgroup_mma(ds, q, dk, is_async=True)
+            if AHEAD > 0:
+                shared.q.wait_full(following)
+                s = keys_by_rows(k, rows_of(shared.q, following, work), zeros)
+                dv = warpgroup_mma_wait(2, deps=[dv])
+                shared.do.release(i)
+                dk = warpgroup_mma_wait(1, deps=[dk])
+                shared.q.release(i)
+                s = warpgroup_mma_wait(0, deps=[s])
+            else:
+                dv = warpgroup_mma_wait(1, deps=[dv])
+                shared.do.release(i)
+                dk = warpgroup_mma_wait(0, deps=[dk])
+                shared.q.release(i)
+        else:
+            meet(CONSUMERS_MEET, 256)
+            ds_turned, k_columns = dq_operands(work, shared, i, LANE)
+            dq = warpgroup_mma(ds_turned, k_columns, dq_zeros, use_acc=False, is_async=True)
+            dk = warpgroup_mma(ds, q, dk, is_async=True)
+            if AHEAD == 1:
+                shared.q.wait_full(following)
+                s = keys_by_rows(k, rows_of(shared.q, following, work), zeros)
+            seen = peek_at_turn(work, duties.turns, sum_row, LANE)
+            dv = warpgroup_mma_wait(2 + EARLY, deps=[dv])
+            shared.do.release(i)
+            dq = warpgroup_mma_wait(1 + EARLY, deps=[dq])
+            tma.store_wait(0)
+            add_to_dq(
+                dq_desc, work, duties.turns, seen, row, sum_row, dq, shared.dq.index(LANE), LANE
+            )
+            if AHEAD == 2:
+                shared.q.wait_full(following)
+                s = keys_by_rows(k, rows_of(shared.q, following, work), zeros)
+            dk = warpgroup_mma_wait(1 if AHEAD > 0 else 0, deps=[dk])
+            shared.q.release(i)
+            if AHEAD > 0:
+                s = warpgroup_mma_wait(0, deps=[s])
+            if config.DETERMINISTIC:
+                tma_complete(0)
+                pass_turn(work, duties.turns, sum_row, LANE)
+        row, sum_row = step_after(work, row, sum_row)
+
+    # dk and dv leave through k and v; the other groups must be done with k.
+    tma.store_wait(0)
+    if config.DQ_GROUP:  # noqa: SIM102 -- one condition is a constant, the other is not
+        if work.steps > 0:
+            shared.ds.wait_empty(work.steps - 1 + shared.ds.SLOTS)
+    meet(CONSUMERS_MEET, 256)
+    store_keys(dv_desc, work, shared.v, dv, LANE)
+    store_keys(dk_desc, work, shared.k, dk * work.scale, LANE)
+    tma.store_wait(0)
+    if config.HOUSEKEEPING and not config.DQ_GROUP:
+        report_sums(work, duties)
+
+
+@gluon.jit
+def dq_group(work, shared, duties, dq_desc):
+    """dq of every step, from the dS of both consumers."""
+    config = work.config
+    TILES: gl.constexpr = (config.BLOCK_M // ROWS) * (config.BLOCK_D // 64)
+    DQ: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    zeros = gl.zeros([ROWS, 64], gl.float32, DQ)
+    row = work.first_row
+    sum_row = work.first_sum
+    before = sum_row
+    shared.k.wait_full(0)
+    for i in range(work.steps):
+        shared.ds.wait_full(i)
+        for tile in gl.static_range(TILES):
+            ds_turned, k_columns = dq_operands(work, shared, i, tile)
+            dq = warpgroup_mma(ds_turned, k_columns, zeros, use_acc=False, is_async=True)
+            seen = peek_at_turn(work, duties.turns, sum_row, tile)
+            tma.store_wait(1)  # of two buffers in turn, the older one is free
+            dq = warpgroup_mma_wait(0, deps=[dq])
+            if tile == TILES - 1:
+                shared.ds.release(i)
+            buffer = shared.dq.index((i * TILES + tile) % 2)
+            add_to_dq(dq_desc, work, duties.turns, seen, row, sum_row, dq, buffer, tile)
+            if config.DETERMINISTIC:
+                # The tile before this one is in memory; the turns of this one pass later.
+                tma_complete(1)
+                if tile > 0:
+                    pass_turn(work, duties.turns, sum_row, tile - 1)
+                elif i > 0:
+                    pass_turn(work, duties.turns, before, TILES - 1)
+        before = sum_row
+        row, sum_row = step_after(work, row, sum_row)
+    tma.store_wait(0)
+    if config.DETERMINISTIC:  # noqa: SIM102 -- one condition is a constant, the other is not
+        if work.steps > 0:
+            tma_complete(0)
+            pass_turn(work, duties.turns, before, TILES - 1)
+    if config.HOUSEKEEPING:
+        report_sums(work, duties)
+
+
+# ------------------------------------------------------------------------------------ housekeeping
+@aggregate
+class Duties:
+    """The share of the work before and after that the main kernel's programs do for each other.
+
+    The rows of all query heads, padded, are taken in pieces of PIECE rows. A program of number n
+    has ``pieces / programs`` of them, those around n * pieces / programs; it prepares (statistics,
+    zeros) the ones ``lag`` further on and finishes (dq from its sums) the ones ``lag`` back. The
+    launch before prepares the first ``lag`` pieces and the launch after finishes the last ones.
+
+    ``lag`` is so much more than a section's pieces that a program only waits for programs with
+    smaller numbers, which started before it: so none waits for ever.
+
+    ``prepared`` counts the pieces of each query head, ``summed`` the programs that have added all
+    of theirs to dq for each key head, ``turns`` those that have added to each 64 x 64 tile of dq:
+    once for each warp that did; int32 in global memory.
+    """
+
+    prepared: gl.tensor
+    turns: gl.tensor
+    summed: gl.tensor
+    padded_rows: gl.tensor
+    group: gl.tensor
+    nheads: gl.tensor
+    seqlen_q: gl.tensor
+    lag: gl.tensor
+    first: gl.tensor
+    end: gl.tensor
+    pieces: gl.tensor
+    lse: gl.tensor
+    lse_log2: gl.tensor
+    delta: gl.tensor
+    sums: gl.tensor
+    dq: gl.tensor
+    stride_lb: gl.tensor
+    stride_lh: gl.tensor
+    stride_qb: gl.tensor
+    stride_qm: gl.tensor
+    stride_qh: gl.tensor
+
+    @gluon.constexpr_function
+    def __init__(self, prepared, turns, summed, padded_rows, group, nheads, seqlen_q, lag, first,
+                 end, pieces, lse, lse_log2, delta, sums, dq, stride_lb, stride_lh, stride_qb,
+                 stride_qm, stride_qh):  # fmt: skip
+        self.prepared = prepared
+        self.turns = turns
+        self.summed = summed
+        self.padded_rows = padded_rows
+        self.group = group
+        self.nheads = nheads
+        self.seqlen_q = seqlen_q
+        self.lag = lag
+        self.first = first
+        self.end = end
+        self.pieces = pieces
+        self.lse = lse
+        self.lse_log2 = lse_log2
+        self.delta = delta
+        self.sums = sums
+        self.dq = dq
+        self.stride_lb = stride_lb
+        self.stride_lh = stride_lh
+        self.stride_qb = stride_qb
+        self.stride_qm = stride_qm
+        self.stride_qh = stride_qh
+
+    @gluon.jit
+    def place(self, piece):
+        """(number of the query head, its batch, its place there, first row) of a piece."""
+        in_head = self.padded_rows // PIECE
+        number = piece // in_head
+        batch = number // self.nheads
+        return number, batch, number - batch * self.nheads, (piece - number * in_head) * PIECE
+
+
+@gluon.jit
+def wait_until_prepared(duties, number):
+    """Wait for the pieces of a query head that housekeepers prepare."""
+    in_head = duties.padded_rows // PIECE
+    before = gl.minimum(gl.maximum(duties.lag - number * in_head, 0), in_head)
+    wait_until(duties.prepared + number, (in_head - before) * HOUSEKEEPERS)
+
+
+@gluon.jit
+def report_sums(work, duties):
+    """Report that all which this warpgroup adds to dq is in memory."""
+    tma_complete(0)
+    fence_async()
+    wait_for_dependencies()  # that the counters are zeroed, also if there was nothing to do
+    batch, key_head, _ = work.grid.place(gl.program_id(0) + opaque_zero())
+    count_up(duties.summed + batch * work.grid.nheads_k + key_head)
+
+
+@gluon.jit
+def ask_for_strips(duties, out_desc, do_desc, ring, douts, piece, strip, use):
+    """Start loading STRIP rows of out and dout into one slot."""
+    _, batch, head, row = duties.place(piece)
+    full = ring.full.index(use % ring.SLOTS)
+    mbarrier.expect(full, 2 * bytes_of(out_desc.block_type))
+    at = [batch, head, row + strip * STRIP, 0]
+    tma_load(out_desc, at, full, ring.slot(use))
+    tma_load(do_desc, at, full, douts.index(use % ring.SLOTS))
+
+
+@gluon.jit
+def prepare_pieces(config, duties, ring, douts, out_desc, do_desc):
+    """Statistics of this program's pieces ahead, and zeros for their sums of dq."""
+    BLOCK_D: gl.constexpr = config.BLOCK_D
+    THREADS: gl.constexpr = BLOCK_D // 8
+    STRIPS: gl.constexpr = PIECE // STRIP
+    TILE: gl.constexpr = gl.BlockedLayout([1, 8], [32 // THREADS, THREADS], [2, 1], [1, 0])
+    FLAT: gl.constexpr = gl.BlockedLayout([4], [32], [2], [0])
+    ONE: gl.constexpr = gl.BlockedLayout([2], [32], [2], [0])
+    first = gl.minimum(duties.first + duties.lag, duties.pieces)
+    end = gl.minimum(duties.end + duties.lag, duties.pieces)
+    uses = (end - first) * STRIPS
+    for use in range(gl.minimum(ring.SLOTS, uses)):
+        ask_for_strips(duties, out_desc, do_desc, ring, douts, first, use, use)
+    for use in range(uses):
+        piece = first + use // STRIPS
+        strip = use % STRIPS
+        number, batch, head, row = duties.place(piece)
+        sum_row = number.to(gl.int64) * duties.padded_rows + row
+        if strip == 0:
+            rows = gl.arange(0, PIECE, layout=ONE)
+            lse = (
+                duties.lse
+                + batch.to(gl.int64) * duties.stride_lb
+                + head.to(gl.int64) * duties.stride_lh
+            )
+            row_lse = gl.load(lse + row + rows, mask=row + rows < duties.seqlen_q,
+                              other=float("inf"))  # fmt: skip
+            gl.store(duties.lse_log2 + sum_row + rows, base_two(row_lse))
+        ring.wait_full(use)
+        out = ring.slot(use).reshape([STRIP, BLOCK_D]).load(TILE)
+        dout = douts.index(use % ring.SLOTS).reshape([STRIP, BLOCK_D]).load(TILE)
+        row_delta = gl.sum(out.to(gl.float32) * dout.to(gl.float32), 1)
+        sum_row += strip * STRIP
+        target = sum_row + gl.arange(0, STRIP, layout=gl.SliceLayout(1, TILE))
+        gl.store(duties.delta + target, row_delta)
+        target = sum_row * BLOCK_D + gl.arange(0, STRIP * BLOCK_D, layout=FLAT)
+        gl.store(duties.sums + target, gl.zeros([STRIP * BLOCK_D], gl.float32, FLAT))
+        if strip == STRIPS - 1:
+            fence_async()
+            count_up(duties.prepared + number)
+        meet(HOUSEKEEPERS_MEET, HOUSEKEEPERS * 32)
+        following = use + ring.SLOTS
+        if following < uses:
+            ask_for_strips(duties, out_desc, do_desc, ring, douts, first + following // STRIPS,
+                           following % STRIPS, following)  # fmt: skip
+
+
+@gluon.jit
+def ask_for_sums(work, duties, desc, ring, piece, part, use, PARTS: gl.constexpr):
+    """Start loading the PARTS-th part of a piece of the sums of dq, once it is complete."""
+    if part == 0:
+        number, _, _, _ = duties.place(piece)
+        WARPS: gl.constexpr = 4 if work.config.DQ_GROUP else 8
+        wait_until(duties.summed + number // duties.group, work.grid.key_blocks * WARPS)
+    ask_for(desc, [(piece * PARTS + part) * 16, 0], ring, use)
+
+
+@gluon.jit
+def finish_pieces(work, duties, ring, desc, HEAD_DIM: gl.constexpr):
+    """dq of this program's pieces behind."""
+    COLUMNS: gl.constexpr = work.config.BLOCK_D // 64
+    PARTS: gl.constexpr = 8 * COLUMNS
+    first = gl.maximum(duties.first - duties.lag, 0)
+    end = gl.maximum(duties.end - duties.lag, 0)
+    uses = (end - first) * PARTS
+    for use in range(gl.minimum(ring.SLOTS, uses)):
+        ask_for_sums(work, duties, desc, ring, first, use, use, PARTS)
+    for use in range(uses):
+        piece = first + use // PARTS
+        part = use % PARTS
+        _, batch, head, row = duties.place(piece)
+        ring.wait_full(use)
+        FLAT: gl.constexpr = gl.BlockedLayout([1, 16], [8, 4], [2, 1], [1, 0])
+        values = strip_in_matrix_order(ring.slot(use).load(FLAT)) * work.scale
+        STORED: gl.constexpr = values.type.layout
+        rows = gl.arange(0, 16, layout=gl.SliceLayout(1, STORED))
+        rows += row + part // (4 * COLUMNS) * ROWS + part % 4 * 16
+        columns = gl.arange(0, 64, layout=gl.SliceLayout(0, STORED)) + part // 4 % COLUMNS * 64
+        dq = (
+            duties.dq + batch.to(gl.int64) * duties.stride_qb + head.to(gl.int64) * duties.stride_qh
+        )
+        at = gl.expand_dims(rows.to(gl.int64) * duties.stride_qm, 1) + gl.expand_dims(columns, 0)
+        mask = gl.expand_dims(rows < duties.seqlen_q, 1)
+        if HEAD_DIM != work.config.BLOCK_D:
+            mask = mask & gl.expand_dims(columns < HEAD_DIM, 0)
+        gl.store(dq + at, values.to(dq.dtype.element_ty), mask=mask)
+        meet(HOUSEKEEPERS_MEET, HOUSEKEEPERS * 32)
+        following = use + ring.SLOTS
+        if following < uses:
+            ask_for_sums(work, duties, desc, ring, first + following // PARTS, following % PARTS,
+                         following, PARTS)  # fmt: skip
+
+
+@gluon.jit
+def housekeeper(
+    work, duties, strips, douts, parts, out_desc, do_desc, sums_desc, HEAD_DIM: gl.constexpr
+):
+    """Prepare and finish this program's pieces."""
+    wait_for_dependencies()
+    prepare_pieces(work.config, duties, strips, douts, out_desc, do_desc)
+    finish_pieces(work, duties, parts, sums_desc, HEAD_DIM)
+
+
+# ------------------------------------------------------------------------------------------ kernel
+_NUMBERS = (
+    "nheads_k", "group", "seqlen_q", "seqlen_k", "padded_rows", "window_left", "window_right",
+    "key_blocks", "sequences", "section", "lag",
+)  # fmt: skip
+
+
+@gluon.jit(do_not_specialize=_NUMBERS)
+def attention_backward_sm90(
+    q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, dq_desc, dk_desc, dv_desc,
+    scale, scale_log2, cap_log2, nheads_k, group, seqlen_q, seqlen_k, padded_rows,
+    window_left, window_right, key_blocks, sequences, section,
+    out_desc, dout_desc, parts_desc, counters, lse, lse_log2, delta, dq_sums, dq,
+    stride_lb, stride_lh, stride_qb, stride_qm, stride_qh, lag,
+    BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr, Q_SLOTS: gl.constexpr, DO_SLOTS: gl.constexpr,
+    DS_SLOTS: gl.constexpr, EAGER_DV: gl.constexpr, AHEAD: gl.constexpr, DQ_GROUP: gl.constexpr,
+    REGISTERS: gl.constexpr, DQ_REGISTERS: gl.constexpr, OTHER_REGISTERS: gl.constexpr,
+    HOUSEKEEPING: gl.constexpr, DETERMINISTIC: gl.constexpr, REVERSED: gl.constexpr,
+    SOFTCAP: gl.constexpr,
+    HEAD_DIM: gl.constexpr,
+    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+):  # fmt: skip
+    """See the module's docstring; launched with 4 warps, those of one consumer.
+
+    Args:
+        q_desc, do_desc: TMA descriptors of (batch, nheads, seqlen_q, headdim) with blocks
+            (1, 1, BLOCK_M, BLOCK_D); columns past headdim are read as 0.
+        k_desc, v_desc: of (batch, nheads_k, seqlen_k, headdim) with blocks (1, 1, 128, BLOCK_D).
+        lse_desc, delta_desc: of (batch * nheads * padded_rows,) float32 with blocks (BLOCK_M,).
+        dq_desc: of the sums of dq, (batch * nheads * padded_rows * BLOCK_D / 64, 64) float32 with
+            blocks (64, 64).
+        dk_desc, dv_desc: like k's with blocks (1, 1, 64, BLOCK_D); columns past headdim are not
+            written.
+        scale: softmax_scale; scale_log2: softmax_scale * log2(e), with SOFTCAP
+            2 * softmax_scale / softcap * log2(e); cap_log2: softcap * log2(e).
+        padded_rows: seqlen_q, up to a multiple of 128.
+        key_blocks: blocks of 128 keys in a sequence.
+        sequences: batch * nheads_k; ``section`` of them are worked on at a time.
+        out_desc, dout_desc: as do_desc, with blocks of STRIP rows; parts_desc: as dq_desc, with
+            blocks (16, 64). These and all up to ``lag`` are only used with HOUSEKEEPING.
+        counters: (batch * (nheads + nheads_k),) and with DETERMINISTIC one more for each 64 x 64
+            tile of dq_sums; int32, zeros: see Duties.
+        lse, lse_log2, delta, dq_sums, dq: what row_statistics_sm90 and finish_dq_sm90 take.
+        lag: see Duties; at least the pieces of a section and of one program.
+        DS_SLOTS: buffers of dS; at least 2 without DQ_GROUP.
+        REGISTERS, DQ_REGISTERS, OTHER_REGISTERS: of a thread of the consumers (the first one gets
+            what is left), of the dq group, and of the producer and the housekeepers.
+    """
+    gl.static_assert(DQ_GROUP or (BLOCK_M // 64) * (BLOCK_D // 64) == 2)
+    gl.static_assert(DQ_GROUP or DS_SLOTS >= 2)
+    config = Config(BLOCK_M, BLOCK_D, EAGER_DV, AHEAD, DQ_GROUP, HOUSEKEEPING, DETERMINISTIC,
+                    SOFTCAP, HAS_LEFT, HAS_RIGHT)  # fmt: skip
+    q = ring_for(q_desc, Q_SLOTS, 2)
+    do = ring_for(do_desc, DO_SLOTS, 2)
+    k = ring_for(k_desc, 1, 1)
+    v = ring_for(v_desc, 1, 1)
+    DS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([128, BLOCK_M], dk_desc.dtype)
+    ds_data = gl.allocate_shared_memory(dk_desc.dtype, [DS_SLOTS, 128, BLOCK_M], DS)
+    ds = new_ring(ds_data, DS_SLOTS, 2, 1)
+    shared = Shared(q, do, k, v, ds, buffers_for(lse_desc, Q_SLOTS),
+                    buffers_for(delta_desc, DO_SLOTS), buffers_for(dq_desc, 2))  # fmt: skip
+    fence_async_shared()
+
+    grid = Grid(nheads_k, key_blocks, sequences, section, REVERSED)
+    batch, key_head, key_block = grid.place(gl.program_id(0))
+    first_key = key_block * 128
+    shift = seqlen_k - seqlen_q
+    reach_left = window_left - shift
+    reach_right = window_right + shift
+    first_row, end_row = rows_of_queries(
+        first_key, seqlen_q, seqlen_k, reach_left, reach_right, config
+    )
+    rows = end_row - first_row
+    first_sum = (batch * nheads_k + key_head) * group * padded_rows + first_row
+    work = Work(scale, scale_log2, cap_log2, seqlen_k, reach_left, reach_right, first_key,
+                first_row, end_row, first_sum, padded_rows - rows + BLOCK_M,
+                group * (rows // BLOCK_M), grid, config)  # fmt: skip
+    # Of the pieces, those that belong to this program.
+    share = group * (padded_rows // PIECE)
+    program = gl.program_id(0).to(gl.int64)
+    duties = Duties(
+        counters, counters + sequences * (group + 1), counters + sequences * group,
+        padded_rows, group, nheads_k * group, seqlen_q, lag,
+        (program * share // key_blocks).to(gl.int32),
+        ((program + 1) * share // key_blocks).to(gl.int32), sequences * share,
+        lse, lse_log2, delta, dq_sums, dq, stride_lb, stride_lh, stride_qb, stride_qm, stride_qh,
+    )  # fmt: skip
+    if HOUSEKEEPING:
+        strips = ring_for(out_desc, 4, 1)
+        dout_strips = buffers_for(dout_desc, 4)
+        parts = ring_for(parts_desc, 2, 1)
+        fence_async_shared()
+    # The lists have to be spelled out: in tuples bound to a name, constants become tensors.
+    if HOUSEKEEPING and DQ_GROUP:
+        gl.warp_specialize([
+            (consumer, (0, work, shared, duties, dq_desc, dk_desc, dv_desc)),
+            (consumer, (1, work, shared, duties, dq_desc, dk_desc, dv_desc)),
+            (dq_group, (work, shared, duties, dq_desc)),
+            (housekeeper, (work, duties, strips, dout_strips, parts, out_desc, dout_desc,
+                           parts_desc, HEAD_DIM)),
+            (producer, (work, shared, duties, group, q_desc, k_desc, v_desc, do_desc, lse_desc,
+                        delta_desc)),
+        ], [4, 4, 2, 1], [REGISTERS, DQ_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS])  # fmt: skip
+    elif HOUSEKEEPING:
+        gl.warp_specialize([
+            (consumer, (0, work, shared, duties, dq_desc, dk_desc, dv_desc)),
+            (consumer, (1, work, shared, duties, dq_desc, dk_desc, dv_desc)),
+            (housekeeper, (work, duties, strips, dout_strips, parts, out_desc, dout_desc,
+                           parts_desc, HEAD_DIM)),
+            (producer, (work, shared, duties, group, q_desc, k_desc, v_desc, do_desc, lse_desc,
+                        delta_desc)),
+        ], [4, 2, 1], [REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS])  # fmt: skip
+    elif DQ_GROUP:
+        gl.warp_specialize([
+            (consumer, (0, work, shared, duties, dq_desc, dk_desc, dv_desc)),
+            (consumer, (1, work, shared, duties, dq_desc, dk_desc, dv_desc)),
+            (dq_group, (work, shared, duties, dq_desc)),
+            (producer, (work, shared, duties, group, q_desc, k_desc, v_desc, do_desc, lse_desc,
+                        delta_desc)),
+        ], [4, 4, 1], [REGISTERS, DQ_REGISTERS, OTHER_REGISTERS])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (consumer, (0, work, shared, duties, dq_desc, dk_desc, dv_desc)),
+            (consumer, (1, work, shared, duties, dq_desc, dk_desc, dv_desc)),
+            (producer, (work, shared, duties, group, q_desc, k_desc, v_desc, do_desc, lse_desc,
+                        delta_desc)),
+        ], [4, 1], [REGISTERS, OTHER_REGISTERS])  # fmt: skip
+
+
+# --------------------------------------------------------------------------- before and after
+@gluon.jit
+def base_two(lse):
+    """The log-sum-exp in base 2, and +inf of rows that see no key, so that their weights are 0."""
+    sees_none = (lse == float("-inf")) | (lse == float("inf"))
+    return gl.where(sees_none, float("inf"), lse * LOG2E)
+
+
+@gluon.jit(do_not_specialize=("nheads", "seqlen_q", "padded_rows", "tiles", "num_counters"))
+def row_statistics_sm90(
+    out, dout, lse, dlse, lse_log2, delta, dq_sums, counters, num_counters,
+    stride_ob, stride_om, stride_oh, stride_gb, stride_gm, stride_gh, stride_lb, stride_lh,
+    nheads, seqlen_q, padded_rows, tiles,
+    HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_M: gl.constexpr, HAS_DLSE: gl.constexpr,
+):  # fmt: skip
+    """delta and log-sum-exp in base 2 of BLOCK_M rows; zeroes their sums of dq.
+
+    Rows past the end, up to padded_rows, and rows that see no key get 0 and +inf. The gradient of
+    the log-sum-exp, dlse (like lse, contiguous), only changes delta. The counters are zeroed too.
+    """
+    allow_dependents()
+    THREADS: gl.constexpr = BLOCK_D // 8
+    ROWS_OF_OUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 // THREADS, THREADS], [4, 1], [1, 0])
+    FLAT: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
+    ROW: gl.constexpr = gl.SliceLayout(1, ROWS_OF_OUT)
+    pid = gl.program_id(0)
+    for i in range(pid * 512, num_counters, gl.num_programs(0) * 512):
+        places = i + gl.arange(0, 512, layout=FLAT)
+        gl.store(counters + places, gl.zeros([512], gl.int32, FLAT), mask=places < num_counters)
+    head_batch = pid // tiles
+    tile = pid - head_batch * tiles
+    b = head_batch // nheads
+    h = head_batch - b * nheads
+    rows = tile * BLOCK_M + gl.arange(0, BLOCK_M, layout=ROW)
+    cols = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, ROWS_OF_OUT))
+    inside = rows < seqlen_q
+    mask = gl.expand_dims(inside, 1)
+    if BLOCK_D != HEAD_DIM:
+        mask = mask & gl.expand_dims(cols < HEAD_DIM, 0)
+    at = gl.expand_dims(rows.to(gl.int64), 1)
+    column = gl.expand_dims(cols, 0)
+    b64 = b.to(gl.int64)
+    out += b64 * stride_ob + h.to(gl.int64) * stride_oh
+    dout += b64 * stride_gb + h.to(gl.int64) * stride_gh
+    o = gl.load(out + at * stride_om + column, mask=mask, other=0.0)
+    do = gl.load(dout + at * stride_gm + column, mask=mask, other=0.0)
+    row_lse = gl.load(lse + b64 * stride_lb + h.to(gl.int64) * stride_lh + rows, mask=inside,
+                      other=float("inf"))  # fmt: skip
+    first = head_batch.to(gl.int64) * padded_rows + tile * BLOCK_M
+    sums = dq_sums + first * BLOCK_D + gl.arange(0, BLOCK_M * BLOCK_D, layout=FLAT)
+    gl.store(sums, gl.zeros([BLOCK_M * BLOCK_D], gl.float32, FLAT))
+    row_delta = gl.sum(o.to(gl.float32) * do.to(gl.float32), 1)
+    if HAS_DLSE:
+        row_delta -= gl.load(dlse + head_batch.to(gl.int64) * seqlen_q + rows, mask=inside,
+                             other=0.0)  # fmt: skip
+    row_lse = base_two(row_lse)
+    target = first + gl.arange(0, BLOCK_M, layout=ROW)
+    gl.store(lse_log2 + target, row_lse)
+    gl.store(delta + target, gl.where(row_lse == float("inf"), 0.0, row_delta))
+
+
+@gluon.jit
+def matrix_order(parts):
+    """Undo register_order."""
+    return parts.reshape([4, 8, 8, 4, 2, 2]).permute([0, 4, 2, 1, 3, 5]).reshape([ROWS, 64])
+
+
+@gluon.jit
+def strip_in_matrix_order(parts):
+    """Undo register_order for 16 rows."""
+    return parts.reshape([8, 8, 4, 2, 2]).permute([3, 1, 0, 2, 4]).reshape([16, 64])
+
+
+@gluon.jit(do_not_specialize=("nheads", "seqlen_q", "padded_rows", "tiles", "first_tile"))
+def finish_dq_sm90(
+    dq_sums, dq, stride_b, stride_m, stride_h, scale, nheads, seqlen_q, padded_rows, tiles,
+    first_tile,
+    HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr,
+):  # fmt: skip
+    """dq = scale * sums, for 64 rows of one head, of which ``tiles`` make a padded sequence."""
+    FLAT: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])
+    STORED: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    COLUMNS: gl.constexpr = BLOCK_D // 64
+    pid = gl.program_id(0) + first_tile
+    head_batch = pid // tiles
+    tile = pid - head_batch * tiles
+    b = head_batch // nheads
+    h = head_batch - b * nheads
+    rows = tile * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, STORED))
+    cols = gl.arange(0, 64, layout=gl.SliceLayout(0, STORED))
+    flat_rows = gl.arange(0, 64, layout=gl.SliceLayout(1, FLAT)) * 64
+    flat = gl.expand_dims(flat_rows, 1) + gl.expand_dims(
+        gl.arange(0, 64, layout=gl.SliceLayout(0, FLAT)), 0
+    )
+    first = (head_batch.to(gl.int64) * padded_rows + tile * 64) * BLOCK_D
+    dq += b.to(gl.int64) * stride_b + h.to(gl.int64) * stride_h
+    target = dq + gl.expand_dims(rows.to(gl.int64) * stride_m, 1) + gl.expand_dims(cols, 0)
+    wait_for_dependencies()
+    for j in gl.static_range(COLUMNS):
+        parts = gl.load(dq_sums + first + j * 4096 + flat)
+        values = (matrix_order(parts) * scale).to(dq.dtype.element_ty)
+        values = gl.convert_layout(values, STORED)
+        mask = gl.expand_dims(rows < seqlen_q, 1)
+        if BLOCK_D != HEAD_DIM:
+            mask = mask & gl.expand_dims(j * 64 + cols < HEAD_DIM, 0)
+        gl.store(target + j * 64, values, mask=mask)

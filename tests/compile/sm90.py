@@ -1,0 +1,292 @@
+"""Compiling the Hopper kernels for sm_90a without a GPU, and what the compiler made of them.
+
+    python tests/compile/sm90.py [--match TEXT] [--selection]
+
+compiles every plan with every mask that it serves, prints a line for each and fails if one spills
+registers, has its warpgroup MMAs made sequential, or takes too much shared memory. With --selection
+each plan, mask and feature occurs, in the combinations that need the most registers. In a process
+of its own: the compiler aborts, without an exception, where it does not know its way.
+"""
+# ruff: noqa: T201
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from contextlib import redirect_stdout
+from dataclasses import dataclass, field
+from io import StringIO
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+from flash_attn.backends.sm90 import launch, plans
+from flash_attn.core.problem import (
+    DENSE,
+    AttentionProblem,
+    SequenceLayout,
+    Visibility,
+    make_transform,
+)
+
+TARGET = GPUTarget("cuda", 90, 32)
+MASKS = {
+    "full": Visibility(),
+    "causal": Visibility(None, 0),
+    "left": Visibility(40, None),
+    "window": Visibility(40, 30),
+    "chunk": Visibility(None, 0, 128),
+}
+# What is asked of the kernel besides: a name for each combination that is compiled.
+FEATURES = (
+    "",
+    "packed",
+    "used",
+    "softcap",
+    "sinks",
+    "packed sinks",
+    "packed softcap",
+    "used softcap",
+)
+_BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+_OPCODE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)")
+
+
+class Case(NamedTuple):
+    """One compilation."""
+
+    plan: plans.ForwardPlan
+    headdim: int
+    mask: str
+    dtype: torch.dtype = torch.bfloat16
+    features: str = ""
+    headdim_v: int = 0  # 0: the head dim
+
+    @property
+    def label(self) -> str:
+        plan = self.plan
+        scheduler = ("one", "rr", "dyn")[plan.scheduler]
+        options = [f"{plan.consumers}x{plan.block_n}", f"st{plan.stages}", f"q{plan.q_slots}"]
+        options += [f"o{plan.out_halves}"]
+        flags = ("early", "ping_pong", "skip", "slim", "late")
+        options += [name for name in flags if getattr(plan, name)]
+        dtype = str(self.dtype).removeprefix("torch.")
+        options += [f"v{self.headdim_v}"] if self.headdim_v else []
+        options += [dtype, self.features]
+        return f"d{self.headdim} {self.mask} {scheduler} {' '.join(options)}"
+
+    @property
+    def problem(self) -> AttentionProblem:
+        """A problem that asks for it all."""
+        headdim_v = self.headdim_v or self.headdim
+        places = (2, 1000) if "packed" not in self.features else (2000,)
+        q = torch.empty(*places, 4, self.headdim, dtype=self.dtype, device="meta")
+        k = torch.empty(*places, 2, self.headdim, dtype=self.dtype, device="meta")
+        v = torch.empty(*places, 2, headdim_v, dtype=self.dtype, device="meta")
+        transform = make_transform(
+            self.headdim, softcap=20.0 if "softcap" in self.features else 0.0
+        )
+        if "sinks" in self.features:
+            transform = transform._replace(sinks=torch.empty(4, device="meta"))
+        bounds = torch.empty(3, dtype=torch.int32, device="meta")
+        used = torch.empty(2, dtype=torch.int32, device="meta")
+        layout = DENSE
+        if "packed" in self.features:
+            layout = SequenceLayout(bounds, bounds, max_seqlen_q=1000, max_seqlen_k=1000)
+        if "used" in self.features:
+            layout = layout._replace(seqused_q=used, seqused_k=used)
+        return AttentionProblem(q, k, v, transform, MASKS[self.mask], layout)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler made of a kernel."""
+
+    spilled: int
+    shared: int
+    seconds: float
+    warnings: list[str]
+    opcodes: Counter[str] = field(repr=False)
+
+    def failures(self, case: Case) -> list[str]:
+        """What makes the kernel unfit."""
+        found = [f"{self.spilled} bytes spilled"] if self.spilled else []
+        if self.shared > plans.SHARED_LIMIT:
+            found.append(f"{self.shared} bytes of shared memory, limit {plans.SHARED_LIMIT}")
+        found += self.warnings
+        plan, block_d = case.plan, plans.padded_headdim(case.headdim)
+        # Of each consumer: one k-step of scores is 16 columns, of values 16 keys; scores appear
+        # before the loop and in it, values in it and after it.
+        products = plan.consumers * 2 * (block_d // 16 + plan.block_n // 16)
+        if self.opcodes["HGMMA"] < products:
+            found.append(f"{self.opcodes['HGMMA']} warpgroup MMAs, expected {products} or more")
+        if not (self.opcodes["UTMALDG"] and self.opcodes["UTMASTG"]):
+            found.append("no TMA")
+        return found
+
+
+def arguments_of(case: Case) -> tuple[JITFunction, tuple[Any, ...], dict[str, Any]]:
+    """The kernel call that the package makes for ``case``."""
+    calls = []
+
+    def record(self: JITFunction, *args: Any, grid: Any, warmup: bool, **keywords: Any) -> None:
+        calls.append((self, args, keywords))
+
+    counter = torch.empty(1, dtype=torch.int32, device="meta")
+    with (
+        mock.patch.object(JITFunction, "run", record),
+        mock.patch.object(launch, "counter_for", return_value=counter),
+        mock.patch.object(launch, "multiprocessors_of", return_value=132),
+    ):
+        launch.forward(case.problem, None, case.plan)
+    (call,) = calls
+    return call
+
+
+def compile_case(case: Case) -> Compiled:
+    """Compile ``case`` and take the result apart."""
+    kernel, arguments, keywords = arguments_of(case)
+    started = time.perf_counter()
+    backend = make_backend(TARGET)
+    keywords = {"debug": False, **keywords}
+    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, options = binder(*arguments, **keywords)
+    options, signature, constants, attributes = kernel._pack_args(
+        backend, keywords, bound, specialization, options
+    )
+    source = GluonASTSource(kernel, signature, constants, attributes)
+    knobs.nvidia.dump_ptxas_log = True
+    log = StringIO()
+    with redirect_stdout(log):
+        compiled = triton.compile(source, target=TARGET, options=options.__dict__)
+    seconds = round(time.perf_counter() - started, 1)
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log.getvalue())
+    if not spills:
+        raise RuntimeError("no log of the assembler: set TRITON_ALWAYS_COMPILE=1")
+    return Compiled(
+        spilled=sum(int(number) for pair in spills for number in pair),
+        shared=compiled.metadata.shared,
+        seconds=seconds,
+        warnings=[x.strip() for x in log.getvalue().splitlines() if re.search(r"\bC75\d\d\b", x)],
+        opcodes=_opcodes(compiled.asm["cubin"]),
+    )
+
+
+def _opcodes(cubin: bytes) -> Counter[str]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        done = subprocess.run(
+            [str(_BIN / "nvdisasm"), "-c", str(path)], capture_output=True, text=True, check=True
+        )
+    return Counter(_OPCODE.findall(done.stdout))
+
+
+def all_cases() -> list[Case]:
+    """Every plan with the masks it is chosen for; float16 and other head dims where it differs."""
+    cases = []
+    for block_d, masked, plan in plans.forward_plans():
+        cases.append(Case(plan, block_d, "causal" if masked else "full"))
+        if masked:
+            window_plan = plans.windowed(plan, block_d)
+            cases += [Case(window_plan, block_d, mask) for mask in ("left", "window")]
+    longest = {(block_d, masked): plan for block_d, masked, plan in plans.forward_plans()}
+    cases += [
+        Case(plan, block_d, "causal" if masked else "full", torch.float16)
+        for (block_d, masked), plan in longest.items()
+    ]
+    cases += feature_cases()
+    return list(dict.fromkeys(cases))
+
+
+def feature_cases() -> list[Case]:
+    """Features with the plans that :func:`launch.plan_for` chooses for them, at several lengths."""
+    cases = []
+    for headdim in (64, 128, 256):
+        for features in ("packed", "used", "packed sinks"):
+            cases += [planned(headdim, mask, features) for mask in ("full", "causal", "window")]
+        for features in ("softcap", "sinks"):
+            for length in (500, 3000, 9000):
+                cases += [planned(headdim, mask, features, length) for mask in ("full", "causal")]
+        cases.append(planned(headdim, "chunk", ""))
+        for features in ("packed softcap", "used softcap"):
+            cases += [planned(headdim, mask, features) for mask in ("full", "window")]
+        cases += [planned(headdim, "chunk", features) for features in ("packed", "used")]
+    for headdim, headdim_v in ((64, 128), (64, 256), (128, 64), (256, 128), (256, 64)):
+        cases += [
+            planned(headdim, mask, features, 3000, headdim_v)
+            for mask in ("full", "causal")
+            for features in ("", "packed")
+        ]
+    return cases
+
+
+def selection() -> list[Case]:
+    """A part of :func:`all_cases` that compiles in a minute or two."""
+    cases = []
+    for block_d, masked, plan in plans.forward_plans():
+        cases.append(Case(plan, block_d, "causal" if masked else "full"))
+    cases += [planned(headdim, "window", "packed sinks") for headdim in (64, 128, 256)]
+    cases += [
+        planned(256, "window", ""),
+        planned(128, "window", "packed softcap"),
+        planned(128, "chunk", "packed"),
+        planned(64, "causal", "softcap", 500)._replace(dtype=torch.float16),
+        planned(256, "causal", "softcap"),
+        planned(128, "full", "sinks"),
+        planned(128, "left", "used"),
+        planned(64, "full", "packed", headdim_v=128),
+        planned(256, "causal", "", headdim_v=64),
+    ]
+    return list(dict.fromkeys(cases))
+
+
+def planned(headdim: int, mask: str, features: str, length: int = 3000, headdim_v: int = 0) -> Case:
+    """The case of a problem with sequences of ``length``."""
+    case = Case(plans.forward_plan(plans.ForwardKey(64, False, 1)), headdim, mask,
+                features=features, headdim_v=headdim_v)  # fmt: skip
+    problem = case.problem
+    long = problem.k.new_empty(2, length, 2, headdim)
+    if problem.is_varlen_q:
+        problem = problem._replace(layout=problem.layout._replace(max_seqlen_k=length))
+    else:
+        problem = problem._replace(q=long, k=long)
+    return case._replace(plan=launch.plan_for(problem))
+
+
+def main() -> int:
+    """Compile, print, count what is unfit."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--match", default="", help="only cases whose line contains it")
+    parser.add_argument("--selection", action="store_true", help="cases that cover the features")
+    args = parser.parse_args()
+    os.environ["TRITON_ALWAYS_COMPILE"] = "1"  # the assembler's log is not cached
+    unfit = 0
+    cases = selection() if args.selection else all_cases()
+    cases = [case for case in cases if args.match in case.label]
+    cases = [case for case in cases if not launch.register_reasons(case.problem)]
+    for case in cases:
+        result = compile_case(case)
+        failures = result.failures(case)
+        unfit += bool(failures)
+        print(case.label, f"{result.shared} B {result.seconds} s", "; ".join(failures), flush=True)
+    print(f"triton {triton.__version__}: {len(cases)} kernels, {unfit} unfit", flush=True)
+    return 1 if unfit or not cases else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,59 @@
+"""Compiles the Hopper backward for sm_90a and prints what each kernel takes, one JSON a line.
+
+    PYTHONPATH=src python tests/compile/sm90_backward.py 64 128
+
+A program of its own, because a compiler that does not know its way aborts the process. The
+assembler's log goes to the same output.
+"""
+# ruff: noqa: T201
+
+from __future__ import annotations
+
+import json
+import sys
+
+import aot
+import torch
+from triton import knobs
+
+from flash_attn.backends.sm90 import launch_backward
+from flash_attn.core.problem import (
+    AttentionProblem,
+    BackwardInputs,
+    Visibility,
+    make_transform,
+)
+
+VISIBILITIES = {
+    "full": Visibility(),
+    "causal": Visibility(None, 0),
+    "window": Visibility(64, 20),
+}
+
+
+def launches(headdim: int, dtype: torch.dtype, visibility: Visibility) -> list[aot.Launch]:
+    """The kernel calls of one backward."""
+    x = torch.empty(2, 2048, 4, headdim, dtype=dtype, device="meta")
+    problem = AttentionProblem(x, x, x, make_transform(headdim), visibility)
+    lse = torch.empty(2, 4, 2048, device="meta")
+    state = torch.empty(2, dtype=torch.int64, device="meta")
+    inputs = BackwardInputs(x, x, lse, x, x, x, state)
+    return aot.record(lambda: launch_backward.backward(problem, inputs), "sm90")
+
+
+def main() -> None:
+    """Compile for the head dims named on the command line."""
+    knobs.nvidia.dump_ptxas_log = True
+    knobs.compilation.always_compile = True
+    for headdim in map(int, sys.argv[1:]):
+        for name, visibility in VISIBILITIES.items():
+            dtype = torch.float16 if name == "window" else torch.bfloat16
+            for one in launches(headdim, dtype, visibility):
+                found = aot.compile_launch(one, "sm90")
+                facts = {"kernel": one.name, "headdim": headdim, "mask": name}
+                failures = found.failures("sm90")
+                print(json.dumps({**facts, **found.as_dict(), "failures": failures}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

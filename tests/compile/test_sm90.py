@@ -1,0 +1,97 @@
+"""The Hopper kernels compile without spilling, and their plans are what their tables say."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton exists on Linux only")
+
+from flash_attn.backends.sm90 import launch, plans
+from flash_attn.core.problem import (
+    DENSE,
+    AttentionProblem,
+    SequenceLayout,
+    Visibility,
+    make_transform,
+)
+
+_SCRIPT = Path(__file__).with_name("sm90.py")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_plans_compile_without_spilling() -> None:
+    """In a process of its own: the compiler aborts where it does not know its way. The script
+    without --selection compiles everything."""
+    done = subprocess.run(
+        [sys.executable, str(_SCRIPT), "--selection"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for block_d in (64, 128, 256):
+        assert f"d{block_d} causal" in done.stdout
+
+
+@pytest.mark.parametrize("block_d", [64, 128, 256])
+@pytest.mark.parametrize("halves", [1, 2])
+def test_results_leave_in_rows_of_128_bytes(block_d: int, halves: int) -> None:
+    """In narrower buffers the compiler aborts."""
+    plan = plans.ForwardPlan(2, 64, 2, plans.DYNAMIC, 1, halves)
+    columns = plan.out_columns(block_d)
+    assert columns >= 64
+    assert block_d % columns == 0
+
+
+@pytest.mark.parametrize("headdim", [1, 8, 64, 65, 96, 128, 192, 256])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("seqlen", [1, 512, 1024, 2048, 4096, 8192, 2**20])
+def test_every_shape_has_a_plan_that_fits(headdim: int, masked: bool, seqlen: int) -> None:
+    block_d = plans.padded_headdim(headdim)
+    assert block_d >= headdim
+    plan = plans.forward_plan(plans.ForwardKey(block_d, masked, seqlen))
+    assert (block_d, masked, plan) in plans.forward_plans()
+    assert plan.shared_bytes(block_d) <= plans.SHARED_LIMIT - 1024  # barriers, the compiler's own
+    threads = 128 * (plan.consumers + 1)
+    given = plan.registers * plan.consumers + 24
+    assert plan.registers <= 240
+    assert given * 128 <= 65536 // threads // 8 * 8 * threads
+
+
+@pytest.mark.parametrize("headdim", [128, 256])
+def test_features_that_would_spill_are_refused(
+    headdim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q = torch.empty(300, 2, headdim, dtype=torch.bfloat16)
+    bounds = torch.tensor([0, 300], dtype=torch.int32)
+    transform = make_transform(headdim, softcap=20.0)
+    packed = AttentionProblem(q, q, q, transform, layout=SequenceLayout(bounds, bounds))
+    chunked = packed._replace(
+        visibility=Visibility(None, 0, 128), transform=make_transform(headdim)
+    )
+    for triton in ((3, 6), (3, 9)):
+        monkeypatch.setattr(launch, "_TRITON", triton)
+        for problem in (packed, chunked):
+            assert len(launch.register_reasons(problem)) == (headdim > 128)
+            dense = problem._replace(q=q[None], k=q[None], v=q[None], layout=DENSE)
+            refused = headdim > 128 and triton > (3, 6)
+            assert len(launch.register_reasons(dense)) == refused
+
+
+def test_sections_hold_whole_groups() -> None:
+    plan = plans.forward_plan(plans.ForwardKey(128, True, 1024))
+    assert plans.heads_at_a_time(plan, 1024, 128, 4) == 4 * (plan.section_bytes // (4 * 1024 * 128))
+    assert plans.heads_at_a_time(plan, 2**20, 128, 4) == 4
+
+
+def test_the_last_heads_may_be_one_section() -> None:
+    plan = plans.ForwardPlan(2, 128, 2, plans.DYNAMIC, 1, 1, section_bytes=8 << 20)
+    assert plans.heads_in_sections(plan, 1024, 128, 1, 250) == 250
+    plan = replace(plan, last_bytes=32 << 20)  # 16 heads a section, 64 in the last
+    assert plans.heads_in_sections(plan, 1024, 128, 1, 250) == (250 - 64) // 16 * 16
+    assert plans.heads_in_sections(plan, 1024, 128, 1, 60) == 0
+    assert plans.heads_in_sections(plan, 1024, 128, 4, 1000) == (1000 - 256) // 64 * 64
