@@ -318,7 +318,7 @@ def _lookup(key: PlanKey) -> TilePlan:
         kernels = {**kernels, **_PADDED.get(family, {}).get(key.block_d, {})}
     plan = kernels[key.kernel][variant_of(key)]
     if key.few_rows and key.kernel == "forward":
-        most = 32 if key.padded and key.block_d == 64 else 64
+        most = 32 if (family, key.block_d, key.padded) == ("sm80", 64, True) else 64
         plan = TilePlan(16, min(plan.block_n, most), 4, plan.num_stages)
     return plan
 
