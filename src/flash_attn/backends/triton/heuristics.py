@@ -249,11 +249,7 @@ _PADDED_SM86 = {
     32: _variants(
         forward=[(128, 64, 4, 3), (128, 64, 4, 3), (128, 64, 8, 3), (128, 64, 8, 3)],
     ),
-    64: _variants(
-        forward=[(128, 64, 8, 3), (128, 64, 8, 3), (64, 64, 8, 3)],
-        dkdv=[(64, 128, 8, 2), (64, 64, 8, 2)],
-        dq=[(128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 2)],
-    ),
+    64: _variants(forward=[(128, 64, 8, 3), (128, 64, 8, 3), (64, 64, 8, 3)]),
 }
 _PADDED: dict[str, _Table] = {
     "sm90": _PADDED_SM90,
@@ -325,7 +321,7 @@ def _lookup(key: PlanKey) -> TilePlan:
             kernels = {**kernels, **_PADDED.get(family, {}).get(size, {})}
         plan = kernels[key.kernel][variant_of(key)]
     if key.few_rows and key.kernel == "forward":
-        most = 32 if key.padded and key.block_d == 64 else 64
+        most = 32 if (family, key.block_d, key.padded) == ("sm80", 64, True) else 64
         plan = TilePlan(16, min(plan.block_n, most), 4, plan.num_stages)
     return plan
 
