@@ -313,9 +313,9 @@ def variant_of(key: PlanKey) -> int:
 
 @lru_cache(maxsize=1024)
 def _lookup(key: PlanKey) -> TilePlan:
-    plan = extended_plan(key)
+    plan, family = extended_plan(key), family_of(key)
     if plan is None:
-        family, size = family_of(key), size_of(key)
+        size = size_of(key)
         kernels = _TABLES[family][size]
         if key.padded:
             kernels = {**kernels, **_PADDED.get(family, {}).get(size, {})}
