@@ -321,8 +321,10 @@ def _lookup(key: PlanKey) -> TilePlan:
             kernels = {**kernels, **_PADDED.get(family, {}).get(size, {})}
         plan = kernels[key.kernel][variant_of(key)]
     if key.few_rows and key.kernel == "forward":
-        most = 32 if (family, key.block_d, key.padded) == ("sm80", 64, True) else 64
-        plan = TilePlan(16, min(plan.block_n, most), 4, plan.num_stages)
+        padded = (family, key.block_d, key.padded) == ("sm80", 64, True)
+        most = 32 if padded or key.block_dv > 256 else 64
+        tight = key.block_dv > 256 or (key.itemsize == 1 and key.arch == "sm89" and key.heavy)
+        plan = TilePlan(16, min(plan.block_n, most), 4, 1 if tight else plan.num_stages)
     return plan
 
 

@@ -85,7 +85,8 @@ def _launch_row_statistics(
         q if cu_seqlens_q is None else cu_seqlens_q,
         problem.batch_size, problem.nheads, q.shape[-3], tiles,
         problem.layout.seqused_q, dlse, *((None,) * 2 if dlse is None else lse_strides(dlse)),
-        HEAD_DIM=problem.headdim_v, BLOCK_M=max(8, min(64, 4096 // facts.block_dv)),
+        HEAD_DIM=problem.headdim_v,
+        BLOCK_M=64 if facts.block_dv <= 64 else min(32, 8192 // facts.block_dv),
         BLOCK_D=facts.block_dv, IS_VARLEN=problem.is_varlen_q,
         num_warps=4,
     )  # fmt: skip
