@@ -126,14 +126,7 @@ def packs_heads(problem: AttentionProblem, plan: TilePlan) -> bool:
         return False
     if problem.pack_gqa is not None:
         return problem.pack_gqa
-    return 0 < typical_rows(problem) * group <= plan.block_m
-
-
-def typical_rows(problem: AttentionProblem) -> int:
-    """Queries of a sequence; packed, of one of average length. Not ``max_seqlen_q``: a bound of a
-    caller's choice must not decide the order in which anything is summed."""
-    rows = problem.q.shape[-3]
-    return triton.cdiv(rows, max(1, problem.batch_size)) if problem.is_varlen_q else rows
+    return 0 < problem.max_seqlen_q * group <= plan.block_m
 
 
 def compile_options(plan: TilePlan) -> dict[str, int]:
@@ -261,7 +254,7 @@ def _plan_forward(problem: AttentionProblem, facts: Facts) -> ForwardPlan:
         pack_gqa = packs_heads(problem, largest)
     if pack_gqa:
         # A tile for few rows is chosen by the number of rows with the heads in them.
-        tile = plan_for(plan_key("forward", problem, facts, typical_rows(problem) * group))
+        tile = plan_for(plan_key("forward", problem, facts, problem.max_seqlen_q * group))
         rows, heads = tile.block_m // group, problem.nheads_k
     tiles = tiles_of(problem.q.shape[-3], problem.batch_size, problem.is_varlen_q, rows)
     programs = tiles * heads * (1 if problem.is_varlen_q else problem.batch_size)
