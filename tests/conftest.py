@@ -8,6 +8,7 @@ choice; with ``TRITON_INTERPRET=1`` and ``triton`` that is the portable kernels 
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,10 +22,30 @@ import flash_attn
 sys.path.insert(0, str(Path(__file__).parents[1] / "packages" / "flash-attn-3" / "src"))
 
 
+FATAL_GPU_ERROR = re.compile(
+    r"illegal memory access|misaligned address|unspecified launch failure|illegal instruction"
+    r"|device-side assert|CUDA_ERROR_ASSERT",
+    re.IGNORECASE,
+)
+
 if os.environ.get("TRITON_INTERPRET") == "1":
     import interpreter_bounds
 
     interpreter_bounds.install()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    """Ends a process whose GPU refuses every further call, so that one test is to blame.
+
+    Under pytest-xdist another worker takes over, and the test is reported as having crashed.
+    """
+    report = yield
+    if call.excinfo is not None and FATAL_GPU_ERROR.search(str(call.excinfo.value)):
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            os._exit(1)
+        pytest.exit(f"the GPU is lost to this process since {item.nodeid}: {call.excinfo.value}", 1)
+    return report
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
