@@ -41,6 +41,9 @@ SERVED = {
     "128 columns": {"headdim": 128},
     "float16": {"dtype": torch.float16},
     "seqused_q": {"seqused_q": INTEGERS},
+    "attention_chunk": {"attention_chunk": 5, "headdim": 128},
+    "attention_chunk with softcap": {"attention_chunk": 5, "softcap": 3.0},
+    "ALiBi": {"alibi_slopes": torch.zeros(4)},
     "seqused_k": {"seqused_k": INTEGERS},
     "a head dim of v of its own": {"v": torch.zeros(2, 10, 4, 128)},
 }
@@ -65,6 +68,8 @@ REFUSED = {
     "pages": {"page_table": INTEGERS},
     "cache_batch_idx": {"cache_batch_idx": INTEGERS},
     "dropout": {"dropout_p": 0.1},
+    "ALiBi and softcap": {"alibi_slopes": torch.zeros(4), "softcap": 3.0},
+    "attention_chunk and ALiBi": {"attention_chunk": 5, "softcap": 3.0, "headdim": 72},
     "attn_mask": {"attn_mask": torch.zeros(1, 1, 10, 10)},
     "qv": {"qv": torch.zeros(2, 10, 4, 64)},
     "out_dtype": {"out_dtype": torch.float32},
