@@ -81,7 +81,7 @@ CASES = [
     Case("causal", "odd"),
     *(Case(mask, features="packed") for mask in VISIBILITIES),
     Case("causal", "ones", "packed"),
-    Case("causal", "odd", "packed used"),
+    Case("causal", "odd", "packed used", 61),
     Case("window", features="packed used softcap"),
     Case("window", features="used"),
     Case("window", features="softcap"),

@@ -88,7 +88,7 @@ def ragged_plans(headdim: int, is_masked: bool) -> list[BackwardPlan]:
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16])
-@pytest.mark.parametrize("headdim", [8, 40, 64, 72, 96, 128])
+@pytest.mark.parametrize("headdim", [1, 8, 40, 61, 64, 72, 96, 127, 128])
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("seqlens", [(1, 1), (128, 128), (113, 203), (400, 250), (129, 640)])
 def test_gradients(dtype: torch.dtype, headdim: int, mask: str, seqlens: tuple[int, int]) -> None:
@@ -230,7 +230,7 @@ BATCHES = {
 }
 
 
-@pytest.mark.parametrize("headdim", [40, 64, 96, 128])
+@pytest.mark.parametrize("headdim", [40, 60, 64, 96, 128])
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("batch", BATCHES)
 def test_packed_sequences(headdim: int, mask: str, batch: str) -> None:

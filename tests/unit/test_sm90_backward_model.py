@@ -425,6 +425,21 @@ def test_the_gradient_of_the_log_sum_exp(kernels: Any, packed: bool) -> None:
         check_error(name, got, true[name], same[name], 3.0, 1e-6, owed.get(name))
 
 
+@pytest.mark.parametrize("headdim", [1, 13, 60, 127])
+@pytest.mark.parametrize("packed", [False, True])
+def test_head_dims_that_tma_cannot_address(kernels: Any, headdim: int, packed: bool) -> None:
+    plan = PLANS["d64 group reversed" if headdim <= 64 else "d128 reversed"]
+    plan = plan._replace(housekeeping=False)
+    make: Any = varlen if packed else dense
+    lengths = ([70, 80], [90, 30]) if packed else (2, (70, 130))
+    inputs = make("cpu", FP16, *lengths, (2, 1), headdim, causal=True)
+    pitch = headdim + 8 - headdim % 8
+    wide = [x.new_full((*x.shape[:-1], pitch), float("nan")) for x in inputs.tensors[:3]]
+    check(inputs, solve(kernels, inputs, plan, results=tuple(x[..., :headdim] for x in wide)))
+    for x in wide:
+        assert x[..., headdim:].isnan().all()
+
+
 class Fault(NamedTuple):
     """A change of the kernels' source that must be noticed."""
 

@@ -37,7 +37,8 @@ SERVED = {
     "window": {"window_left": 3, "window_right": 2},
     "softcap": {"softcap": 3.0},
     "sinks": {"sinks": torch.zeros(4)},
-    "few columns": {"headdim": 8},
+    "few columns": {"headdim": 1},
+    "no multiple of 8": {"headdim": 60},
     "128 columns": {"headdim": 128},
     "float16": {"dtype": torch.float16},
     "seqused_q": {"seqused_q": INTEGERS},
@@ -75,8 +76,7 @@ REFUSED = {
     "out_dtype": {"out_dtype": torch.float32},
     "softmax_scale > 0": {"softmax_scale": 0.0},
     "found 136": {"headdim": 136, "v": torch.zeros(2, 10, 4, 128)},
-    "head dims of v up to 128": {"v": torch.zeros(2, 10, 4, 136)},
-    "found 60": {"headdim": 60, "v": torch.zeros(2, 10, 4, 64)},
+    "found 132": {"v": torch.zeros(2, 10, 4, 132)},
     "torch.float32": {"dtype": torch.float32},
 }
 

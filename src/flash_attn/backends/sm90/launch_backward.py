@@ -84,13 +84,9 @@ def unsupported_backward(problem: AttentionProblem) -> list[str]:
     ]
     if not is_half(q.dtype):
         reasons.append(f"computes gradients of float16 and bfloat16, `q` is {q.dtype}")
-    for name, headdim in (("", problem.headdim), (" of v", problem.headdim_v)):
-        if headdim > MAX_HEADDIM or headdim % 8:
-            reasons.append(
-                f"computes gradients for head dims{name} up to {MAX_HEADDIM} that are multiples of "
-                f"8, found {headdim}"
-            )
     widest = max(problem.headdim, problem.headdim_v)
+    if widest > MAX_HEADDIM:
+        reasons.append(f"computes gradients for head dims up to {MAX_HEADDIM}, found {widest}")
     scores = transform.softcap > 0.0 or transform.alibi_slopes is not None
     if problem.visibility.attention_chunk and scores and widest > 64:
         # The compiler of Triton 3.9 runs out of registers.
@@ -136,8 +132,7 @@ def backward(
     if inputs.dlse is not None or ragged:
         plan = plan._replace(housekeeping=False)
     fits, fit = (is_for_ragged_tma, for_ragged_tma) if ragged else (is_for_tma, for_tma)
-    dk, dv = (x if fits(x) else torch.empty_like(x, memory_format=torch.contiguous_format)
-              for x in (inputs.dk, inputs.dv))  # fmt: skip
+    dk, dv = (x if fits(x) else _new_for_tma(x) for x in (inputs.dk, inputs.dv))
     if ragged and (visibility.window_left is not None or visibility.attention_chunk):
         # The kernel leaves out the keys before every query's window.
         dk.zero_()
@@ -147,7 +142,7 @@ def backward(
         dout=fit(inputs.dout),
         out=for_tma(inputs.out),
         softmax_lse=lse if lse.stride(-1) == 1 or lse.shape[-1] == 1 else lse.contiguous(),
-        dq=inputs.dq if inputs.dq.stride(-1) == 1 else torch.empty_like(problem.q),
+        dq=inputs.dq if inputs.dq.stride(-1) == 1 else _new_for_tma(inputs.dq),
         dk=dk,
         dv=dv,
     )
@@ -451,7 +446,13 @@ def is_for_tma(x: Tensor) -> bool:
 
 def for_tma(x: Tensor) -> Tensor:
     """``x``, copied if TMA cannot address it."""
-    return x if is_for_tma(x) else x.contiguous()
+    return x if is_for_tma(x) else _new_for_tma(x).copy_(x)
+
+
+def _new_for_tma(x: Tensor) -> Tensor:
+    """A tensor like ``x`` in memory that TMA can address: its rows start at 16 bytes."""
+    headdim = x.shape[-1]
+    return x.new_empty(*x.shape[:-1], round_multiple(headdim, 8))[..., :headdim]
 
 
 def is_for_ragged_tma(x: Tensor) -> bool:
@@ -462,4 +463,4 @@ def is_for_ragged_tma(x: Tensor) -> bool:
 
 def for_ragged_tma(x: Tensor) -> Tensor:
     """``x``, copied if TMA cannot address it as one packed tensor."""
-    return x if is_for_ragged_tma(x) else x.contiguous()
+    return x if is_for_ragged_tma(x) else _new_for_tma(x).copy_(x)
