@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 from torch import Tensor
 
 from ...core.device import arch_of
@@ -25,14 +27,19 @@ class Sm90Backend:
         if arch_of(q.device.index) != "sm90":
             return [f"needs a GPU of compute capability 9.0, this one is {arch_of(q.device.index)}"]
         if backward:
-            return launch_backward.unsupported_backward(problem)
+            return _gradients_of(problem).unsupported_backward(problem)
         return [*_tensor_reasons(problem), *_feature_reasons(problem)]
 
     def forward(self, problem: AttentionProblem, out: Tensor | None = None) -> AttentionResult:
         return launch.forward(problem, out)
 
     def backward(self, problem: AttentionProblem, inputs: BackwardInputs) -> Tensor:
-        return launch_backward.backward(problem, inputs)
+        return _gradients_of(problem).backward(problem, inputs)
+
+
+def _gradients_of(problem: AttentionProblem) -> ModuleType:
+    """What computes the gradients, by head dim; for now there is one."""
+    return launch_backward
 
 
 def _tensor_reasons(problem: AttentionProblem) -> list[str]:

@@ -1,4 +1,4 @@
-"""Launching the Hopper backward kernels."""
+"""Launching the Hopper backward kernels for head dims up to 128."""
 
 from __future__ import annotations
 
@@ -275,7 +275,7 @@ def launch_statistics(
     tiles_in_piece = _PIECE // plan.statistics_rows
     pieces_of_head = rows // _PIECE if packing.q is None else packing.q.number
     row_statistics_sm90[(_sharing(problem, packing, plan).lag * tiles_in_piece,)](
-        out, dout, lse, lse if dlse is None else dlse.contiguous(),
+        out, dout, lse, lse if dlse is None else dlse.float().contiguous(),
         workspace.lse_log2, workspace.delta, workspace.dq_sums,
         workspace.counters, workspace.counters.numel(),
         *_strides(out), *_strides(dout), *_lse_strides(lse),
