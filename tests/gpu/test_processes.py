@@ -24,7 +24,7 @@ from flash_attn import flash_attn_func
 
 def child(code: str, **environment: str | None) -> str:
     """Standard output of ``code`` in a new interpreter, with ``runtime`` for test_runtime."""
-    paths = [str(_HERE), str(_SRC), os.environ.get("PYTHONPATH", "")]
+    paths = [str(_HERE), str(_HERE.parent), str(_SRC), os.environ.get("PYTHONPATH", "")]
     changed = {"PYTHONPATH": os.pathsep.join(paths), **environment}
     kept = {name: text for name, text in os.environ.items() if name not in changed}
     done = subprocess.run(

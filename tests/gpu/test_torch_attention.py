@@ -16,7 +16,7 @@ import flash_attn_interface as fa3
 pytestmark = [
     pytest.mark.gpu,
     # That is what activating an implementation means.
-    pytest.mark.filterwarnings("ignore:.*[Oo]verriding a previously registered kernel"),
+    pytest.mark.filterwarnings(r"ignore:[\s\S]*[Oo]verriding a previously registered kernel"),
 ]
 
 
