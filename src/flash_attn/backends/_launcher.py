@@ -24,6 +24,7 @@ import inspect
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -75,11 +76,13 @@ class Launch(NamedTuple):
 
 
 class Tape:
-    """What happened inside :func:`recording`: the launches and the scratch tensors, in order."""
+    """What happened inside :func:`recording`, each in order: the launches, the scratch tensors and
+    the counters that were asked for."""
 
     def __init__(self) -> None:
         self.launches: list[Launch] = []
         self.scratch: list[Tensor] = []
+        self.counters: list[Tensor] = []
 
 
 class _Recording(threading.local):
@@ -105,6 +108,68 @@ def scratch(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> T
     if _recording.tape is not None:
         _recording.tape.scratch.append(made)
     return made
+
+
+# (GPU, stream) -> its counter.
+_counters: dict[tuple[int, int], Tensor] = {}
+
+
+def counter_for(x: Tensor) -> Tensor:
+    """One int32 on the GPU of ``x``, the current one, that is 0 whenever a kernel of the current
+    stream starts; a :class:`Repeat` takes that of the stream it runs on.
+
+    Kernels set it back themselves, so the streams of a device need one each. A graph that is being
+    captured may be replayed on any stream: it gets one of its own, set to 0 by the graph.
+    """
+    index = driver.active.get_current_device()
+    made = _counter(x.device, index, driver.active.get_current_stream(index))
+    if _recording.tape is not None:
+        _recording.tape.counters.append(made)
+    return made
+
+
+def _counter(device: torch.device, index: int, stream: int) -> Tensor:
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return torch.zeros(1, dtype=torch.int32, device=device)
+    key = (index, stream)
+    made = _counters.get(key)
+    if made is None:
+        # Another thread may be making one, too: the first to be stored is used.
+        made = _counters.setdefault(key, _lasting_zero(device))
+    return made
+
+
+def _lasting_zero(device: torch.device) -> Tensor:
+    """One int32 that is 0 for the current stream and may be kept for good.
+
+    The current thread may be allocating from a pool that ends with a graph, as where torch.compile
+    warms its graphs up: another thread, on the default stream, is not.
+    """
+    if device.type != "cuda":
+        return torch.zeros(1, dtype=torch.int32, device=device)
+
+    def make() -> tuple[Tensor, torch.cuda.Event]:
+        with torch.cuda.stream(torch.cuda.default_stream(device)):
+            made = torch.zeros(1, dtype=torch.int32, device=device)
+            return made, torch.cuda.current_stream().record_event()
+
+    with ThreadPoolExecutor(1) as other_thread:
+        made, is_zero = other_thread.submit(make).result()
+    torch.cuda.current_stream(device).wait_event(is_zero)
+    return made
+
+
+def allocator(device: str) -> Callable[..., Tensor]:
+    """``(shape, stride, dtype)`` -> an uninitialised tensor on the current device of a type.
+
+    The functions that PyTorch's own compiled code allocates with cost half of the public one.
+    """
+    found = getattr(torch._C._dynamo.guards, f"_empty_strided_{device}", None)
+    if found is not None:
+        return found
+    return lambda shape, stride, dtype: torch.empty_strided(
+        shape, stride, dtype=dtype, device=device
+    )
 
 
 class Launcher:
@@ -302,8 +367,8 @@ class Repeat:
     Args:
         tape: launches of one stream.
         tensors: the tensors whose addresses the launches depend on, in the order in which
-            :meth:`__call__` gets addresses. An argument must be one of them or of the scratch
-            tensors.
+            :meth:`__call__` gets addresses. An argument must be one of them, of the scratch
+            tensors or of the counters.
 
     Raises:
         Unrepeatable: a launch took another tensor, or cannot be launched directly.
@@ -314,9 +379,12 @@ class Repeat:
             raise Unrepeatable("nothing was launched")
         if len({(launch.device, launch.stream) for launch in tape.launches}) > 1:
             raise Unrepeatable("the launches were on several streams")
-        known = [*tensors, *tape.scratch]
+        known = [*tensors, *tape.scratch, *tape.counters]
         self._steps = [_step(launch, known) for launch in tape.launches]
-        self._scratch = [(x.shape, x.stride(), x.dtype, x.device) for x in tape.scratch]
+        self._scratch = [
+            (allocator(x.device.type), (tuple(x.shape), x.stride(), x.dtype)) for x in tape.scratch
+        ]
+        self._counters = [x.device for x in tape.counters]
         active = driver.active
         self.device = tape.launches[0].device
         self._get_device, self._get_stream = active.get_current_device, active.get_current_stream
@@ -326,13 +394,12 @@ class Repeat:
         return self._get_device() == self.device
 
     def __call__(self, addresses: list[int]) -> None:
-        """Launch on the current stream; ``addresses`` is changed."""
+        """Launch on the current stream of the current GPU; ``addresses`` is changed."""
         stream = self._get_stream(self.device)
-        if self._scratch:
-            held = [
-                torch.empty_strided(shape, stride, dtype=dtype, device=device)
-                for shape, stride, dtype, device in self._scratch
-            ]
+        if self._scratch or self._counters:
+            # Held until the launches are made: then the memory is given on in the stream's order.
+            held = [allocate(*layout) for allocate, layout in self._scratch]
+            held += [_counter(device, self.device, stream) for device in self._counters]
             addresses += [x.data_ptr() for x in held]
         for run, grid, template, places, maps in self._steps:
             arguments = template.copy()

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Sequence
 
+import triton
+from torch import Tensor
+from triton import knobs
+
+from ...core import plan
 from ...core.device import arch_of
 from ...core.problem import AttentionProblem, AttentionResult, BackwardInputs, is_half
-from . import launch
-from .plans import MAX_HEADDIM
+from ...core.repeated import Solve
+from ...core.toolchain import explains_toolchain
+from .._launcher import KNOWN_VERSION, undisturbed
 
-# Up to here the portable kernels, which divide the keys among programs, keep more of a GPU busy.
+if not KNOWN_VERSION:
+    raise ImportError(f"is written for Triton 3.6 to 3.9, found {triton.__version__}")
+
+from . import launch, record
+from .plans import MAX_HEADDIM
+from .refusal import reports_refusal
+
+# At most half of the smallest tile. The portable kernels have tiles for few rows, put the heads
+# that share keys into one, and divide the keys among programs, which keeps more of a GPU busy.
 _FEW_QUERIES = 64
+_INTERPRETED = bool(knobs.runtime.interpret)
 
 
 class Sm90Backend:
@@ -29,10 +44,43 @@ class Sm90Backend:
             return [f"needs tensors on a GPU of compute capability 9.0, `q` is on {q.device}"]
         if arch_of(q.device.index) != "sm90":
             return [f"needs a GPU of compute capability 9.0, this one is {arch_of(q.device.index)}"]
+        if _INTERPRETED:
+            return ["is not run by Triton's interpreter"]
+        if plan.is_overridden():
+            return ["has no use for the overridden plans, which are the portable kernels'"]
         return [*_tensor_reasons(problem), *_feature_reasons(problem)]
 
+    def better_elsewhere(self, problem: AttentionProblem) -> list[str]:
+        """Why the automatic choice leaves a problem to the portable kernels, both passes of it."""
+        queries = problem.max_seqlen_q
+        if queries > _FEW_QUERIES:
+            return []
+        return [
+            f"leaves up to {_FEW_QUERIES} queries a sequence, here {queries}, to kernels with "
+            "smaller tiles that divide the keys"
+        ]
+
+    @explains_toolchain
+    @reports_refusal
     def forward(self, problem: AttentionProblem, out: Tensor | None = None) -> AttentionResult:
         return launch.forward(problem, out)
+
+    # See flash_attn.core.repeated for these.
+    repeats_now = staticmethod(undisturbed)
+
+    @explains_toolchain
+    @reports_refusal
+    def record_forward(
+        self, problem: AttentionProblem, tensors: Sequence[Tensor]
+    ) -> tuple[AttentionResult, Solve | None]:
+        return record.forward(problem, tensors)
+
+    @explains_toolchain
+    @reports_refusal
+    def record_backward(
+        self, problem: AttentionProblem, inputs: BackwardInputs, tensors: Sequence[Tensor]
+    ) -> tuple[Tensor, Solve | None]:
+        return record.backward(problem, inputs, tensors)
 
     def backward(self, problem: AttentionProblem, inputs: BackwardInputs) -> Tensor:
         raise NotImplementedError("the sm90 backend computes no gradients")
@@ -75,8 +123,6 @@ def _feature_reasons(problem: AttentionProblem) -> list[str]:
     reasons += launch.register_reasons(problem)
     if not transform.softmax_scale > 0.0:
         reasons.append(f"needs softmax_scale > 0, found {transform.softmax_scale}")
-    if not problem.is_varlen_q and problem.num_splits == 0 and problem.q.shape[1] <= _FEW_QUERIES:
-        reasons.append(f"leaves up to {_FEW_QUERIES} queries to kernels that divide the keys")
     return reasons
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 import triton
 from torch import Tensor
 from triton.experimental.gluon import language as gl
@@ -14,9 +13,12 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from ...core import rng
 from ...core.device import guard, multiprocessors_of
 from ...core.outputs import empty_lse, empty_out, new_s_dmask
+from ...core.plan import report
 from ...core.problem import AttentionProblem, AttentionResult
-from ...kernels.sm90_forward import attention_forward_sm90
+from ...kernels import sm90_forward
+from .._launcher import Launcher, counter_for
 from .plans import (
+    DYNAMIC,
     MAX_HEADDIM,
     ONE_TILE,
     ROWS,
@@ -35,7 +37,9 @@ _NO_WINDOW = 2**29
 # Where the sequences' lengths come from, as in kernels.sm90_forward.
 SHAPES, USED, PACKED = range(3)
 _TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
-_counters: dict[tuple[int, int], Tensor] = {}
+_LAYOUT = gl.NVMMASharedLayout(128, 16, 4)
+
+attention_forward_sm90 = Launcher(sm90_forward.attention_forward_sm90)
 
 
 def is_describable(x: Tensor) -> bool:
@@ -47,34 +51,21 @@ def is_describable(x: Tensor) -> bool:
 
 def describe(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """The descriptor of (batch, seqlen, nheads, headdim) by blocks of (rows, columns) of a head."""
-    if x.dim() == 3:  # packed: one long sequence
-        x = x[None]
-    batch, seqlen, nheads, headdim = x.shape
+    # Packed: one long sequence.
+    one = (1,) * (4 - x.dim())
+    batch, seqlen, nheads, headdim = shape = (*one, *x.shape)
     # A dimension of extent 1 is never stepped over, but its step has to be a valid one.
     step_b, step_s, step_h = (
-        step if size > 1 else 8 for step, size in zip(x.stride()[:3], x.shape[:3], strict=True)
+        step if size > 1 else 8
+        for step, size in zip((*one, *x.stride())[:3], shape[:3], strict=True)
     )
     return TensorDescriptor(
         x,
         [batch, nheads, seqlen, headdim],
         [step_b, step_h, step_s, 1],
         [1, 1, rows, columns],
-        gl.NVMMASharedLayout(128, 16, 4),
+        _LAYOUT,
     )
-
-
-def counter_for(x: Tensor) -> Tensor:
-    """One int32 that is 0 whenever a kernel of the current stream starts.
-
-    Kernels set it back themselves, so the streams of a device need one each. A graph that is being
-    captured may be replayed on any stream: it gets one of its own, set to 0 by the graph.
-    """
-    if torch.cuda.is_current_stream_capturing():
-        return torch.zeros(1, dtype=torch.int32, device=x.device)
-    key = (x.device.index, torch.cuda.current_stream(x.device).cuda_stream)
-    if key not in _counters:
-        _counters[key] = torch.zeros(1, dtype=torch.int32, device=x.device)
-    return _counters[key]
 
 
 def binding_window(problem: AttentionProblem) -> tuple[int | None, int | None]:
@@ -155,13 +146,16 @@ def forward(
     with guard(problem.q):
         if problem.q.numel() == 0 or problem.k.numel() == 0 or problem.v.numel() == 0:
             fill_empty(problem, out, lse)
-        elif is_describable(out):
-            launch_forward(problem, plan or plan_for(problem), out, lse)
         else:
-            target = out.new_empty(out.shape)
-            launch_forward(problem, plan or plan_for(problem), target, lse)
-            out.copy_(target)
-    return AttentionResult(out, lse, new_s_dmask(problem), rng.unused_state(device))
+            plan = plan or plan_for(problem)
+            report(("sm90 forward", *problem.q.shape, *problem.k.shape, problem.visibility), plan)
+            if is_describable(out):
+                launch_forward(problem, plan, out, lse)
+            else:
+                target = out.new_empty(out.shape)
+                launch_forward(problem, plan, target, lse)
+                out.copy_(target)
+    return AttentionResult(out, lse, new_s_dmask(problem), rng.placeholder_state(device))
 
 
 def launch_forward(
@@ -185,7 +179,8 @@ def launch_forward(
     if plan.scheduler != ONE_TILE:
         available = multiprocessors_of(q.device.index or 0) - problem.sm_margin
         programs = min(programs, max(available, 1))
-    counter = counter_for(q)
+    # Elsewhere it is not read, and neither are lengths that are absent.
+    counter = counter_for(q) if plan.scheduler == DYNAMIC else lse
     scale, softcap = transform.softmax_scale, transform.softcap
     attention_forward_sm90[(programs,)](
         describe(q, ROWS, block_d),
@@ -212,7 +207,6 @@ def launch_forward(
         heads_in_sections(plan, problem.max_seqlen_k, width, group, sequences),
         tiles,
         problem.batch_size,
-        # Those that are absent are not read.
         counter if layout.cu_seqlens_q is None else layout.cu_seqlens_q,
         counter if layout.cu_seqlens_k is None else layout.cu_seqlens_k,
         counter if layout.seqused_q is None else layout.seqused_q,

@@ -12,12 +12,13 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from ...core.device import guard
 from ...core.outputs import round_multiple, softmax_d_shape
 from ...core.problem import AttentionProblem, BackwardInputs, is_half
-from ...kernels.sm90_backward import (
-    attention_backward_sm90,
-    finish_dq_sm90,
-    row_statistics_sm90,
-)
+from ...kernels import sm90_backward
+from .._launcher import Launcher, scratch
 from .plans_backward import MAX_HEADDIM, BackwardPlan, plan_backward
+
+attention_backward_sm90 = Launcher(sm90_backward.attention_backward_sm90)
+finish_dq_sm90 = Launcher(sm90_backward.finish_dq_sm90)
+row_statistics_sm90 = Launcher(sm90_backward.row_statistics_sm90)
 
 # What the kernels call PIECE and STRIP.
 _BLOCK_N, _PIECE, _STRIP = 128, 128, 8
@@ -133,16 +134,16 @@ def allocate(problem: AttentionProblem, plan: BackwardPlan) -> Workspace:
     batch, seqlen_q, nheads, _ = problem.q.shape
     rows = round_multiple(seqlen_q, 128)
     device = problem.q.device
-    lse_log2, delta = torch.empty((2, batch, nheads, rows), dtype=torch.float32, device=device)
+    statistics = (batch, nheads, rows)
     sums = (batch * nheads * rows * (plan.block_d // 64), 64)
     counters = batch * (nheads + problem.nheads_k)
     if plan.deterministic:
         counters += sums[0] // 64
     return Workspace(
-        lse_log2,
-        delta,
-        torch.empty(sums, dtype=torch.float32, device=device),
-        torch.empty(counters, dtype=torch.int32, device=device),
+        scratch(statistics, torch.float32, device),
+        torch.empty(statistics, dtype=torch.float32, device=device),  # a result, softmax_d
+        scratch(sums, torch.float32, device),
+        scratch((counters,), torch.int32, device),
     )
 
 
