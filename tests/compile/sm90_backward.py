@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import sys
+from typing import NamedTuple
 
 import aot
 import torch
@@ -31,14 +32,32 @@ VISIBILITIES = {
 }
 
 
-def launches(headdim: int, dtype: torch.dtype, visibility: Visibility) -> list[aot.Launch]:
+# (batch, seqlen, nheads): Triton compiles integers anew that are 1 or multiples of 16, and for a 1
+# puts a constant in the argument's place.
+SHAPES = {"usual": (2, 2048, 4), "ones": (1, 1, 1), "odd": (3, 77, 3)}
+
+
+def launches(
+    headdim: int, dtype: torch.dtype, visibility: Visibility, shape: tuple[int, int, int]
+) -> list[aot.Launch]:
     """The kernel calls of one backward."""
-    x = torch.empty(2, 2048, 4, headdim, dtype=dtype, device="meta")
+    batch, seqlen, nheads = shape
+    x = torch.empty(batch, seqlen, nheads, headdim, dtype=dtype, device="meta")
     problem = AttentionProblem(x, x, x, make_transform(headdim), visibility)
-    lse = torch.empty(2, 4, 2048, device="meta")
+    lse = torch.empty(batch, nheads, seqlen, device="meta")
     state = torch.empty(2, dtype=torch.int64, device="meta")
     inputs = BackwardInputs(x, x, lse, x, x, x, state)
     return aot.record(lambda: launch_backward.backward(problem, inputs), "sm90")
+
+
+class Case(NamedTuple):
+    """One backward pass that is compiled."""
+
+    mask: str = "full"
+    shape: str = "usual"
+
+
+CASES = [*map(Case, VISIBILITIES), Case("causal", "ones"), Case("causal", "odd")]
 
 
 def main() -> None:
@@ -46,11 +65,11 @@ def main() -> None:
     knobs.nvidia.dump_ptxas_log = True
     knobs.compilation.always_compile = True
     for headdim in map(int, sys.argv[1:]):
-        for name, visibility in VISIBILITIES.items():
-            dtype = torch.float16 if name == "window" else torch.bfloat16
-            for one in launches(headdim, dtype, visibility):
+        for case in CASES:
+            dtype = torch.float16 if case.mask == "window" else torch.bfloat16
+            for one in launches(headdim, dtype, VISIBILITIES[case.mask], SHAPES[case.shape]):
                 found = aot.compile_launch(one, "sm90")
-                facts = {"kernel": one.name, "headdim": headdim, "mask": name}
+                facts = {"kernel": one.name, "headdim": headdim, **case._asdict()}
                 failures = found.failures("sm90")
                 print(json.dumps({**facts, **found.as_dict(), "failures": failures}), flush=True)
 

@@ -917,7 +917,7 @@ def housekeeper(
 # ------------------------------------------------------------------------------------------ kernel
 _NUMBERS = (
     "nheads_k", "group", "seqlen_q", "seqlen_k", "padded_rows", "window_left", "window_right",
-    "key_blocks", "sequences", "section", "lag",
+    "key_blocks", "sequences", "section", "lag", "stride_lb", "stride_lh",
 )  # fmt: skip
 
 
@@ -999,7 +999,9 @@ def attention_backward_sm90(
         padded_rows, group, nheads_k * group, seqlen_q, lag,
         (program * share // key_blocks).to(gl.int32),
         ((program + 1) * share // key_blocks).to(gl.int32), sequences * share,
-        lse, lse_log2, delta, dq_sums, dq, stride_lb, stride_lh, stride_qb, stride_qm, stride_qh,
+        lse, lse_log2, delta, dq_sums, dq, stride_lb, stride_lh,
+        # A stride of 1 is a constant, which a field cannot hold.
+        gl.to_tensor(stride_qb), gl.to_tensor(stride_qm), gl.to_tensor(stride_qh),
     )  # fmt: skip
     if HOUSEKEEPING:
         strips = ring_for(out_desc, 4, 1)

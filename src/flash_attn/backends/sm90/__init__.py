@@ -18,7 +18,7 @@ from .._launcher import KNOWN_VERSION, undisturbed
 if not KNOWN_VERSION:
     raise ImportError(f"is written for Triton 3.6 to 3.9, found {triton.__version__}")
 
-from . import launch, record
+from . import launch, launch_backward, record
 from .plans import MAX_HEADDIM
 from .refusal import reports_refusal
 
@@ -29,25 +29,16 @@ _INTERPRETED = bool(knobs.runtime.interpret)
 
 
 class Sm90Backend:
-    """Forward passes of float16 and bfloat16 with dense and packed layouts."""
+    """Float16 and bfloat16 with dense and packed layouts; see the reasons for what is left out."""
 
     name = "sm90"
 
     def unsupported(self, problem: AttentionProblem, backward: bool) -> list[str]:
-        q = problem.q
+        reasons = _place_reasons(problem.q)
+        if reasons:
+            return reasons
         if backward:
-            return [
-                "computes no gradients: run the backward pass outside of this choice, where "
-                "another backend takes the results"
-            ]
-        if not q.is_cuda:
-            return [f"needs tensors on a GPU of compute capability 9.0, `q` is on {q.device}"]
-        if arch_of(q.device.index) != "sm90":
-            return [f"needs a GPU of compute capability 9.0, this one is {arch_of(q.device.index)}"]
-        if _INTERPRETED:
-            return ["is not run by Triton's interpreter"]
-        if plan.is_overridden():
-            return ["has no use for the overridden plans, which are the portable kernels'"]
+            return launch_backward.unsupported_backward(problem)
         return [*_tensor_reasons(problem), *_feature_reasons(problem)]
 
     def better_elsewhere(self, problem: AttentionProblem) -> list[str]:
@@ -64,6 +55,11 @@ class Sm90Backend:
     @reports_refusal
     def forward(self, problem: AttentionProblem, out: Tensor | None = None) -> AttentionResult:
         return launch.forward(problem, out)
+
+    @explains_toolchain
+    @reports_refusal
+    def backward(self, problem: AttentionProblem, inputs: BackwardInputs) -> Tensor:
+        return launch_backward.backward(problem, inputs)
 
     # See flash_attn.core.repeated for these.
     repeats_now = staticmethod(undisturbed)
@@ -82,8 +78,18 @@ class Sm90Backend:
     ) -> tuple[Tensor, Solve | None]:
         return record.backward(problem, inputs, tensors)
 
-    def backward(self, problem: AttentionProblem, inputs: BackwardInputs) -> Tensor:
-        raise NotImplementedError("the sm90 backend computes no gradients")
+
+def _place_reasons(q: Tensor) -> list[str]:
+    """Why no problem at all is served here and now."""
+    if not q.is_cuda:
+        return [f"needs tensors on a GPU of compute capability 9.0, `q` is on {q.device}"]
+    if arch_of(q.device.index) != "sm90":
+        return [f"needs a GPU of compute capability 9.0, this one is {arch_of(q.device.index)}"]
+    if _INTERPRETED:
+        return ["is not run by Triton's interpreter"]
+    if plan.is_overridden():
+        return ["has no use for the overridden plans, which are the portable kernels'"]
+    return []
 
 
 def _tensor_reasons(problem: AttentionProblem) -> list[str]:

@@ -1,0 +1,105 @@
+"""What the Hopper backward says of problems that it does not compute; no GPU is looked at."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton exists on Linux only")
+
+from flash_attn.backends import sm90
+from flash_attn.backends.sm90 import launch_backward
+from flash_attn.core.problem import (
+    AttentionProblem,
+    BackwardInputs,
+    make_transform,
+)
+
+INTEGERS = torch.zeros(3, dtype=torch.int32)
+
+
+def problem_of(headdim: int = 64, dtype: torch.dtype = torch.bfloat16, **changes: Any) -> Any:
+    """A dense problem; names of its parts' fields change those."""
+    x = torch.zeros(2, 10, 4, headdim, dtype=dtype)
+    problem = AttentionProblem(x, x, x, make_transform(headdim))
+    for part in ("transform", "layout", "visibility"):
+        group = getattr(problem, part)
+        mine = {name: changes.pop(name) for name in list(changes) if name in group._fields}
+        problem = problem._replace(**{part: group._replace(**mine)})
+    return problem._replace(**changes)
+
+
+SERVED = {
+    "plain": {},
+    "causal": {"window_right": 0},
+    "window": {"window_left": 3, "window_right": 2},
+    "softcap": {"softcap": 3.0},
+    "sinks": {"sinks": torch.zeros(4)},
+    "few columns": {"headdim": 8},
+    "128 columns": {"headdim": 128},
+    "float16": {"dtype": torch.float16},
+}
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_served(name: str) -> None:
+    assert launch_backward.unsupported_backward(problem_of(**SERVED[name])) == []
+
+
+REFUSED = {
+    "leftpad_k": {"leftpad_k": INTEGERS},
+    "pages": {"page_table": INTEGERS},
+    "cache_batch_idx": {"cache_batch_idx": INTEGERS},
+    "dropout": {"dropout_p": 0.1},
+    "attn_mask": {"attn_mask": torch.zeros(1, 1, 10, 10)},
+    "qv": {"qv": torch.zeros(2, 10, 4, 64)},
+    "out_dtype": {"out_dtype": torch.float32},
+    "softmax_scale > 0": {"softmax_scale": 0.0},
+    "found 136": {"headdim": 136},
+    "found 60": {"headdim": 60},
+    "torch.float32": {"dtype": torch.float32},
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_by_a_reason_that_names_it(name: str) -> None:
+    (reason,) = launch_backward.unsupported_backward(problem_of(**REFUSED[name]))
+    assert name in reason
+
+
+def test_the_backend_asks_for_the_gpu_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = problem_of(dropout_p=0.1)
+    (reason,) = sm90.BACKEND.unsupported(problem, backward=True)
+    assert "is on cpu" in reason
+    on_gpu = problem._replace(q=_OnGpu(problem.q))
+    monkeypatch.setattr(sm90, "arch_of", lambda index: "sm100")
+    (reason,) = sm90.BACKEND.unsupported(on_gpu, backward=True)
+    assert "this one is sm100" in reason
+    monkeypatch.setattr(sm90, "arch_of", lambda index: "sm90")
+    (reason,) = sm90.BACKEND.unsupported(on_gpu, backward=True)
+    assert "dropout" in reason
+
+
+class _OnGpu:
+    """A tensor that says it is on a GPU."""
+
+    is_cuda = True
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self._x = x
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._x, name)
+
+
+def test_the_backend_hands_the_gradients_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = problem_of()
+    x = problem.q
+    state = torch.zeros(2, dtype=torch.int64)
+    inputs = BackwardInputs(x, x, torch.zeros(2, 4, 10), x, x, x, state)
+    called = []
+    monkeypatch.setattr(launch_backward, "backward", lambda *given: called.append(given))
+    sm90.BACKEND.backward(problem, inputs)
+    assert called == [(problem, inputs)]
