@@ -28,6 +28,7 @@ from .plans import (
     heads_at_a_time,
     heads_in_sections,
     lengths_plan,
+    packed_heads,
     padded_headdim,
     with_own_buffer,
 )
@@ -49,8 +50,8 @@ def is_describable(x: Tensor) -> bool:
     return aligned and x.stride(-1) == 1 and x.data_ptr() % 16 == 0
 
 
-def describe(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """The descriptor of (batch, seqlen, nheads, headdim) by blocks of (rows, columns) of a head."""
+def describe(x: Tensor, rows: int, columns: int, heads: int = 1) -> TensorDescriptor:
+    """The descriptor of (batch, seqlen, nheads, headdim) by blocks of (heads, rows, columns)."""
     # Packed: one long sequence.
     one = (1,) * (4 - x.dim())
     batch, seqlen, nheads, headdim = shape = (*one, *x.shape)
@@ -63,7 +64,7 @@ def describe(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
         x,
         [batch, nheads, seqlen, headdim],
         [step_b, step_h, step_s, 1],
-        [1, 1, rows, columns],
+        [1, heads, rows, columns],
         _LAYOUT,
     )
 
@@ -167,11 +168,12 @@ def launch_forward(
 ) -> None:
     """The kernel alone: ``out`` describable, ``lse`` contiguous, neither queries nor keys empty."""
     q, k, v, layout, transform = problem.q, problem.k, problem.v, problem.layout, problem.transform
-    group = problem.nheads // problem.nheads_k
+    pack = pack_of(problem, plan)
+    group = problem.nheads // problem.nheads_k // pack
     block_d, block_dv = padded_headdim(problem.headdim), padded_headdim(problem.headdim_v)
     left, right = binding_window(problem)
     lengths = lengths_of(problem)
-    row_tiles, sequences = tiles_of(problem, plan)
+    row_tiles, sequences = tiles_of(problem, plan, pack)
     width = (problem.headdim + problem.headdim_v) // 2
     section = min(heads_at_a_time(plan, problem.max_seqlen_k, width, group), sequences)
     tiles = row_tiles * sequences
@@ -183,10 +185,10 @@ def launch_forward(
     counter = counter_for(q) if plan.scheduler == DYNAMIC else lse
     scale, softcap = transform.softmax_scale, transform.softcap
     attention_forward_sm90[(programs,)](
-        describe(q, ROWS, block_d),
+        describe(q, ROWS // pack, block_d, pack),
         describe(k, plan.block_n, block_d),
         describe(v, plan.block_n, block_dv),
-        describe(out, ROWS, plan.out_columns(block_dv) or block_dv),
+        describe(out, ROWS // pack, plan.out_columns(block_dv) or block_dv, pack),
         lse,
         counter,
         lse if trace is None else trace,
@@ -194,7 +196,7 @@ def launch_forward(
         (softcap or scale) * math.log2(math.e),
         scale / softcap if softcap else 0.0,
         problem.empty_lse,
-        problem.nheads,
+        problem.nheads // pack,
         group,
         q.shape[-3],
         k.shape[-3],
@@ -224,16 +226,29 @@ def launch_forward(
         HAS_USED_Q=layout.seqused_q is not None,
         HAS_USED_K=layout.seqused_k is not None,
         TRACE=trace is not None,
+        PACK=pack,
         **constants(plan, block_d, block_dv),
     )
 
 
-def tiles_of(problem: AttentionProblem, plan: ForwardPlan) -> tuple[int, int]:
+def pack_of(problem: AttentionProblem, plan: ForwardPlan) -> int:
+    """How many query heads lie in a tile."""
+    return packed_heads(
+        plan.block_m,
+        problem.nheads // problem.nheads_k,
+        problem.q.shape[-3],
+        problem.batch_size,
+        problem.is_varlen_q,
+        problem.pack_gqa,
+    )
+
+
+def tiles_of(problem: AttentionProblem, plan: ForwardPlan, pack: int) -> tuple[int, int]:
     """(row tiles of a sequence, sequences), as the kernel counts them."""
-    rows = problem.q.shape[-3]
+    rows, positions, heads = problem.q.shape[-3], plan.block_m // pack, problem.nheads // pack
     if problem.is_varlen_q:
-        return rows // plan.block_m + problem.batch_size + 2, problem.nheads
-    return -(-rows // plan.block_m), problem.batch_size * problem.nheads
+        return rows // positions + problem.batch_size + 2, heads
+    return -(-rows // positions), problem.batch_size * heads
 
 
 def constants(plan: ForwardPlan, block_d: int, block_dv: int) -> dict[str, Any]:
