@@ -37,6 +37,8 @@ class Sm90Backend:
         reasons = _place_reasons(problem.q)
         if reasons:
             return reasons
+        if plan.is_overridden():
+            return ["has no use for the overridden plans, which are the portable kernels'"]
         if backward:
             return launch_backward.unsupported_backward(problem)
         return [*_tensor_reasons(problem), *_feature_reasons(problem)]
@@ -87,8 +89,6 @@ def _place_reasons(q: Tensor) -> list[str]:
         return [f"needs a GPU of compute capability 9.0, this one is {arch_of(q.device.index)}"]
     if _INTERPRETED:
         return ["is not run by Triton's interpreter"]
-    if plan.is_overridden():
-        return ["has no use for the overridden plans, which are the portable kernels'"]
     return []
 
 
