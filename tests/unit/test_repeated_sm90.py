@@ -283,6 +283,13 @@ def test_few_queries_are_left_to_the_portable_kernels(gpu, seqlen, name):
     assert kernels(gpu) == ["attention_forward_sm90"]
 
 
+@pytest.mark.parametrize("bound", [20, 64, 65, 1000])
+def test_bounds_of_packed_queries_choose_no_kernels(gpu, bound):
+    x, bounds = half(40, 4, 64), ints(0, 20, 40)
+    flash_attn_varlen_func(x, x, x, bounds, bounds, bound, bound)
+    assert kernels(gpu) == ["attention_forward_sm90"]
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [

@@ -22,8 +22,8 @@ from . import launch, launch_backward, record
 from .plans import MAX_HEADDIM
 from .refusal import reports_refusal
 
-# At most half of the smallest tile. The portable kernels have tiles for few rows, put the heads
-# that share keys into one, and divide the keys among programs, which keeps more of a GPU busy.
+# At most half of the smallest tile. For so few queries of dense tensors the portable kernels have
+# smaller tiles, and divide the keys among programs, which keeps more of a GPU busy.
 _FEW_QUERIES = 64
 _INTERPRETED = bool(knobs.runtime.interpret)
 
@@ -45,12 +45,15 @@ class Sm90Backend:
 
     def better_elsewhere(self, problem: AttentionProblem) -> list[str]:
         """Why the automatic choice leaves a problem to the portable kernels, both passes of it."""
-        queries = problem.max_seqlen_q
+        if problem.is_varlen_q:
+            # Bounds and neighbours do not change a sequence's bits, so they choose no backend.
+            return []
+        queries = problem.q.shape[1]
         if queries > _FEW_QUERIES:
             return []
         return [
-            f"leaves up to {_FEW_QUERIES} queries a sequence, here {queries}, to kernels with "
-            "smaller tiles that divide the keys"
+            f"leaves up to {_FEW_QUERIES} dense queries, here {queries}, to kernels with smaller "
+            "tiles that divide the keys"
         ]
 
     @explains_toolchain
