@@ -11,6 +11,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ...core.device import guard
 from ...core.outputs import round_multiple, softmax_d_shape
+from ...core.plan import report
 from ...core.problem import AttentionProblem, BackwardInputs, is_half
 from ...kernels import sm90_backward
 from .._launcher import Launcher, scratch
@@ -87,6 +88,7 @@ def backward(
         plan = plan_backward(problem.headdim, is_masked, problem.max_seqlen_q)
     if inputs.dlse is not None:
         plan = plan._replace(housekeeping=False)
+    report(("sm90 backward", *problem.q.shape, *problem.k.shape, visibility), plan)
     dk, dv = (x if is_for_tma(x) else torch.empty_like(x, memory_format=torch.contiguous_format)
               for x in (inputs.dk, inputs.dv))  # fmt: skip
     lse = inputs.softmax_lse
