@@ -449,8 +449,9 @@ def parts_of(
 ) -> dict[str, Callable[[], object]]:
     """The whole backward, its main kernel alone, and what comes before and after."""
     problem, inputs = cell.problem, cell.inputs
-    workspace = launch_backward.allocate(problem, plan)
-    arguments = (problem, inputs, workspace, plan)
+    packing = launch_backward.locate(problem)
+    workspace = launch_backward.allocate(problem, packing, plan)
+    arguments = (problem, inputs, packing, workspace, plan)
     launch_backward.launch_statistics(*arguments)
     whole = f"{name}|{megabytes}"
 

@@ -40,12 +40,24 @@ SERVED = {
     "few columns": {"headdim": 8},
     "128 columns": {"headdim": 128},
     "float16": {"dtype": torch.float16},
+    "seqused_q": {"seqused_q": INTEGERS},
+    "seqused_k": {"seqused_k": INTEGERS},
+    "a head dim of v of its own": {"v": torch.zeros(2, 10, 4, 128)},
 }
 
 
 @pytest.mark.parametrize("name", SERVED)
 def test_served(name: str) -> None:
     assert launch_backward.unsupported_backward(problem_of(**SERVED[name])) == []
+
+
+def test_packed_sequences_are_served() -> None:
+    x = torch.zeros(20, 4, 64, dtype=torch.bfloat16)
+    problem = problem_of(q=x, k=x, v=x, cu_seqlens_q=INTEGERS, cu_seqlens_k=INTEGERS)
+    assert launch_backward.unsupported_backward(problem) == []
+    long = x[:1].expand(2**29, 4, 64)
+    (reason,) = launch_backward.unsupported_backward(problem._replace(k=long))
+    assert "536870912" in reason
 
 
 REFUSED = {
@@ -57,8 +69,9 @@ REFUSED = {
     "qv": {"qv": torch.zeros(2, 10, 4, 64)},
     "out_dtype": {"out_dtype": torch.float32},
     "softmax_scale > 0": {"softmax_scale": 0.0},
-    "found 136": {"headdim": 136},
-    "found 60": {"headdim": 60},
+    "found 136": {"headdim": 136, "v": torch.zeros(2, 10, 4, 128)},
+    "head dims of v up to 128": {"v": torch.zeros(2, 10, 4, 136)},
+    "found 60": {"headdim": 60, "v": torch.zeros(2, 10, 4, 64)},
     "torch.float32": {"dtype": torch.float32},
 }
 

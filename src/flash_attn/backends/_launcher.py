@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton import knobs
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
@@ -76,13 +77,38 @@ class Launch(NamedTuple):
 
 
 class Tape:
-    """What happened inside :func:`recording`, each in order: the launches, the scratch tensors and
-    the counters that were asked for."""
+    """What happened inside :func:`recording`, each in order.
+
+    Attributes:
+        launches: of kernels, through :class:`Launcher`.
+        scratch: tensors from :func:`scratch`.
+        counters: tensors from :func:`counter_for`.
+        operators: names of PyTorch's own operators that computed something: neither views nor
+            uninitialised memory. A :class:`Repeat` does not run them.
+    """
 
     def __init__(self) -> None:
         self.launches: list[Launch] = []
         self.scratch: list[Tensor] = []
         self.counters: list[Tensor] = []
+        self.operators: list[str] = []
+
+
+class _Operators(TorchDispatchMode):
+    """Notes the operators that compute."""
+
+    def __init__(self, tape: Tape) -> None:
+        super().__init__()
+        self.tape = tape
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func._schema.name.split("::")[-1]
+        allocates = name.startswith(("empty", "new_empty"))
+        is_nothing = isinstance(result, Tensor) and result.numel() == 0
+        if not (func.is_view or allocates or is_nothing):
+            self.tape.operators.append(name)
+        return result
 
 
 class _Recording(threading.local):
@@ -94,10 +120,12 @@ _recording = _Recording()
 
 @contextmanager
 def recording() -> Iterator[Tape]:
-    """Note the launches that this thread makes through :class:`Launcher` inside the block."""
+    """Note the launches that this thread makes through :class:`Launcher` inside the block, and what
+    else it has the device do."""
     before, _recording.tape = _recording.tape, Tape()
     try:
-        yield _recording.tape
+        with _Operators(_recording.tape):
+            yield _recording.tape
     finally:
         _recording.tape = before
 
@@ -121,10 +149,12 @@ def counter_for(x: Tensor) -> Tensor:
     Kernels set it back themselves, so the streams of a device need one each. A graph that is being
     captured may be replayed on any stream: it gets one of its own, set to 0 by the graph.
     """
-    index = driver.active.get_current_device()
+    index, tape = driver.active.get_current_device(), _recording.tape
+    operators = [] if tape is None else tape.operators.copy()
     made = _counter(x.device, index, driver.active.get_current_stream(index))
-    if _recording.tape is not None:
-        _recording.tape.counters.append(made)
+    if tape is not None:
+        tape.counters.append(made)
+        tape.operators = operators  # a Repeat sets its own to 0
     return made
 
 
@@ -365,7 +395,8 @@ class Repeat:
     """The launches of a tape, on other tensors.
 
     Args:
-        tape: launches of one stream.
+        tape: launches of one stream, and nothing else that is computed but ``ignored`` operators,
+            for which the caller cares.
         tensors: the tensors whose addresses the launches depend on, in the order in which
             :meth:`__call__` gets addresses. An argument must be one of them, of the scratch
             tensors or of the counters.
@@ -374,9 +405,14 @@ class Repeat:
         Unrepeatable: a launch took another tensor, or cannot be launched directly.
     """
 
-    def __init__(self, tape: Tape, tensors: Sequence[Tensor]) -> None:
+    def __init__(
+        self, tape: Tape, tensors: Sequence[Tensor], ignored: frozenset[str] = frozenset()
+    ) -> None:
         if not tape.launches:
             raise Unrepeatable("nothing was launched")
+        others = sorted(set(tape.operators) - ignored)
+        if others:
+            raise Unrepeatable(f"besides the launches there is {', '.join(others)}")
         if len({(launch.device, launch.stream) for launch in tape.launches}) > 1:
             raise Unrepeatable("the launches were on several streams")
         known = [*tensors, *tape.scratch, *tape.counters]
@@ -440,10 +476,12 @@ def _index(tensor: Tensor, known: Sequence[Tensor], launch: Launch) -> int:
     raise Unrepeatable(f"{launch.kernel.__name__} took a tensor made during the call")
 
 
-def repeat(tape: Tape, tensors: Sequence[Tensor]) -> Repeat | None:
+def repeat(
+    tape: Tape, tensors: Sequence[Tensor], ignored: frozenset[str] = frozenset()
+) -> Repeat | None:
     """A :class:`Repeat`, or None with the reason logged."""
     try:
-        return Repeat(tape, tensors)
+        return Repeat(tape, tensors, ignored)
     except Unrepeatable as reason:
         logger.info("launches stay on Triton's usual path: %s", reason)
         return None

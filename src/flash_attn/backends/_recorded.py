@@ -14,6 +14,9 @@ from torch import Tensor
 from ..core.repeated import Solve
 from ._launcher import Tape, allocator, repeat
 
+# How results become zeros; nothing else is: launches take tensors of the call, results and scratch.
+_ZEROING = frozenset({"zeros", "new_zeros"})
+
 
 def solve_again(
     tape: Tape,
@@ -32,7 +35,8 @@ def solve_again(
     Returns:
         None, with the reason logged, if the launches cannot be repeated.
     """
-    launches = repeat(tape, [*tensors, *made, *unread])
+    ignored = _ZEROING if zeroed else frozenset()
+    launches = repeat(tape, [*tensors, *made, *unread], ignored)
     if launches is None:
         return None
     known = launches
