@@ -232,7 +232,13 @@ def launch_forward(
 
 
 def pack_of(problem: AttentionProblem, plan: ForwardPlan) -> int:
-    """How many query heads lie in a tile."""
+    """How many query heads lie in a tile.
+
+    At the largest head dim the compiler of Triton 3.9 has no registers left to pack them.
+    """
+    widest = max(padded_headdim(problem.headdim), padded_headdim(problem.headdim_v))
+    if widest == MAX_HEADDIM and _TRITON > (3, 6):
+        return 1
     return packed_heads(
         plan.block_m,
         problem.nheads // problem.nheads_k,
