@@ -18,6 +18,7 @@ warps of one warpgroup apart from each other.
 
 from __future__ import annotations
 
+import functools
 import random
 import re
 import sys
@@ -112,6 +113,9 @@ class Tensor(np.ndarray):
     def permute(self, order: list[int]) -> Tensor:
         return self.transpose(order)
 
+    def split(self) -> tuple[Tensor, Tensor]:
+        return self[..., 0], self[..., 1]
+
 
 def tensor(x: Any) -> Tensor:
     return np.asarray(x).view(Tensor)
@@ -136,6 +140,10 @@ class Memory:
         data = np.full(shape, np.nan, np.float32)
         return cls(data, np.zeros(shape, np.int32), np.zeros(shape, np.int32), dtype)
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.data.shape
+
     def _view(self, change: Callable[[np.ndarray], np.ndarray]) -> Memory:
         views = [change(x) for x in (self.data, self.busy, self.unfenced)]
         if not all(np.shares_memory(a, b) for a, b in zip(views, (self.data, self.busy,
@@ -148,7 +156,7 @@ class Memory:
             raise ModelError(f"slot {i} of {self.data.shape[0]}")
         return self._view(lambda x: x[int(i)])
 
-    def slice(self, start: int, length: int, dim: int) -> Memory:
+    def slice(self, start: int, length: int, dim: int = 0) -> Memory:
         where = [slice(None)] * self.data.ndim
         where[dim] = slice(start, start + length)
         return self._view(lambda x: x[tuple(where)])
@@ -166,10 +174,15 @@ class Memory:
 
     def store(self, value: Tensor) -> None:
         here().pause()
-        if self.busy.any():
+        new = rounded(np.asarray(value), self.dtype).reshape(self.data.shape)
+        # Several may write the same: who reads meanwhile sees no difference, and whoever's fence
+        # comes first will do. Of that the model knows no more than that it may happen.
+        changed = ~((new == self.data) | (np.isnan(new) & np.isnan(self.data)))
+        if (self.busy < 0).any() or self.busy[changed].any():
             raise ModelError("written while TMA or a product uses it")
-        self.data[...] = rounded(np.asarray(value), self.dtype).reshape(self.data.shape)
-        self.unfenced[...] = here().identity
+        self.data[...] = new
+        me = here().identity
+        self.unfenced[...] = np.where(changed | (self.unfenced == me), me, 0)
 
     def read_begins(self) -> None:
         """By TMA or a product."""
@@ -241,23 +254,31 @@ class Pointer:
 
     def load(self, mask: Any, other: float) -> Tensor:
         flat, at, inside = self._places(mask)
+        found = flat[torch.from_numpy(at[inside].astype(np.int64))]
+        if not self.base.is_floating_point():
+            values = np.full(at.shape, int(other), np.int64)
+            values[inside] = found.numpy()
+            return tensor(values) if at.ndim else Int(values)
         values = np.full(at.shape, other, np.float32)
-        values[inside] = flat[torch.from_numpy(at[inside].astype(np.int64))].float().numpy()
+        values[inside] = found.float().numpy()
         return tensor(values)
 
     def store(self, value: Any, mask: Any) -> None:
         flat, at, inside = self._places(mask)
-        values = np.broadcast_to(np.asarray(value, np.float32), at.shape)[inside]
+        kind = np.float32 if self.base.is_floating_point() else np.int64
+        values = np.broadcast_to(np.asarray(value, kind), at.shape)[inside]
         where = torch.from_numpy(at[inside].astype(np.int64))
         flat[where] = torch.from_numpy(np.ascontiguousarray(values)).to(flat.dtype)
 
 
 class Descriptor:
-    """A TMA descriptor of a torch tensor."""
+    """A TMA descriptor of a torch tensor. Addresses wrap at 2**64, as they do for TMA."""
 
     def __init__(self, host: Any) -> None:
-        self.array = torch.as_strided(host.base, host.shape, host.strides)
-        self.dtype = _OF_TORCH[host.base.dtype]
+        base = host.base
+        self.flat = torch.empty(0, dtype=base.dtype).set_(base.untyped_storage())
+        self.first, self.shape, self.strides = base.storage_offset(), host.shape, host.strides
+        self.dtype = _OF_TORCH[base.dtype]
         self.layout = None
         self.block_type = types.SimpleNamespace(shape=host.block_shape, element_ty=self.dtype)
 
@@ -265,32 +286,33 @@ class Descriptor:
     def bytes(self) -> int:
         return int(np.prod(self.block_type.shape)) * self.dtype.primitive_bitwidth // 8
 
-    def _bounds(self, at: list[int]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
-        """(the part of the tensor, the part of the block) that a block at ``at`` covers."""
-        blocks = self.block_type.shape
-        first = [max(int(a), 0) for a in at]
-        last = [
-            max(min(int(a) + n, size), f)
-            for a, n, size, f in zip(at, blocks, self.array.shape, first, strict=True)
+    def _places(self, at: Any) -> tuple[tuple[slice, ...], torch.Tensor]:
+        """The part of a block at ``at`` that is inside of the tensor, and where it lies."""
+        ranges = [
+            (max(-int(a), 0), max(min(n, size - int(a)), max(-int(a), 0)))
+            for a, n, size in zip(at, self.block_type.shape, self.shape, strict=True)
         ]
-        return (
-            tuple(slice(f, e) for f, e in zip(first, last, strict=True)),
-            tuple(slice(f - int(a), e - int(a)) for f, e, a in zip(first, last, at, strict=True)),
-        )
+        places = np.zeros([1] * len(ranges), np.int64) + self.first
+        for dim, ((begin, end), a, stride) in enumerate(zip(ranges, at, self.strides, strict=True)):
+            index = (np.arange(begin, end, dtype=np.int64) + int(a)) * np.int64(stride)
+            places = places + index.reshape([-1 if i == dim else 1 for i in range(len(ranges))])
+        if places.size and not (places.min() >= 0 and places.max() < self.flat.numel()):
+            raise ModelError("TMA outside of the tensor's memory")
+        return tuple(slice(*one) for one in ranges), torch.from_numpy(places)
 
-    def read(self, at: list[int]) -> np.ndarray:
-        there, here_ = self._bounds(at)
+    def read(self, at: Any) -> np.ndarray:
+        inside, places = self._places(at)
         block = np.zeros(self.block_type.shape, np.float32)
-        block[here_] = self.array[there].float().numpy()
+        block[inside] = self.flat[places].float().numpy()
         return block
 
-    def write(self, at: list[int], block: np.ndarray, add: bool) -> None:
-        there, here_ = self._bounds(at)
-        part = torch.from_numpy(np.ascontiguousarray(block.reshape(self.block_type.shape)[here_]))
+    def write(self, at: Any, block: np.ndarray, add: bool) -> None:
+        inside, places = self._places(at)
+        part = block.reshape(self.block_type.shape)[inside]
+        values = torch.from_numpy(np.ascontiguousarray(part))
         if add:
-            self.array[there] += part
-        else:
-            self.array[there] = part.to(self.array.dtype)
+            values = values + self.flat[places]
+        self.flat[places] = values.to(self.flat.dtype)
 
 
 # -------------------------------------------------------------------------------------- scheduling
@@ -310,6 +332,7 @@ class Agent:
         self.stores: list[Transfer] = []
         self.memories: list[Memory] = []
         self.seen: tuple[Pointer, int]
+        self.has_moved = False
         self.warps = 4
         self.thread = threading.Thread(target=self._run, args=(work,), daemon=True)
         self.thread.start()
@@ -319,7 +342,8 @@ class Agent:
         _CURRENT.agent = self
         try:
             if not self.machine.is_over:
-                work()
+                with np.errstate(all="ignore"):  # infinities are numbers to the kernels
+                    work()
                 if self.products:
                     raise ModelError("ends with products that nobody waited for")
                 if any(not one.is_done for one in self.stores):
@@ -342,13 +366,13 @@ class Agent:
     def look(self, counter: Pointer) -> int:
         """The value of a counter in global memory."""
         self.pause()
-        self.seen = (counter, int(counter.load(None, 0.0).item()))
+        self.seen = (counter, int(counter.load(None, 0)))
         return self.seen[1]
 
     def sleep(self) -> None:
         """Before another look at the counter looked at last: until it changes."""
         counter, value = self.seen
-        self.pause(lambda: int(counter.load(None, 0.0).item()) != value)
+        self.pause(lambda: int(counter.load(None, 0)) != value)
 
 
 class _Stop(BaseException):
@@ -519,7 +543,7 @@ def _init(barrier: Barrier, count: int) -> None:
     barrier.count = barrier.left = count
 
 
-def _instruction(text: str, _: str = "", arguments: Any = (), **__: Any) -> Int:
+def _instruction(text: str, _: str = "", arguments: Any = (), **__: Any) -> Any:
     if text.startswith("nanosleep"):
         here().sleep()
     if text.startswith(("ld.acquire", "ld.relaxed")):
@@ -528,19 +552,27 @@ def _instruction(text: str, _: str = "", arguments: Any = (), **__: Any) -> Int:
         for _warp in range(here().warps):
             here().pause()
             counter = arguments[0]
-            counter.store(int(counter.load(None, 0.0).item()) + 1, None)
+            counter.store(int(counter.load(None, 0)) + 1, None)
     if text.startswith("cp.async.bulk.wait_group"):
         _store_wait(int(text.split()[1].rstrip(";")))
-    found = re.match(r"bar\.sync (\d+), (\d+);", text)
+    if "vote.sync.any" in text:  # the larger where it is past a limit; whether it is anywhere
+        kept, new, limit = (np.asarray(x) for x in arguments)
+        here().has_moved = bool((new > limit).any())
+        return tensor(np.where(new > limit, new, kept))
+    if text.startswith("selp.b32 $0, 1, 0, moved"):
+        return Int(here().has_moved)
+    if text == "mov.b32 $0, $1;":
+        return arguments[0]
+    found = re.match(r"bar\.(sync|arrive) (\d+), (\d+);", text)
     if found:
         agent = here()
-        number, groups = int(found[1]), max(1, int(found[2]) // 128)
+        number, groups = int(found[2]), max(1, int(found[3]) // 128)
         meeting = agent.machine.meetings.setdefault((agent.program, number), [0, 0])
         meeting[0] += 1
         round_ = meeting[1]
         if meeting[0] == groups:
             meeting[:] = [0, round_ + 1]
-        agent.pause(lambda: meeting[1] > round_)
+        agent.pause(lambda: found[1] == "arrive" or meeting[1] > round_)
     return Int(0)
 
 
@@ -579,6 +611,14 @@ def _scalar_or_array(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def _sum(x: Any, axis: int) -> Any:
+    x = np.asarray(x)
+    if x.dtype.kind == "f":
+        return tensor(x.sum(axis, dtype=np.float32))
+    total = x.sum(axis)
+    return tensor(total) if total.ndim else Int(total)
+
+
 def _exp2(x: Any) -> Tensor:
     with np.errstate(over="ignore", invalid="ignore"):
         return tensor(np.exp2(np.asarray(x, np.float32)))
@@ -593,6 +633,23 @@ class _Layout:
     @classmethod
     def get_default_for(cls, *_: Any) -> _Layout:
         return cls()
+
+
+def _add(pointer: Pointer, step: int, sem: str = "") -> Int:
+    here().pause()
+    old = Int(pointer.load(None, 0))
+    pointer.store(int(old) + step, None)
+    return old
+
+
+def _exchange(pointer: Pointer, value: int, sem: str = "") -> Int:
+    return _add(pointer, value - int(pointer.load(None, 0)))
+
+
+def _builtin(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of the compiler; ``unsplat`` is what it may need."""
+    semantic = types.SimpleNamespace(unsplat=lambda x: Int(np.asarray(x).item()))
+    return functools.partial(function, _semantic=semantic)
 
 
 def _decorator(*arguments: Any, **_: Any) -> Any:
@@ -622,7 +679,9 @@ def _stand_ins() -> dict[str, types.ModuleType]:
             np.expand_dims(np.asarray(x), axis)),
         convert_layout=lambda x, *_, **__: x, exp2=_exp2,
         log2=lambda x: tensor(np.log2(np.asarray(x, np.float32))),
-        sum=lambda x, axis: tensor(np.asarray(x).sum(axis, dtype=np.float32)),
+        sum=_sum,
+        max=lambda x, axis: tensor(np.asarray(x).max(axis)),
+        num_warps=lambda: 4, barrier=lambda: None, atomic_add=_add, atomic_xchg=_exchange,
         zeros=lambda shape, dtype, layout=None: tensor(rounded(np.zeros(shape), dtype)),
         full=lambda shape, value, dtype, layout=None: tensor(
             rounded(np.full(shape, value), dtype)),
@@ -638,7 +697,8 @@ def _stand_ins() -> dict[str, types.ModuleType]:
     barriers = module("mbarrier", MBarrierLayout=lambda: "barriers", init=_init, wait=_wait,
                       expect=_expect, arrive=_arrive)  # fmt: skip
     transfers = module("tma", async_load=_tma_load, async_store=_tma_out(False),
-                       async_atomic_add=_tma_out(True), store_wait=_store_wait)  # fmt: skip
+                       async_atomic_add=_tma_out(True), store_wait=_store_wait,
+                       tensor_descriptor=Descriptor)  # fmt: skip
     hopper = module("hopper", mbarrier=barriers, tma=transfers, fence_async_shared=_fence,
                     warpgroup_mma=_mma, warpgroup_mma_wait=_mma_wait)  # fmt: skip
     gluon = module("gluon", jit=_decorator, constexpr_function=_decorator, language=language)
@@ -650,7 +710,7 @@ def _stand_ins() -> dict[str, types.ModuleType]:
         "triton.experimental": module("experimental", gluon=gluon),
         root: gluon,
         f"{root}.language": language,
-        f"{root}.language._core": module("_core", builtin=_decorator),
+        f"{root}.language._core": module("_core", builtin=_builtin),
         f"{root}.language.nvidia": module("nvidia", hopper=hopper),
         f"{root}.language.nvidia.hopper": hopper,
     }

@@ -744,7 +744,9 @@ def mask_if_needed(work, span, s, first_row, first_key):
     every row sees every key."""
     outside = first_key + work.config.BLOCK_N > key_end(work, span, first_row)
     if work.config.HAS_LEFT:
-        outside = outside | (first_key < first_key_of(work, span, first_row + work.config.POSITIONS - 1))
+        outside = outside | (
+            first_key < first_key_of(work, span, first_row + work.config.POSITIONS - 1)
+        )
     if outside:
         s = mask_scores(work, span, s, first_row, first_key)
     return s
