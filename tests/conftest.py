@@ -6,9 +6,10 @@ capability 9.0),
 
 * tests marked ``families`` run on the GPU twice, once by the portable kernels and once preferring
   the others, also where the automatic choice would not;
-* tests marked ``one_family`` compare calls bit for bit that the families share out between them,
-  and run by the portable kernels;
 * all others run by the automatic choice.
+
+There, two calls that are compared bit for bit must be served by the same kernels, see
+``support.families_of``.
 
 ``FLASH_ATTN_TEST_BACKEND=NAME`` runs every test on that backend alone (with ``TRITON_INTERPRET=1``
 and ``triton`` that is the portable kernels in the interpreter), ``NAME,NAME,...`` on the first that
@@ -76,12 +77,12 @@ def has_two_families() -> bool:
 def gpu_devices(marks: set[str]) -> list[Any]:
     """The GPU's values of ``device`` for a test with these marks."""
     gpu = pytest.mark.gpu
-    if CHOSEN or not has_two_families() or not marks & {"families", "one_family"}:
+    if CHOSEN or not has_two_families() or "families" not in marks:
         return [pytest.param("cuda", marks=gpu)]
-    portable = pytest.param("cuda", marks=[gpu, PORTABLE])
-    if "one_family" in marks:
-        return [portable]
-    return [portable, pytest.param("cuda", marks=[gpu, HOPPER], id="cuda-sm90")]
+    return [
+        pytest.param("cuda", marks=[gpu, PORTABLE]),
+        pytest.param("cuda", marks=[gpu, HOPPER], id="cuda-sm90"),
+    ]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
