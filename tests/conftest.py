@@ -21,8 +21,8 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -109,25 +109,31 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(skip)
 
 
+@contextmanager
+def served_by(order: Sequence[str]) -> Iterator[None]:
+    """Run a block by the one backend in ``order``, by the first of several that serves, or, where
+    it is empty, by the choice in force. Fails if Triton refuses a kernel in the block."""
+    before = dict(registry._given_up)
+    with ExitStack() as stack:
+        if len(order) == 1:
+            stack.enter_context(flash_attn.use_backend(order[0]))
+        elif order:
+            for name, value in (
+                ("own_families", lambda device: tuple(order)),
+                ("_reasons_to_pass_over", registry._reasons),
+            ):
+                stack.enter_context(mock.patch.object(registry, name, value))
+        yield
+    # Another backend took over, and what ran may have been right without what it is about.
+    assert registry._given_up == before, "kernels were refused by Triton"
+
+
 @pytest.fixture(autouse=True)
 def chosen_backend(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Run under the backend that the environment names, or by the order that it or a mark names."""
+    """Run by the backends that a mark or the environment names."""
     mark = request.node.get_closest_marker("prefers")
-    order = CHOSEN if mark is None else mark.args
-    before = dict(registry._given_up)
-    if len(order) == 1:
-        with flash_attn.use_backend(order[0]):
-            yield
-    elif order:
-        with (
-            mock.patch.object(registry, "own_families", return_value=tuple(order)),
-            mock.patch.object(registry, "_reasons_to_pass_over", registry._reasons),
-        ):
-            yield
-    else:
+    with served_by(CHOSEN if mark is None else mark.args):
         yield
-    # The next backend took over, and the test may have passed without what it is about.
-    assert registry._given_up == before, "kernels were refused by Triton"
 
 
 @pytest.fixture(params=["auto", "triton"])
