@@ -31,6 +31,7 @@ VISIBILITIES = {
     "full": Visibility(),
     "causal": Visibility(None, 0),
     "window": Visibility(64, 20),
+    "chunk": Visibility(None, None, 100),
 }
 
 
@@ -47,6 +48,8 @@ def launches(case: Case, headdim: int) -> list[aot.Launch]:
     x = torch.empty(*places, nheads, headdim, dtype=dtype, device="meta")
     v = x if case.headdim_v is None else x.new_empty(*places, nheads, case.headdim_v)
     transform = make_transform(headdim, softcap=20.0 if "softcap" in case.features else 0.0)
+    if "alibi" in case.features:
+        transform = transform._replace(alibi_slopes=torch.empty(batch, nheads, device="meta"))
     bounds = torch.empty(batch + 1, dtype=torch.int32, device="meta")
     used = torch.empty(batch, dtype=torch.int32, device="meta")
     layout = DENSE
@@ -55,7 +58,8 @@ def launches(case: Case, headdim: int) -> list[aot.Launch]:
     if "used" in case.features:
         layout = layout._replace(seqused_q=used, seqused_k=used)
     problem = AttentionProblem(x, x, v, transform, VISIBILITIES[case.mask], layout)
-    assert launch_backward.unsupported_backward(problem) == []
+    if launch_backward.unsupported_backward(problem):
+        return []
     lse = torch.empty(problem.lse_shape, device="meta")
     state = torch.empty(2, dtype=torch.int64, device="meta")
     inputs = BackwardInputs(v, v, lse, x, x, v, state)
@@ -77,12 +81,16 @@ CASES = [
     Case("causal", "odd"),
     *(Case(mask, features="packed") for mask in VISIBILITIES),
     Case("causal", "ones", "packed"),
-    Case("causal", "odd", "packed used"),
+    Case("causal", "odd", "packed used", 61),
     Case("window", features="packed used softcap"),
     Case("window", features="used"),
     Case("window", features="softcap"),
     Case("causal", features="packed", headdim_v=40),
     Case("causal", headdim_v=128),
+    Case("causal", features="alibi"),
+    Case("window", features="packed alibi"),
+    Case("chunk", features="used alibi"),
+    Case("chunk", features="packed used softcap"),
 ]
 
 

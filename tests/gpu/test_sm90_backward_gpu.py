@@ -14,6 +14,7 @@ pytest.importorskip("triton", reason="Triton exists on Linux only")
 from support import (
     Inputs,
     Solution,
+    alibi_slopes,
     assert_same_bits,
     check,
     check_error,
@@ -87,7 +88,7 @@ def ragged_plans(headdim: int, is_masked: bool) -> list[BackwardPlan]:
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16])
-@pytest.mark.parametrize("headdim", [8, 40, 64, 72, 96, 128])
+@pytest.mark.parametrize("headdim", [1, 8, 40, 61, 64, 72, 96, 127, 128])
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("seqlens", [(1, 1), (128, 128), (113, 203), (400, 250), (129, 640)])
 def test_gradients(dtype: torch.dtype, headdim: int, mask: str, seqlens: tuple[int, int]) -> None:
@@ -229,7 +230,7 @@ BATCHES = {
 }
 
 
-@pytest.mark.parametrize("headdim", [40, 64, 96, 128])
+@pytest.mark.parametrize("headdim", [40, 60, 64, 96, 128])
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("batch", BATCHES)
 def test_packed_sequences(headdim: int, mask: str, batch: str) -> None:
@@ -357,6 +358,34 @@ def test_head_dims_of_v(headdims: tuple[int, int], packed: bool) -> None:
     other = make("cuda", BF16, *lengths, (4, 2), headdims[1], causal=True)
     inputs = extended(inputs.but(v=other.v, dout=other.dout))
     check(inputs, solve(inputs))
+
+
+@pytest.mark.parametrize("headdim", [64, 128])
+@pytest.mark.parametrize("chunk", [1, 100, 128, 1000])
+@pytest.mark.parametrize("mask", ["full", "causal", "both"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_chunks(headdim: int, chunk: int, mask: str, packed: bool) -> None:
+    make: Any = varlen if packed else dense
+    lengths = ([190, 430], [600, 370]) if packed else (2, (350, 800))
+    inputs = make("cuda", BF16, *lengths, (4, 2), headdim, **MASKS[mask])
+    inputs = extended(inputs, attention_chunk=chunk)
+    for plan in ragged_plans(headdim, is_masked=True):
+        check(inputs, solve(inputs, plan))
+    with flash_attn.use_backend("sm90"):
+        assert registry.select(inputs.problem(), backward=True).name == "sm90"
+
+
+@pytest.mark.parametrize("headdim", [40, 64, 128])
+@pytest.mark.parametrize("mask", ["full", "causal", "left", "both"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_alibi(headdim: int, mask: str, packed: bool) -> None:
+    make: Any = varlen if packed else dense
+    lengths = ([190, 0, 430], [600, 60, 370]) if packed else (3, (350, 300))
+    inputs = make("cuda", BF16, *lengths, (4, 2), headdim, **MASKS[mask])
+    for batch in (None, 3):
+        inputs = inputs.but(alibi_slopes=alibi_slopes("cuda", 4, batch))
+        for plan in ragged_plans(headdim, mask != "full"):
+            check(inputs, solve(inputs, plan))
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -13,10 +13,14 @@ import gluon_model
 from support import (
     Inputs,
     Solution,
+    alibi_slopes,
     assert_same_bits,
     check,
+    check_error,
     dense,
+    exact_answer,
     extended,
+    plain_answer,
     poisoned_like,
     varlen,
 )
@@ -66,14 +70,18 @@ def solve(
     seed: int = 0,
     results: Any = None,
     empty_lse: float = float("-inf"),
+    known: Solution | None = None,
 ) -> Solution:
-    """Gradients by the model; output and log-sum-exp by the reference.
+    """Gradients by the model; output and log-sum-exp by the reference, or ``known`` ones.
 
     ``empty_lse`` is what the kernels are told of a row that sees no key.
     """
     problem = inputs.problem()
-    forward = reference.attention(problem, torch.float64)
-    out, lse = forward.out.to(inputs.q.dtype), forward.softmax_lse.float()
+    if known is None:
+        forward = reference.attention(problem, torch.float64)
+        out, lse = forward.out.to(inputs.q.dtype), forward.softmax_lse.float()
+    else:
+        out, lse = known.out, known.lse
     grads = results or tuple(poisoned_like(x) for x in (inputs.q, inputs.k, inputs.v))
     state = torch.zeros(2, dtype=torch.int64)
     told = lse.masked_fill(lse == float("inf"), empty_lse)
@@ -359,6 +367,77 @@ def test_head_dims_of_v(kernels: Any, headdims: tuple[int, int], packed: bool) -
     other = make("cpu", FP16, *lengths, (2, 1), headdims[1], causal=True)
     inputs = extended(inputs.but(v=other.v, dout=other.dout))
     check(inputs, solve(kernels, inputs, plan))
+
+
+@pytest.mark.parametrize("name", RAGGED)
+@pytest.mark.parametrize("chunk", [1, 50, 128, 10000])
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window_size": (70, 10)}])
+def test_chunks(kernels: Any, name: str, chunk: int, options: dict[str, Any]) -> None:
+    plan = PLANS[name]._replace(housekeeping=False)
+    inputs = dense("cpu", FP16, 1, (150, 400), (2, 1), plan.block_d, **options)
+    inputs = extended(inputs, attention_chunk=chunk)
+    check(inputs, solve(kernels, inputs, plan))
+    inputs = varlen("cpu", FP16, [90, 130], [300, 70], (2, 1), plan.block_d, **options)
+    inputs = extended(inputs, attention_chunk=chunk, seqused_k=int32(290, 66))
+    got = solve(kernels, inputs, plan)
+    check(inputs, got)
+    unseen = (290 - 90) // chunk * chunk
+    for x in (inputs.k, inputs.v):
+        x[:unseen] = float("nan")
+    again = solve(kernels, inputs, plan, known=got)
+    assert_same_bits(again, got, "NaN in keys before the first chunk")
+    assert not got.dk[:unseen].any()
+
+
+@pytest.mark.parametrize("name", RAGGED)
+@pytest.mark.parametrize("mask", ["full", "causal", "left"])
+@pytest.mark.parametrize("chunk", [0, 50])
+def test_alibi(kernels: Any, name: str, mask: str, chunk: int) -> None:
+    plan = PLANS[name]._replace(housekeeping=False)
+    options = BATCH_MASKS[mask]
+    inputs = dense("cpu", FP16, 2, (150, 200), (4, 2), plan.block_d, **options)
+    inputs = extended(inputs.but(alibi_slopes=alibi_slopes("cpu", 4)), attention_chunk=chunk)
+    if chunk and plan.block_d > 64:
+        assert launch_backward.unsupported_backward(inputs.problem()) != []
+    check(inputs, solve(kernels, inputs, plan))
+    inputs = varlen("cpu", FP16, [90, 0, 130], [70, 10, 200], (4, 2), plan.block_d, 20, **options)
+    slopes = alibi_slopes("cpu", 4, 3)
+    inputs = extended(inputs.but(alibi_slopes=slopes), attention_chunk=chunk)
+    check(inputs, solve(kernels, inputs, plan))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_gradient_of_the_log_sum_exp(kernels: Any, packed: bool) -> None:
+    make: Any = varlen if packed else dense
+    lengths = ([70, 80], [90, 30]) if packed else (2, (70, 130))
+    inputs = make("cpu", FP16, *lengths, (4, 2), 64, causal=True)
+    problem = inputs.problem()
+    forward = reference.attention(problem, torch.float64)
+    grads = tuple(poisoned_like(x) for x in (inputs.q, inputs.k, inputs.v))
+    dlse = torch.randn_like(forward.softmax_lse.float())
+    arguments = BackwardInputs(inputs.dout, forward.out.half(), forward.softmax_lse.float(), *grads,
+                               torch.zeros(2, dtype=torch.int64), dlse)  # fmt: skip
+    for one in gluon_model.record(lambda: launch_backward.backward(problem, arguments)):
+        gluon_model.run_launch(kernels, one)
+    true, owed = exact_answer(problem, inputs.dout, None, arguments.out, dlse)
+    same = plain_answer(problem, inputs.dout, None, dlse)
+    for name, got in zip(("dq", "dk", "dv"), grads, strict=True):
+        check_error(name, got, true[name], same[name], 3.0, 1e-6, owed.get(name))
+
+
+@pytest.mark.parametrize("headdim", [1, 13, 60, 127])
+@pytest.mark.parametrize("packed", [False, True])
+def test_head_dims_that_tma_cannot_address(kernels: Any, headdim: int, packed: bool) -> None:
+    plan = PLANS["d64 group reversed" if headdim <= 64 else "d128 reversed"]
+    plan = plan._replace(housekeeping=False)
+    make: Any = varlen if packed else dense
+    lengths = ([70, 80], [90, 30]) if packed else (2, (70, 130))
+    inputs = make("cpu", FP16, *lengths, (2, 1), headdim, causal=True)
+    pitch = headdim + 8 - headdim % 8
+    wide = [x.new_full((*x.shape[:-1], pitch), float("nan")) for x in inputs.tensors[:3]]
+    check(inputs, solve(kernels, inputs, plan, results=tuple(x[..., :headdim] for x in wide)))
+    for x in wide:
+        assert x[..., headdim:].isnan().all()
 
 
 class Fault(NamedTuple):

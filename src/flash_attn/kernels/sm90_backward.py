@@ -203,11 +203,13 @@ class Config:
     SOFTCAP: gl.constexpr
     HAS_LEFT: gl.constexpr
     HAS_RIGHT: gl.constexpr
+    HAS_CHUNK: gl.constexpr
+    HAS_ALIBI: gl.constexpr
     RAGGED: gl.constexpr
 
     @gluon.constexpr_function
     def __init__(self, BLOCK_M, BLOCK_D, EAGER_DV, AHEAD, DQ_GROUP, HOUSEKEEPING, DETERMINISTIC,
-                 SOFTCAP, HAS_LEFT, HAS_RIGHT, RAGGED):  # fmt: skip
+                 SOFTCAP, HAS_LEFT, HAS_RIGHT, HAS_CHUNK, HAS_ALIBI, RAGGED):  # fmt: skip
         self.BLOCK_M = gl.constexpr(BLOCK_M)
         self.BLOCK_N = gl.constexpr(128)
         self.BLOCK_D = gl.constexpr(BLOCK_D)
@@ -219,6 +221,8 @@ class Config:
         self.SOFTCAP = gl.constexpr(SOFTCAP)
         self.HAS_LEFT = gl.constexpr(HAS_LEFT)
         self.HAS_RIGHT = gl.constexpr(HAS_RIGHT)
+        self.HAS_CHUNK = gl.constexpr(HAS_CHUNK)
+        self.HAS_ALIBI = gl.constexpr(HAS_ALIBI)
         self.RAGGED = gl.constexpr(RAGGED)
 
 
@@ -336,15 +340,18 @@ class Lengths:
     seqlen_q: gl.tensor
     seqlen_k: gl.tensor
     window_left: gl.tensor
+    chunk: gl.tensor
     CU_Q: gl.constexpr
     CU_K: gl.constexpr
     USED_Q: gl.constexpr
     USED_K: gl.constexpr
     HAS_LEFT: gl.constexpr
+    HAS_CHUNK: gl.constexpr
 
     @gluon.constexpr_function
     def __init__(self, bounds_q, table, tiles, used_q, used_k, batch, seqlen_q, seqlen_k,
-                 window_left, CU_Q, CU_K, USED_Q, USED_K, HAS_LEFT):  # fmt: skip
+                 window_left, chunk, CU_Q, CU_K, USED_Q, USED_K, HAS_LEFT,
+                 HAS_CHUNK):  # fmt: skip
         self.bounds_q = bounds_q
         self.table = table
         self.tiles = tiles
@@ -354,11 +361,13 @@ class Lengths:
         self.seqlen_q = seqlen_q
         self.seqlen_k = seqlen_k
         self.window_left = window_left
+        self.chunk = chunk
         self.CU_Q = gl.constexpr(CU_Q)
         self.CU_K = gl.constexpr(CU_K)
         self.USED_Q = gl.constexpr(USED_Q)
         self.USED_K = gl.constexpr(USED_K)
         self.HAS_LEFT = gl.constexpr(HAS_LEFT)
+        self.HAS_CHUNK = gl.constexpr(HAS_CHUNK)
 
     @gluon.jit
     def queries(self, b):
@@ -378,10 +387,10 @@ class Lengths:
 
     @gluon.jit
     def keys(self, grid, program):
-        """(sequence, key head, first key of the program, first row, rows, rows in use).
+        """(sequence, key head, first key of the program, first row, rows, rows in use, unseen).
 
-        Without the keys before every query's window, whose gradients the launcher zeroes: they may
-        be anything, and whole tiles are multiplied.
+        The rows are without the ``unseen`` first ones, keys before every query's window, whose
+        gradients the launcher zeroes: they may be anything, and whole tiles are multiplied.
         """
         b, head, block = grid.place(program)
         if self.CU_K:
@@ -398,13 +407,14 @@ class Lengths:
             used = self.seqlen_k
         if self.USED_K:
             used = used_rows(self.used_k, b, self.batch, used)
+        unseen = gl.to_tensor(0)
         if self.HAS_LEFT:
             _, queries = self.queries(b)
-            unseen = clamp(used - queries - self.window_left, 0, used)
-            start += unseen
-            rows -= unseen
-            used -= unseen
-        return b, head, first_key, start, rows, used
+            unseen = used - queries - self.window_left
+            if self.HAS_CHUNK:
+                unseen = gl.maximum(unseen, (used - queries) // self.chunk * self.chunk)
+            unseen = clamp(unseen, 0, used)
+        return b, head, first_key, start + unseen, rows - unseen, used - unseen, unseen
 
 
 @gluon.jit
@@ -419,11 +429,14 @@ class Work:
     """A program's work: 128 keys of one key head, and the queries that see them.
 
     A query at row r sees the keys [r - reach_left, r + reach_right], as far as there are such
-    bounds, before seqlen_k. In each of ``steps`` steps the program takes BLOCK_M queries: the rows
-    [first_row, end_row) of every query head of the group in turn. ``first_sum`` is the first of
-    these rows in the padded statistics and the sums of dq, and ``to_next_head`` leads from the
-    last step of a head to the first one of the next there. ``queries`` and ``keys`` are where the
-    sequence's rows lie.
+    bounds, before seqlen_k; it stands at key r + shift, and with HAS_CHUNK sees only the chunk of
+    that key, where chunks of ``chunk`` keys begin ``phase`` keys before the first one.
+
+    In each of ``steps`` steps the program takes BLOCK_M queries: the rows [first_row, end_row) of
+    every query head of the group in turn. ``first_sum`` is the first of these rows in the padded
+    statistics and the sums of dq, and ``to_next_head`` leads from the last step of a head to the
+    first one of the next there. ``queries`` and ``keys`` are where the sequence's rows lie.
+    ``slopes`` points to the sequence's ALiBi slopes, with HAS_ALIBI.
     """
 
     scale: gl.tensor
@@ -439,6 +452,10 @@ class Work:
     to_next_head: gl.tensor
     steps: gl.tensor
     key_head: gl.tensor
+    shift: gl.tensor
+    chunk: gl.tensor
+    phase: gl.tensor
+    slopes: gl.tensor
     queries: Span
     keys: Span
     grid: Grid
@@ -447,8 +464,8 @@ class Work:
 
     @gluon.constexpr_function
     def __init__(self, scale, scale_log2, cap_log2, seqlen_k, reach_left, reach_right, first_key,
-                 first_row, end_row, first_sum, to_next_head, steps, key_head, queries, keys, grid,
-                 lengths, config):  # fmt: skip
+                 first_row, end_row, first_sum, to_next_head, steps, key_head, shift, chunk, phase,
+                 slopes, queries, keys, grid, lengths, config):  # fmt: skip
         self.scale = scale
         self.scale_log2 = scale_log2
         self.cap_log2 = cap_log2
@@ -462,6 +479,10 @@ class Work:
         self.to_next_head = to_next_head
         self.steps = steps
         self.key_head = key_head
+        self.shift = shift
+        self.chunk = chunk
+        self.phase = phase
+        self.slopes = slopes
         self.queries = queries
         self.keys = keys
         self.grid = grid
@@ -479,7 +500,17 @@ def step_after(work, row, sum_row):
 
 
 @gluon.jit
-def rows_of_queries(first_key, seqlen_q, seqlen_k, reach_left, reach_right, config):
+def chunk_of(key, chunk, phase):
+    """The first key of a key's chunk, either of which may be negative."""
+    place = key + phase
+    start = place // chunk * chunk  # rounded towards 0
+    return gl.where(start > place, start - chunk, start) - phase
+
+
+@gluon.jit
+def rows_of_queries(
+    first_key, seqlen_q, seqlen_k, reach_left, reach_right, shift, chunk, phase, config
+):
     """[first, end) of the queries that see some of BLOCK_N keys, in whole blocks."""
     last_key = gl.minimum(first_key + config.BLOCK_N, seqlen_k) - 1
     first = gl.to_tensor(0)
@@ -488,6 +519,9 @@ def rows_of_queries(first_key, seqlen_q, seqlen_k, reach_left, reach_right, conf
         first = gl.maximum(first_key - reach_right, 0)
     if config.HAS_LEFT:
         end = gl.maximum(gl.minimum(last_key + reach_left + 1, seqlen_q), 0)
+    if config.HAS_CHUNK:
+        first = gl.maximum(first, chunk_of(first_key, chunk, phase) - shift)
+        end = gl.maximum(gl.minimum(chunk_of(last_key, chunk, phase) + chunk - shift, end), 0)
     first = first // config.BLOCK_M * config.BLOCK_M
     end = (end + config.BLOCK_M - 1) // config.BLOCK_M * config.BLOCK_M
     return first, gl.maximum(end, first)
@@ -563,12 +597,19 @@ def mask_weights(work, p, first_key, first_row):
     column = column + gl.arange(0, 2, layout=C)[None, None, None, :]
     origin = gl.arange(0, 4, layout=T)[None, None, :, None] * 2 + first_row
     key = first_key + gl.arange(0, ROWS, layout=K)
-    first = gl.where(key < work.seqlen_k, 0, NO_ROW)
+    first = key * 0
     if work.config.HAS_RIGHT:
-        first = gl.where(key < work.seqlen_k, key - work.reach_right, NO_ROW)
+        first = key - work.reach_right
+    if work.config.HAS_CHUNK:
+        chunk = chunk_of(key, work.chunk, work.phase) - work.shift
+        first = gl.maximum(first, chunk)
+    first = gl.where(key < work.seqlen_k, first, NO_ROW)
     seen = column >= first[:, None, None, None] - origin
     if work.config.HAS_LEFT:
-        seen = seen & (column <= (key + work.reach_left)[:, None, None, None] - origin)
+        last = key + work.reach_left
+        if work.config.HAS_CHUNK:
+            last = gl.minimum(last, chunk + work.chunk - 1)
+        seen = seen & (column <= last[:, None, None, None] - origin)
     parts = gl.where(seen, parts, 0.0)
     return gl.convert_layout(parts.reshape([ROWS, BLOCK_M]), WEIGHTS, assert_trivial=True)
 
@@ -581,9 +622,37 @@ def mask_if_needed(work, p, first_key, first_row):
         outside = outside | (first_row + work.reach_right < first_key + ROWS - 1)
     if work.config.HAS_LEFT:
         outside = outside | (first_row + work.config.BLOCK_M - 1 - work.reach_left > first_key)
+    if work.config.HAS_CHUNK:
+        begin = chunk_of(first_key, work.chunk, work.phase)
+        last = gl.maximum(first_key + ROWS, first_row + work.config.BLOCK_M + work.shift) - 1
+        outside = outside | (first_row + work.shift < begin) | (last >= begin + work.chunk)
     if outside:
         p = mask_weights(work, p, first_key, first_row)
     return p
+
+
+@gluon.jit
+def subtract_alibi(work, s, first_key, first_row, head):
+    """Base-2 exponents less the head's slope times the distance between query and key.
+
+    Taken apart as in mask_weights.
+    """
+    SCORES: gl.constexpr = s.type.layout
+    BLOCK_M: gl.constexpr = work.config.BLOCK_M
+    parts = s.reshape([ROWS, BLOCK_M // 8, 4, 2])
+    PARTS: gl.constexpr = parts.type.layout
+    A: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, PARTS)))
+    T: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, PARTS)))
+    C: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, PARTS)))
+    K: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, PARTS)))
+    slope = gl.load(work.slopes + head).to(gl.float32) * LOG2E
+    column = gl.arange(0, BLOCK_M // 8, layout=A)[None, :, None, None] * 8
+    column = column + gl.arange(0, 2, layout=C)[None, None, None, :]
+    origin = gl.arange(0, 4, layout=T)[None, None, :, None] * 2 + (first_row + work.shift)
+    key = first_key + gl.arange(0, ROWS, layout=K)
+    ahead = (origin - key[:, None, None, None]).to(gl.float32) + column.to(gl.float32)
+    parts = parts - slope * gl.maximum(ahead, -ahead)
+    return gl.convert_layout(parts.reshape([ROWS, BLOCK_M]), SCORES, assert_trivial=True)
 
 
 @gluon.jit
@@ -660,9 +729,15 @@ def turn_of(work, row):
         last = (work.seqlen_k - 1) // BLOCK_N
         if work.config.HAS_RIGHT:
             last = gl.minimum(last, (row + work.config.BLOCK_M - 1 + work.reach_right) // BLOCK_N)
+        if work.config.HAS_CHUNK:
+            chunk = chunk_of(row + work.config.BLOCK_M - 1 + work.shift, work.chunk, work.phase)
+            last = gl.minimum(last, (chunk + work.chunk - 1) // BLOCK_N)
         turn = last - turn
     elif work.config.HAS_LEFT:
-        turn -= gl.maximum(row - work.reach_left, 0) // BLOCK_N
+        first = gl.maximum(row - work.reach_left, 0)
+        if work.config.HAS_CHUNK:
+            first = gl.maximum(first, chunk_of(row + work.shift, work.chunk, work.phase))
+        turn -= first // BLOCK_N
     return turn * 4
 
 
@@ -702,7 +777,7 @@ def store_keys(desc, work, ring, values, LANE: gl.constexpr):
     """
     program = gl.program_id(0) + opaque_zero()
     if work.config.RAGGED:
-        _, key_head, first_key, start, count, _ = work.lengths.keys(work.grid, program)
+        _, key_head, first_key, start, count, _, _ = work.lengths.keys(work.grid, program)
         span = rows_from(start, count)
     else:
         batch, key_head, key_block = work.grid.place(program)
@@ -762,7 +837,11 @@ def consumer(LANE: gl.constexpr, work, shared, duties, dq_desc, dk_desc, dv_desc
         if AHEAD == 0:
             s = warpgroup_mma_wait(1, deps=[s])
         lse = shared.lse.index(i % shared.q.SLOTS).load(COLUMN)
-        p = gl.exp2(exponents(work, s) - gl.expand_dims(lse, 0))
+        exponent = exponents(work, s)
+        if config.HAS_ALIBI:
+            head = work.key_head * duties.group + i // (work.steps // duties.group)
+            exponent = subtract_alibi(work, exponent, first_key, row, head)
+        p = gl.exp2(exponent - gl.expand_dims(lse, 0))
         p = mask_if_needed(work, p, first_key, row)
         weights = gl.convert_layout(p.to(dtype), OPERAND)
         if config.EAGER_DV:
@@ -1094,8 +1173,9 @@ def housekeeper(
 _NUMBERS = (
     "nheads_k", "group", "seqlen_q", "seqlen_k", "padded_rows", "window_left", "window_right",
     "key_blocks", "sequences", "section", "lag", "stride_lb", "stride_lh", "batch_size",
+    "chunk", "phase", "stride_slope",
 )  # fmt: skip
-_POINTERS = ("bounds_q", "table", "used_q", "used_k")
+_POINTERS = ("bounds_q", "table", "used_q", "used_k", "slopes")
 
 
 @gluon.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_POINTERS)
@@ -1105,7 +1185,7 @@ def attention_backward_sm90(
     window_left, window_right, key_blocks, sequences, section,
     out_desc, dout_desc, parts_desc, counters, lse, lse_log2, delta, dq_sums, dq,
     stride_lb, stride_lh, stride_qb, stride_qm, stride_qh, lag,
-    bounds_q, table, used_q, used_k, batch_size,
+    bounds_q, table, used_q, used_k, batch_size, chunk, phase, slopes, stride_slope,
     BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr, Q_SLOTS: gl.constexpr, DO_SLOTS: gl.constexpr,
     DS_SLOTS: gl.constexpr, EAGER_DV: gl.constexpr, AHEAD: gl.constexpr, DQ_GROUP: gl.constexpr,
     REGISTERS: gl.constexpr, DQ_REGISTERS: gl.constexpr, OTHER_REGISTERS: gl.constexpr,
@@ -1113,7 +1193,7 @@ def attention_backward_sm90(
     SOFTCAP: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, CU_Q: gl.constexpr, CU_K: gl.constexpr,
-    USED_Q: gl.constexpr, USED_K: gl.constexpr,
+    USED_Q: gl.constexpr, USED_K: gl.constexpr, HAS_CHUNK: gl.constexpr, HAS_ALIBI: gl.constexpr,
 ):  # fmt: skip
     """See the module's docstring; launched with 4 warps, those of one consumer.
 
@@ -1142,6 +1222,9 @@ def attention_backward_sm90(
             with any of these all descriptors of rows are ragged, see Span, and there is no
             HOUSEKEEPING. seqlen_q and seqlen_k are totals with CU_Q and CU_K, padded_rows with CU_Q
             too.
+        chunk, phase: with HAS_CHUNK, which needs HAS_LEFT and HAS_RIGHT, keys of a chunk and how
+            many of the first one the descriptors leave out.
+        slopes, stride_slope: ALiBi's (batch, nheads), with HAS_ALIBI and without SOFTCAP.
         DS_SLOTS: buffers of dS; at least 2 without DQ_GROUP.
         REGISTERS, DQ_REGISTERS, OTHER_REGISTERS: of a thread of the consumers (the first one gets
             what is left), of the dq group, and of the producer and the housekeepers.
@@ -1150,8 +1233,10 @@ def attention_backward_sm90(
     gl.static_assert(DQ_GROUP or DS_SLOTS >= 2)
     RAGGED: gl.constexpr = CU_Q or CU_K or USED_Q or USED_K
     gl.static_assert(not (RAGGED and HOUSEKEEPING))
+    gl.static_assert(not HAS_CHUNK or (HAS_LEFT and HAS_RIGHT))
+    gl.static_assert(not (HAS_ALIBI and SOFTCAP))
     config = Config(BLOCK_M, BLOCK_D, EAGER_DV, AHEAD, DQ_GROUP, HOUSEKEEPING, DETERMINISTIC,
-                    SOFTCAP, HAS_LEFT, HAS_RIGHT, RAGGED)  # fmt: skip
+                    SOFTCAP, HAS_LEFT, HAS_RIGHT, HAS_CHUNK, HAS_ALIBI, RAGGED)  # fmt: skip
     q = ring_for(q_desc, Q_SLOTS, 2)
     do = ring_for(do_desc, DO_SLOTS, 2)
     k = ring_for(k_desc, 1, 1)
@@ -1165,9 +1250,12 @@ def attention_backward_sm90(
 
     grid = Grid(nheads_k, key_blocks, sequences, section, REVERSED)
     lengths = Lengths(bounds_q, table, key_blocks, used_q, used_k, batch_size, seqlen_q, seqlen_k,
-                      window_left, CU_Q, CU_K, USED_Q, USED_K, HAS_LEFT)  # fmt: skip
+                      window_left, chunk, CU_Q, CU_K, USED_Q, USED_K, HAS_LEFT,
+                      HAS_CHUNK)  # fmt: skip
     if RAGGED:
-        batch, key_head, first_key, start_k, _, count_k = lengths.keys(grid, gl.program_id(0))
+        batch, key_head, first_key, start_k, _, count_k, unseen = lengths.keys(
+            grid, gl.program_id(0)
+        )
         start_q, count_q = lengths.queries(batch)
         queries = rows_from(start_q, count_q)
         keys = rows_from(start_k, count_k)
@@ -1181,10 +1269,12 @@ def attention_backward_sm90(
     shift = count_k - count_q
     reach_left = window_left - shift
     reach_right = window_right + shift
+    if RAGGED and HAS_CHUNK:
+        phase = unseen % chunk
     if RAGGED:  # past the keys in use there is nothing to add, and nobody waits for it
         count_q = gl.where(first_key < count_k, count_q, 0)
     first_row, end_row = rows_of_queries(
-        first_key, count_q, count_k, reach_left, reach_right, config
+        first_key, count_q, count_k, reach_left, reach_right, shift, chunk, phase, config
     )
     rows = end_row - first_row
     if CU_Q:
@@ -1193,7 +1283,8 @@ def attention_backward_sm90(
         first_sum = (batch * nheads_k + key_head) * group * padded_rows + first_row
     work = Work(scale, scale_log2, cap_log2, count_k, reach_left, reach_right, first_key,
                 first_row, end_row, first_sum, padded_rows - rows + BLOCK_M,
-                group * (rows // BLOCK_M), key_head, queries, keys, grid, lengths,
+                group * (rows // BLOCK_M), key_head, shift, chunk, phase,
+                slopes + batch * stride_slope, queries, keys, grid, lengths,
                 config)  # fmt: skip
     # Of the pieces, those that belong to this program.
     share = group * (padded_rows // PIECE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 
 import triton
 from torch import Tensor
@@ -40,7 +41,7 @@ class Sm90Backend:
         if plan.is_overridden():
             return ["has no use for the overridden plans, which are the portable kernels'"]
         if backward:
-            return launch_backward.unsupported_backward(problem)
+            return _gradients_of(problem).unsupported_backward(problem)
         return [*_tensor_reasons(problem), *_feature_reasons(problem)]
 
     def better_elsewhere(self, problem: AttentionProblem) -> list[str]:
@@ -64,7 +65,7 @@ class Sm90Backend:
     @explains_toolchain
     @reports_refusal
     def backward(self, problem: AttentionProblem, inputs: BackwardInputs) -> Tensor:
-        return launch_backward.backward(problem, inputs)
+        return _gradients_of(problem).backward(problem, inputs)
 
     # See flash_attn.core.repeated for these.
     repeats_now = staticmethod(undisturbed)
@@ -81,7 +82,12 @@ class Sm90Backend:
     def record_backward(
         self, problem: AttentionProblem, inputs: BackwardInputs, tensors: Sequence[Tensor]
     ) -> tuple[Tensor, Solve | None]:
-        return record.backward(problem, inputs, tensors)
+        return record.backward(problem, inputs, tensors, _gradients_of(problem).backward)
+
+
+def _gradients_of(problem: AttentionProblem) -> ModuleType:
+    """What computes the gradients, by head dim; for now there is one."""
+    return launch_backward
 
 
 def _place_reasons(q: Tensor) -> list[str]:

@@ -1,4 +1,4 @@
-"""Launching the Hopper backward kernels."""
+"""Launching the Hopper backward kernels for head dims up to 128."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from ...core.device import guard
 from ...core.outputs import round_multiple, softmax_d_shape
 from ...core.plan import report
-from ...core.problem import AttentionProblem, BackwardInputs, is_half
+from ...core.problem import FULL, AttentionProblem, BackwardInputs, is_half
 from ...kernels import sm90_backward
 from .._launcher import Launcher, scratch
 from .plans_backward import MAX_HEADDIM, BackwardPlan, plan_backward
@@ -72,12 +72,12 @@ class Workspace(NamedTuple):
 def unsupported_backward(problem: AttentionProblem) -> list[str]:
     """Why :func:`backward` cannot serve the problem; empty if it can. The GPU is not looked at."""
     layout, transform, q = problem.layout, problem.transform, problem.q
-    served = ("s_aux", "seqused_q", "a head dim of v of its own")
+    served = ("s_aux", "seqused_q", "a head dim of v of its own", "attention_chunk")
     features = {
         "leftpad_k": layout.leftpad_k is not None,
         "pages": layout.page_table is not None,
         "cache_batch_idx": layout.cache_batch_idx is not None,
-        "ALiBi": transform.alibi_slopes is not None,
+        "ALiBi and softcap": transform.alibi_slopes is not None and transform.softcap > 0.0,
         "dropout": problem.dropout_p > 0.0,
     }
     features.update(dict.fromkeys((n for n in problem.extensions() if n not in served), True))
@@ -86,12 +86,16 @@ def unsupported_backward(problem: AttentionProblem) -> list[str]:
     ]
     if not is_half(q.dtype):
         reasons.append(f"computes gradients of float16 and bfloat16, `q` is {q.dtype}")
-    for name, headdim in (("", problem.headdim), (" of v", problem.headdim_v)):
-        if headdim > MAX_HEADDIM or headdim % 8:
-            reasons.append(
-                f"computes gradients for head dims{name} up to {MAX_HEADDIM} that are multiples of "
-                f"8, found {headdim}"
-            )
+    widest = max(problem.headdim, problem.headdim_v)
+    if widest > MAX_HEADDIM:
+        reasons.append(f"computes gradients for head dims up to {MAX_HEADDIM}, found {widest}")
+    scores = transform.softcap > 0.0 or transform.alibi_slopes is not None
+    if problem.visibility.attention_chunk and scores and widest > 64:
+        # The compiler of Triton 3.9 runs out of registers.
+        reasons.append(
+            "computes gradients with attention_chunk and ALiBi or softcap for head dims up to 64, "
+            f"found {widest}"
+        )
     if not transform.softmax_scale > 0.0:
         reasons.append(f"needs softmax_scale > 0, found {transform.softmax_scale}")
     rows = max(x.shape[-3] * (x.shape[0] if x.dim() == 4 else 1) for x in (q, problem.k))
@@ -119,21 +123,20 @@ def backward(
             grad.zero_()
         shape = softmax_d_shape(problem)
         return torch.zeros(shape, dtype=torch.float32, device=problem.q.device)
-    ragged = is_ragged(problem)
+    ragged, unseen = is_ragged(problem), 0
     if not ragged:
-        problem, inputs = _without_unseen_keys(problem, inputs)
+        problem, inputs, unseen = _without_unseen_keys(problem, inputs)
     visibility = problem.visibility
     if plan is None:
-        is_masked = visibility.window_left is not None or visibility.window_right is not None
+        is_masked = visibility != FULL
         widest = max(problem.headdim, problem.headdim_v)
         plan = plan_backward(widest, is_masked, problem.max_seqlen_q)
     if inputs.dlse is not None or ragged:
         plan = plan._replace(housekeeping=False)
     report(("sm90 backward", *problem.q.shape, *problem.k.shape, visibility), plan)
     fits, fit = (is_for_ragged_tma, for_ragged_tma) if ragged else (is_for_tma, for_tma)
-    dk, dv = (x if fits(x) else torch.empty_like(x, memory_format=torch.contiguous_format)
-              for x in (inputs.dk, inputs.dv))  # fmt: skip
-    if ragged and visibility.window_left is not None:
+    dk, dv = (x if fits(x) else _new_for_tma(x) for x in (inputs.dk, inputs.dv))
+    if ragged and (visibility.window_left is not None or visibility.attention_chunk):
         # The kernel leaves out the keys before every query's window.
         dk.zero_()
         dv.zero_()
@@ -142,7 +145,7 @@ def backward(
         dout=fit(inputs.dout),
         out=for_tma(inputs.out),
         softmax_lse=lse if lse.stride(-1) == 1 or lse.shape[-1] == 1 else lse.contiguous(),
-        dq=inputs.dq if inputs.dq.stride(-1) == 1 else torch.empty_like(problem.q),
+        dq=inputs.dq if inputs.dq.stride(-1) == 1 else _new_for_tma(inputs.dq),
         dk=dk,
         dv=dv,
     )
@@ -151,7 +154,7 @@ def backward(
         packing = locate(problem)
         workspace = allocate(problem, packing, plan)
         launch_statistics(problem, direct, packing, workspace, plan)
-        launch_main(problem, direct, packing, workspace, plan)
+        launch_main(problem, direct, packing, workspace, plan, unseen)
         launch_finish(problem, direct, packing, workspace, plan)
     for wanted, written in zip(inputs[3:6], direct[3:6], strict=True):
         if wanted is not written:
@@ -163,20 +166,23 @@ def backward(
 
 def _without_unseen_keys(
     problem: AttentionProblem, inputs: BackwardInputs
-) -> tuple[AttentionProblem, BackwardInputs]:
-    """The same problem without the keys before every query's window, whose gradients are 0.
+) -> tuple[AttentionProblem, BackwardInputs, int]:
+    """The same problem without the keys before every query's window, whose gradients are 0, and
+    their number.
 
     They may be anything, also NaN, and the kernels multiply whole tiles.
     """
-    left = problem.visibility.window_left
-    unseen = problem.max_seqlen_k - problem.max_seqlen_q - left if left is not None else 0
+    left, _, chunk = problem.visibility
+    first = problem.max_seqlen_k - problem.max_seqlen_q  # where the first query stands
+    unseen = max(first // chunk * chunk if chunk else 0, 0 if left is None else first - left)
     if unseen <= 0:
-        return problem, inputs
+        return problem, inputs, 0
     inputs.dk[:, :unseen].zero_()
     inputs.dv[:, :unseen].zero_()
     return (
         problem._replace(k=problem.k[:, unseen:], v=problem.v[:, unseen:]),
         inputs._replace(dk=inputs.dk[:, unseen:], dv=inputs.dv[:, unseen:]),
+        unseen,
     )
 
 
@@ -276,7 +282,7 @@ def launch_statistics(
     tiles_in_piece = _PIECE // plan.statistics_rows
     pieces_of_head = rows // _PIECE if packing.q is None else packing.q.number
     row_statistics_sm90[(_sharing(problem, packing, plan).lag * tiles_in_piece,)](
-        out, dout, lse, lse if dlse is None else dlse.contiguous(),
+        out, dout, lse, lse if dlse is None else dlse.float().contiguous(),
         workspace.lse_log2, workspace.delta, workspace.dq_sums,
         workspace.counters, workspace.counters.numel(),
         *_strides(out), *_strides(dout), *_lse_strides(lse),
@@ -311,13 +317,19 @@ def launch_main(
     packing: Packing,
     workspace: Workspace,
     plan: BackwardPlan,
+    unseen: int = 0,
 ) -> None:
-    """dk, dv, the sums of dq, and with housekeeping most of what comes before and after."""
+    """dk, dv, the sums of dq, and with housekeeping most of what comes before and after.
+
+    ``unseen`` keys are left out before the first one of dense sequences.
+    """
     q, k, v, layout = problem.q, problem.k, problem.v, problem.layout
     seqlen_q, seqlen_k, nheads_k = q.shape[-3], k.shape[-3], problem.nheads_k
     block_m, block_d = plan.block_m, plan.block_d
-    left, right = problem.visibility.window_left, problem.visibility.window_right
+    left, right, chunk = problem.visibility
     longest = seqlen_q + seqlen_k
+    if chunk:  # is between two bounds anyway
+        left, right = (longest if x is None else x for x in (left, right))
     key_blocks = -(-seqlen_k // _BLOCK_N) if packing.k is None else packing.k.number
     key_heads = _key_heads(problem, packing)
     sharing = _sharing(problem, packing, plan)
@@ -325,6 +337,7 @@ def launch_main(
     strip = _STRIP if plan.housekeeping else block_m
     scale, softcap = problem.transform.softmax_scale, problem.transform.softcap
     factor = scale if softcap == 0.0 else 2.0 * scale / softcap
+    slopes = problem.transform.alibi_slopes
     describe = ragged_descriptor if is_ragged(problem) else rows_descriptor
     attention_backward_sm90[(key_blocks * key_heads,)](
         describe(q, block_m, block_d),
@@ -350,6 +363,9 @@ def launch_main(
         unread if packing.q is None else packing.q.bounds, _table(packing.k, workspace)[0],
         unread if layout.seqused_q is None else layout.seqused_q,
         unread if layout.seqused_k is None else layout.seqused_k, problem.batch_size,
+        min(chunk, _FAR // 2), unseen % chunk if chunk else 0,
+        unread if slopes is None else slopes,
+        slopes.stride(0) if slopes is not None and slopes.dim() == 2 else 0,
         BLOCK_M=block_m, BLOCK_D=block_d, Q_SLOTS=plan.q_slots, DO_SLOTS=plan.do_slots,
         DS_SLOTS=plan.ds_slots, EAGER_DV=plan.eager_dv, AHEAD=plan.ahead, DQ_GROUP=plan.dq_group,
         REGISTERS=plan.registers, DQ_REGISTERS=plan.dq_registers,
@@ -358,6 +374,7 @@ def launch_main(
         HEAD_DIM=problem.headdim, HAS_LEFT=left is not None, HAS_RIGHT=right is not None,
         CU_Q=packing.q is not None, CU_K=packing.k is not None,
         USED_Q=layout.seqused_q is not None, USED_K=layout.seqused_k is not None,
+        HAS_CHUNK=chunk > 0, HAS_ALIBI=slopes is not None,
         num_warps=4, launch_pdl=True,
     )  # fmt: skip
 
@@ -436,7 +453,13 @@ def is_for_tma(x: Tensor) -> bool:
 
 def for_tma(x: Tensor) -> Tensor:
     """``x``, copied if TMA cannot address it."""
-    return x if is_for_tma(x) else x.contiguous()
+    return x if is_for_tma(x) else _new_for_tma(x).copy_(x)
+
+
+def _new_for_tma(x: Tensor) -> Tensor:
+    """A tensor like ``x`` in memory that TMA can address: its rows start at 16 bytes."""
+    headdim = x.shape[-1]
+    return x.new_empty(*x.shape[:-1], round_multiple(headdim, 8))[..., :headdim]
 
 
 def is_for_ragged_tma(x: Tensor) -> bool:
@@ -447,4 +470,4 @@ def is_for_ragged_tma(x: Tensor) -> bool:
 
 def for_ragged_tma(x: Tensor) -> Tensor:
     """``x``, copied if TMA cannot address it as one packed tensor."""
-    return x if is_for_ragged_tma(x) else x.contiguous()
+    return x if is_for_ragged_tma(x) else _new_for_tma(x).copy_(x)

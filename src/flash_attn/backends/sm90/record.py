@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -10,7 +10,7 @@ from ...core.problem import AttentionProblem, AttentionResult, BackwardInputs
 from ...core.repeated import Solve
 from .._launcher import recording
 from .._recorded import solve_again
-from . import launch, launch_backward
+from . import launch
 
 
 def forward(
@@ -23,14 +23,18 @@ def forward(
 
 
 def backward(
-    problem: AttentionProblem, inputs: BackwardInputs, tensors: Sequence[Tensor]
+    problem: AttentionProblem,
+    inputs: BackwardInputs,
+    tensors: Sequence[Tensor],
+    compute: Callable[[AttentionProblem, BackwardInputs], Tensor],
 ) -> tuple[Tensor, Solve | None]:
-    """Write the gradients; repeated, ``tensors`` give (softmax_d,) and theirs are written.
+    """Write the gradients by ``compute``; repeated, ``tensors`` give (softmax_d,) and theirs are
+    written.
 
     What copies a tensor because TMA cannot address it, or leaves out keys that nobody sees, is not
     repeated: the launches then take tensors that the call does not have.
     """
     with recording() as tape:
-        softmax_d = launch_backward.backward(problem, inputs)
+        softmax_d = compute(problem, inputs)
     # What lies between packed sequences is written by no kernel.
     return softmax_d, solve_again(tape, tensors, (softmax_d,), zeroed=problem.is_varlen_q)
