@@ -677,7 +677,7 @@ def _stand_ins() -> dict[str, types.ModuleType]:
         minimum=_scalar_or_array(np.minimum), maximum=_scalar_or_array(np.maximum),
         where=_scalar_or_array(np.where), expand_dims=lambda x, axis: tensor(
             np.expand_dims(np.asarray(x), axis)),
-        convert_layout=lambda x, *_, **__: x, exp2=_exp2,
+        convert_layout=lambda x, *_, **__: x, exp2=_exp2, abs=_scalar_or_array(np.abs),
         log2=lambda x: tensor(np.log2(np.asarray(x, np.float32))),
         sum=_sum,
         max=lambda x, axis: tensor(np.asarray(x).max(axis)),

@@ -61,6 +61,10 @@ FEATURES = (
     "packed sinks",
     "packed softcap",
     "used softcap",
+    "alibi",
+    "packed alibi",
+    "alibi softcap sinks",
+    "packed alibi softcap sinks",
 )
 _BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _OPCODE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)")
@@ -105,6 +109,8 @@ class Case(NamedTuple):
         )
         if "sinks" in self.features:
             transform = transform._replace(sinks=torch.empty(nheads, device="meta"))
+        if "alibi" in self.features:
+            transform = transform._replace(alibi_slopes=torch.empty(2, nheads, device="meta"))
         bounds = torch.empty(3, dtype=torch.int32, device="meta")
         used = torch.empty(2, dtype=torch.int32, device="meta")
         layout = DENSE
@@ -238,6 +244,10 @@ def feature_cases() -> list[Case]:
             for features in ("", "packed")
         ]
     for headdim in (64, 128, 256):
+        for features in ("alibi", "packed alibi"):
+            cases += [planned(headdim, mask, features) for mask in ("full", "causal", "window")]
+        cases.append(planned(headdim, "window", "alibi softcap sinks")._replace(pack=8))
+        cases.append(planned(headdim, "window", "packed alibi softcap sinks")._replace(pack=8))
         for pack, features in ((2, ""), (4, "packed sinks"), (8, "packed"), (8, "used"), (8, "")):
             cases += [
                 planned(headdim, mask, features)._replace(pack=pack)
@@ -263,6 +273,9 @@ def selection() -> list[Case]:
         planned(64, "full", "packed", headdim_v=128),
         planned(256, "causal", "", headdim_v=64),
         planned(64, "full", "")._replace(pack=8),
+        planned(64, "causal", "alibi"),
+        planned(128, "full", "alibi")._replace(pack=8),
+        planned(128, "causal", "packed alibi"),
         planned(128, "window", "packed sinks")._replace(pack=8),
         planned(256, "causal", "packed")._replace(pack=4),
     ]

@@ -127,3 +127,13 @@ def test_heads_of_packed_sequences_are_packed_by_their_mean_length() -> None:
     assert plans.packed_heads(128, 4, 16 * 2048, 16, True, None) == 1
     assert plans.packed_heads(128, 4, 16 * 400, 16, True, None) == 4
     assert plans.packed_heads(128, 4, 0, 16, True, None) == 4
+
+
+def test_alibi_with_softcap_is_refused_where_it_spills(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_TRITON", (3, 6))
+    for headdim, softcap, count in ((64, 20.0, 0), (128, 0.0, 0), (128, 20.0, 1), (256, 0.0, 0)):
+        q = torch.empty(1, 300, 2, headdim, dtype=torch.bfloat16)
+        transform = make_transform(headdim, softcap=softcap, alibi_slopes=torch.ones(2))
+        reasons = launch.register_reasons(AttentionProblem(q, q, q, transform))
+        assert len(reasons) == count
+        assert all("ALiBi with softcap at head dims up to 64" in reason for reason in reasons)

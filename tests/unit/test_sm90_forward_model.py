@@ -156,6 +156,22 @@ def test_every_interleaving_gives_the_same(kernels: Any, seed: int) -> None:
         assert torch.equal(first.softmax_lse, again.softmax_lse)
 
 
+@pytest.mark.parametrize("pack", [False, True])
+def test_alibi(kernels: Any, pack: bool) -> None:
+    for mask in (FULL, CAUSAL, WINDOW):
+        for problem in (
+            dense((90, 140), (4, 2), visibility=mask, pack_gqa=pack),
+            dense((150, 60), (4, 2), visibility=mask, pack_gqa=pack),
+            packed([(80, 50), (0, 7), (31, 130)], (4, 2), visibility=mask, pack_gqa=pack),
+        ):
+            for shape in ((4,), (problem.batch_size, 4)):
+                transform = problem.transform._replace(alibi_slopes=torch.rand(shape) * 0.3)
+                check(kernels, problem._replace(transform=transform))
+    capped = dense((90, 140), (4, 2), visibility=CAUSAL, pack_gqa=pack)
+    transform = make_transform(64, softcap=2.0, alibi_slopes=torch.rand(4))
+    check(kernels, capped._replace(transform=transform))
+
+
 def test_the_model_notices_wrong_heads() -> None:
     change = ("i = i & (work.config.POSITIONS - 1)", "i = i % 5")
     kernels = gluon_model.load_kernels("sm90_forward", change)

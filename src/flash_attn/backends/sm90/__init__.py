@@ -127,7 +127,6 @@ def _feature_reasons(problem: AttentionProblem) -> list[str]:
         "leftpad_k": layout.leftpad_k is not None,
         "pages": layout.page_table is not None,
         "cache_batch_idx": layout.cache_batch_idx is not None,
-        "ALiBi": transform.alibi_slopes is not None,
         "dropout": problem.dropout_p > 0.0,
         "num_splits > 1": problem.num_splits > 1,
         "attn_mask": transform.attn_mask is not None,

@@ -96,19 +96,25 @@ def lengths_of(problem: AttentionProblem) -> int:
 
 
 def register_reasons(problem: AttentionProblem) -> list[str]:
-    """What is not served because the compiler runs out of registers at head dims above 128."""
+    """What is not served because the compiler runs out of registers."""
     widest = max(problem.headdim, problem.headdim_v)
+    has_alibi = problem.transform.alibi_slopes is not None
+    has_softcap = problem.transform.softcap > 0.0
+    reasons = []
+    if has_alibi and has_softcap and widest > 64:
+        reasons.append(f"serves ALiBi with softcap at head dims up to 64, found {widest}")
     if lengths_of(problem) != SHAPES:
         where = "with cu_seqlens or seqused"
     elif _TRITON > (3, 6):
         where = f"with Triton {triton.__version__}"
     else:
-        return []
+        return reasons
     features = {
         "attention_chunk": problem.visibility.attention_chunk > 0,
-        "softcap": problem.transform.softcap > 0.0,
+        "softcap": has_softcap,
+        "ALiBi": has_alibi,
     }
-    return [
+    return reasons + [
         f"serves {name} {where} at head dims up to 128, found {widest}"
         for name, used in features.items()
         if used and widest > 128
@@ -120,7 +126,7 @@ def plan_for(problem: AttentionProblem) -> ForwardPlan:
     left, right = binding_window(problem)
     block_d, block_dv = padded_headdim(problem.headdim), padded_headdim(problem.headdim_v)
     width = max(block_d, block_dv)
-    if lengths_of(problem) != SHAPES:
+    if lengths_of(problem) != SHAPES or problem.transform.alibi_slopes is not None:
         return lengths_plan(width)
     masked = left is not None or right is not None
     plan = forward_plan(ForwardKey(width, masked, problem.max_seqlen_k, left is not None))
@@ -183,7 +189,7 @@ def launch_forward(
         programs = min(programs, max(available, 1))
     # Elsewhere it is not read, and neither are lengths that are absent.
     counter = counter_for(q) if plan.scheduler == DYNAMIC else lse
-    scale, softcap = transform.softmax_scale, transform.softcap
+    scale, softcap, slopes = transform.softmax_scale, transform.softcap, transform.alibi_slopes
     attention_forward_sm90[(programs,)](
         describe(q, ROWS // pack, block_d, pack),
         describe(k, plan.block_n, block_d),
@@ -217,11 +223,14 @@ def launch_forward(
         out.stride(-3),
         out.stride(-2),
         problem.headdim_v,
+        lse if slopes is None else slopes,
+        0 if slopes is None or slopes.dim() == 1 else slopes.stride(0),
         HAS_LEFT=left is not None,
         HAS_RIGHT=right is not None,
         HAS_CHUNK=problem.visibility.attention_chunk > 0,
         HAS_SOFTCAP=softcap > 0.0,
         HAS_SINKS=transform.sinks is not None,
+        HAS_ALIBI=slopes is not None,
         LENGTHS=lengths,
         HAS_USED_Q=layout.seqused_q is not None,
         HAS_USED_K=layout.seqused_k is not None,

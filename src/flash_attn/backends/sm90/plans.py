@@ -153,7 +153,8 @@ def with_own_buffer(plan: ForwardPlan) -> ForwardPlan:
     return plan if plan.out_halves else replace(plan, out_halves=halves)
 
 
-# By block_d: plans for lengths that only the device knows. More numbers describe a tile there.
+# By block_d: plans for lengths that only the device knows, where more numbers describe a tile, and
+# for ALiBi, where more describe a row: with the others' plans the compiler runs out of registers.
 _LENGTHS: dict[int, ForwardPlan] = {
     64: _SHORT_64,
     128: replace(_128, section_bytes=_L2, last_bytes=0),
@@ -162,7 +163,7 @@ _LENGTHS: dict[int, ForwardPlan] = {
 
 
 def lengths_plan(block_d: int) -> ForwardPlan:
-    """The plan for packed sequences and for used lengths."""
+    """The plan for packed sequences, for used lengths and for ALiBi."""
     return _LENGTHS[block_d]
 
 
