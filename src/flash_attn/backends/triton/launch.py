@@ -79,9 +79,15 @@ def facts_of(problem: AttentionProblem) -> Facts:
     }
     # Products of float8 are at least 32 long.
     least = 32 if problem.q.element_size() == 1 else 16
+    block_d = max(least, triton.next_power_of_2(problem.headdim))
+    block_dv = max(least, triton.next_power_of_2(problem.headdim_v))
+    # Narrower tiles of v would have another swizzle than those of k, up to 64 columns. Where both
+    # take turns in the same shared memory, the assembler of CUDA 12.8 (Triton 3.6, Hopper) loses the
+    # address of v's second product: it reads an undefined register.
+    block_dv = max(block_dv, min(block_d, 64))
     return Facts(
-        max(least, triton.next_power_of_2(problem.headdim)),
-        max(least, triton.next_power_of_2(problem.headdim_v)),
+        block_d,
+        block_dv,
         constexprs,
         min(_NO_LIMIT if left is None else left, _NO_LIMIT),
         min(_NO_LIMIT if right is None else right, _NO_LIMIT),
