@@ -432,11 +432,13 @@ class Repeat:
     def __call__(self, addresses: list[int]) -> None:
         """Launch on the current stream of the current GPU; ``addresses`` is changed."""
         stream = self._get_stream(self.device)
-        if self._scratch or self._counters:
-            # Held until the launches are made: then the memory is given on in the stream's order.
-            held = [allocate(*layout) for allocate, layout in self._scratch]
-            held += [_counter(device, self.device, stream) for device in self._counters]
-            addresses += [x.data_ptr() for x in held]
+        held = []  # until the launches are made: then the memory is given on in the stream's order
+        for allocate, layout in self._scratch:
+            held.append(made := allocate(*layout))
+            addresses.append(made.data_ptr())
+        for device in self._counters:
+            held.append(made := _counter(device, self.device, stream))
+            addresses.append(made.data_ptr())
         for run, grid, template, places, maps in self._steps:
             arguments = template.copy()
             for position, index in places:
