@@ -266,15 +266,13 @@ def _leaves(tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:
 
 
 def make_ours(cell: Cell, inputs: Inputs) -> Runner:
-    """``flash_attn_func`` on our kernels for the tensors' device."""
+    """``flash_attn_func`` by the backend in use."""
     import flash_attn
 
-    backend = "triton" if inputs.q.is_cuda else "cpu"
     leaves = _leaves(inputs[:3])
 
     def call() -> Tensor:
-        with flash_attn.use_backend(backend):
-            return flash_attn.flash_attn_func(*leaves, causal=cell.causal)
+        return flash_attn.flash_attn_func(*leaves, causal=cell.causal)
 
     return Runner(call, leaves, inputs.dout, 2)
 
@@ -333,15 +331,22 @@ def backward_of(runner: Runner) -> Callable[[], tuple[Tensor, ...]]:
 
 @contextlib.contextmanager
 def recorded_plans() -> Iterator[dict[str, dict[str, Any]]]:
-    """Collects, by kernel, the tile plans that our Triton kernels launch with inside the block."""
+    """Collects, by kernel, the plans that our kernels for GPUs launch with inside the block."""
     from flash_attn.backends.triton import heuristics
 
+    modules: list[Any] = [heuristics]
+    with contextlib.suppress(ImportError):  # this Triton may not know Gluon
+        from flash_attn.backends.sm90 import launch, launch_backward
+
+        modules += [launch, launch_backward]
     plans: dict[str, dict[str, Any]] = {}
 
     def record(key: Any, plan: Any) -> None:
-        plans[str(key.kernel)] = dict(vars(plan))
+        plans[str(key[0])] = plan._asdict() if hasattr(plan, "_asdict") else dict(vars(plan))
 
-    with mock.patch.object(heuristics, "report", record):
+    with contextlib.ExitStack() as stack:
+        for module in modules:
+            stack.enter_context(mock.patch.object(module, "report", record))
         yield plans
 
 
@@ -551,6 +556,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--cells", default="portable", type=parse_cells, help="portable, or a list")
     parser.add_argument("--pass", dest="passes", default="fwd,bwd", help="fwd, bwd or both")
     parser.add_argument("--providers", default=",".join(PROVIDERS), help="separated by commas")
+    parser.add_argument("--backend", default="auto", help="of ours, as flash_attn.set_backend")
     parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds of a cell")
     parser.add_argument("--budget", type=float, default=0.05, help="seconds of one measurement")
     parser.add_argument("--max-seconds", type=float, default=math.inf, help="no new cell after it")
@@ -585,13 +591,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "schema": SCHEMA,
         "benchmark": "attention",
         "environment": environment(args.commit),
-        "settings": {"rounds": args.rounds, "dtype": str(dtype).removeprefix("torch.")},
+        "settings": {
+            "rounds": args.rounds,
+            "dtype": str(dtype).removeprefix("torch."),
+            "backend": args.backend,
+        },
         "complete": False,
         "left_out": [],
         "cells": [],
     }
     print(" ".join(f"{key}={value}" for key, value in data["environment"].items()), flush=True)
-    run(session, args.cells, data, args)
+    from flash_attn import use_backend
+
+    with use_backend(args.backend):
+        run(session, args.cells, data, args)
     from report import summary_lines
 
     print("\n".join(summary_lines(data)), flush=True)

@@ -1,8 +1,12 @@
 """Times the host side of one attention call, layer by layer, in microseconds.
 
 Calls are issued back to back on tensors so small that the GPU keeps up; the best of several rounds
-counts. Without a GPU the launches end in a stub instead of the driver, on CPU tensors: what remains
-is the cost of Python and of allocation, on CPU time, so that a busy machine matters less.
+counts. Every backend that is named is timed in turn: "auto" is the Hopper kernels on GPUs of
+compute capability 9.0, but for the single row of flash_attn_with_kvcache.
+
+Without a GPU the launches end in a stub instead of the driver, on CPU tensors that are taken for a
+Hopper GPU's: what remains is the cost of Python and of allocation, on CPU time, so that a busy
+machine matters less.
 
     python benchmarks/host_cost.py --out benchmarks/results/NAME.json
 """
@@ -17,6 +21,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -25,12 +30,18 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from flash_attn import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
+from flash_attn import (
+    flash_attn_func,
+    flash_attn_varlen_func,
+    flash_attn_with_kvcache,
+    use_backend,
+)
 from flash_attn.backends import _launcher
 from flash_attn.backends._launcher import Launcher, Repeat, recording
-from flash_attn.backends.triton import BACKEND, launch
-from flash_attn.core import ops, repeated
+from flash_attn.backends.triton import BACKEND as PORTABLE
+from flash_attn.core import ops, registry, repeated
 from flash_attn.core.attend import attend
+from flash_attn.core.outputs import empty_lse, empty_out
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -67,8 +78,9 @@ def launches(q: Tensor, k: Tensor, v: Tensor) -> Calls:
         Launcher(nothing)[(1,)](q, BLOCK=16)
     empty = Repeat(empty_tape, [q])
     problem = ops.dense_problem(q, k, v, 0.0, None, False, -1, -1, 0.0, None)
+    backend = registry.select(problem)
     with recording() as tape:
-        result = launch.forward(problem, None)
+        result = backend.forward(problem)
     tensors = (q, k, v, result.out, result.softmax_lse, result.rng_state)
     forward = Repeat(tape, tensors)
     addresses = [x.data_ptr() for x in tensors]
@@ -78,7 +90,7 @@ def launches(q: Tensor, k: Tensor, v: Tensor) -> Calls:
         "empty kernel, usual path": lambda: nothing[(1,)](q, BLOCK=16),
         "forward kernel, direct": lambda: forward(addresses.copy()),
         "forward kernel, usual path": lambda: kernel[grid](*arguments, **keywords),
-        "both allocations": lambda: (launch.empty_out(problem), launch.empty_lse(problem)),
+        "both allocations": lambda: (empty_out(problem), empty_lse(problem)),
     }
 
 
@@ -91,12 +103,13 @@ def layers(q: Tensor, k: Tensor, v: Tensor) -> Calls:
     solve = None if call is None else repeated.find(call.signature)
     if call is None or solve is None:
         raise RuntimeError("the call is not repeated: see the log at level INFO")
+    backend = registry.select(problem)
     flat = (q, k, v, 0.0, q.shape[-1] ** -0.5, False, -1, -1, 0.0, None, False)
     return {
         "solve (allocate, launch)": lambda: solve(call.tensors),
         "identify": lambda: repeated.identify(problem),
         "attend": lambda: attend(problem),
-        "backend.forward, not repeated": lambda: BACKEND.forward(problem),
+        "backend.forward, not repeated": lambda: backend.forward(problem),
         "operator": lambda: ops.forward(*flat),
     }
 
@@ -151,42 +164,60 @@ def parse(argv: list[str]) -> argparse.Namespace:
     for name, value in (("batch", 1), ("seqlen", 128), ("nheads", 8), ("headdim", 64)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--calls", type=int, default=200, help="in one round")
+    parser.add_argument("--backends", nargs="+", default=["auto", "triton"], metavar="NAME")
     parser.add_argument("--out", type=Path, help="also write the figures as JSON")
     return parser.parse_args(argv)
 
 
 def stub(stack: ExitStack) -> None:
-    """Let the portable kernels take CPU tensors and launch nothing."""
+    """Let our kernels for GPUs take CPU tensors and launch nothing."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
     from stub_driver import stub_driver
 
+    from flash_attn.backends import sm90
+
     stack.enter_context(stub_driver(silent=True))
-    BACKEND.unsupported = lambda problem, backward: []  # type: ignore[method-assign]
+    for owner, name, value in (
+        (registry, "own_families", lambda device: ("sm90", "triton")),
+        (sm90, "_place_reasons", lambda q: []),
+        (sm90.launch, "multiprocessors_of", lambda index: 132),
+        (PORTABLE, "unsupported", lambda problem, backward: []),
+    ):
+        stack.enter_context(mock.patch.object(owner, name, value))
+
+
+def take(calls: Calls, count: int) -> dict[str, float]:
+    """Time, print and return."""
+    figures: dict[str, float] = {}
+    for name, call in calls.items():
+        figures[name] = microseconds(call, count)
+        print(f"{figures[name]:8.2f}  {name}", flush=True)
+    return figures
 
 
 def measure(args: argparse.Namespace) -> dict[str, float]:
+    """Our calls, by the backend in use."""
     q, k, v = (random(args.batch, args.seqlen, args.nheads, args.headdim) for _ in "qkv")
-    figures: dict[str, float] = {}
-
-    def take(calls: Calls) -> None:
-        for name, call in calls.items():
-            figures[name] = microseconds(call, args.calls)
-            print(f"{figures[name]:8.2f}  {name}", flush=True)
-
     without, with_gradients = public(args)
-    sdpa_without, sdpa_with = of_pytorch(args)
     with torch.no_grad():
-        take(launches(q, k, v))
-        take(layers(q, k, v))
-        take(without)
-        if ON_GPU:
-            with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-                take(sdpa_without)
-    take(with_gradients)
-    if ON_GPU:
-        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            take(sdpa_with)
-    return figures
+        figures = take(launches(q, k, v) | layers(q, k, v) | without, args.calls)
+    return figures | take(with_gradients, args.calls)
+
+
+def measure_pytorch(args: argparse.Namespace) -> dict[str, float]:
+    without, with_gradients = of_pytorch(args)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        with torch.no_grad():
+            figures = take(without, args.calls)
+        return figures | take(with_gradients, args.calls)
+
+
+def served(args: argparse.Namespace) -> str:
+    """Who computes both passes under the choice in force."""
+    q, k, v = (random(args.batch, args.seqlen, args.nheads, args.headdim) for _ in "qkv")
+    problem = ops.dense_problem(q, k, v, 0.0, None, False, -1, -1, 0.0, None)
+    passes = (("forward", False), ("backward", True))
+    return ", ".join(f"{which} {registry.select(problem, x).name}" for which, x in passes)
 
 
 def main(argv: list[str]) -> None:
@@ -200,7 +231,14 @@ def main(argv: list[str]) -> None:
             f"triton {triton.__version__}"
         )
         print(f"{device}; {versions}; direct launches: {_launcher.undisturbed()}")
-        figures = measure(args)
+        figures = {}
+        for name in args.backends:
+            with use_backend(name):
+                print(f"{name} ({served(args)})")
+                figures[name] = measure(args)
+        if ON_GPU:
+            print("PyTorch")
+            figures["PyTorch"] = measure_pytorch(args)
     if args.out:
         table = {"device": device, "versions": versions, "microseconds": figures}
         args.out.write_text(json.dumps(table, indent=2) + "\n")

@@ -239,7 +239,14 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 def main() -> int:
     """Sweep; 0 if everything was timed."""
+    from flash_attn import use_backend
+
     args = parse_arguments()
+    with use_backend("triton"):  # whose plans these are
+        return run(args)
+
+
+def run(args: argparse.Namespace) -> int:
     plans = json.loads(args.plans.read_text())
     todo = list(work(args.cells, plans))
     if not torch.cuda.is_available():

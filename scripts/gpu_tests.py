@@ -132,6 +132,8 @@ def record(arguments: Sequence[str], max_seconds: float | None) -> dict[str, Any
         "complete": finished and status in (0, 1),
         "seconds": round(time.monotonic() - began, 1),
         "pytest_arguments": list(arguments),
+        # "": the automatic choice, see tests/conftest.py
+        "backend": os.environ.get("FLASH_ATTN_TEST_BACKEND", ""),
         **summary,
     }
 

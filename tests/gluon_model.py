@@ -18,6 +18,7 @@ warps of one warpgroup apart from each other.
 
 from __future__ import annotations
 
+import functools
 import random
 import re
 import sys
@@ -112,6 +113,9 @@ class Tensor(np.ndarray):
     def permute(self, order: list[int]) -> Tensor:
         return self.transpose(order)
 
+    def split(self) -> tuple[Tensor, Tensor]:
+        return self[..., 0], self[..., 1]
+
 
 def tensor(x: Any) -> Tensor:
     return np.asarray(x).view(Tensor)
@@ -136,6 +140,10 @@ class Memory:
         data = np.full(shape, np.nan, np.float32)
         return cls(data, np.zeros(shape, np.int32), np.zeros(shape, np.int32), dtype)
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.data.shape
+
     def _view(self, change: Callable[[np.ndarray], np.ndarray]) -> Memory:
         views = [change(x) for x in (self.data, self.busy, self.unfenced)]
         if not all(np.shares_memory(a, b) for a, b in zip(views, (self.data, self.busy,
@@ -148,7 +156,7 @@ class Memory:
             raise ModelError(f"slot {i} of {self.data.shape[0]}")
         return self._view(lambda x: x[int(i)])
 
-    def slice(self, start: int, length: int, dim: int) -> Memory:
+    def slice(self, start: int, length: int, dim: int = 0) -> Memory:
         where = [slice(None)] * self.data.ndim
         where[dim] = slice(start, start + length)
         return self._view(lambda x: x[tuple(where)])
@@ -166,10 +174,15 @@ class Memory:
 
     def store(self, value: Tensor) -> None:
         here().pause()
-        if self.busy.any():
+        new = rounded(np.asarray(value), self.dtype).reshape(self.data.shape)
+        # Several may write the same: who reads meanwhile sees no difference, and whoever's fence
+        # comes first will do. Of that the model knows no more than that it may happen.
+        changed = ~((new == self.data) | (np.isnan(new) & np.isnan(self.data)))
+        if (self.busy < 0).any() or self.busy[changed].any():
             raise ModelError("written while TMA or a product uses it")
-        self.data[...] = rounded(np.asarray(value), self.dtype).reshape(self.data.shape)
-        self.unfenced[...] = here().identity
+        self.data[...] = new
+        me = here().identity
+        self.unfenced[...] = np.where(changed | (self.unfenced == me), me, 0)
 
     def read_begins(self) -> None:
         """By TMA or a product."""
@@ -319,6 +332,7 @@ class Agent:
         self.stores: list[Transfer] = []
         self.memories: list[Memory] = []
         self.seen: tuple[Pointer, int]
+        self.has_moved = False
         self.warps = 4
         self.thread = threading.Thread(target=self._run, args=(work,), daemon=True)
         self.thread.start()
@@ -328,7 +342,8 @@ class Agent:
         _CURRENT.agent = self
         try:
             if not self.machine.is_over:
-                work()
+                with np.errstate(all="ignore"):  # infinities are numbers to the kernels
+                    work()
                 if self.products:
                     raise ModelError("ends with products that nobody waited for")
                 if any(not one.is_done for one in self.stores):
@@ -528,7 +543,7 @@ def _init(barrier: Barrier, count: int) -> None:
     barrier.count = barrier.left = count
 
 
-def _instruction(text: str, _: str = "", arguments: Any = (), **__: Any) -> Int:
+def _instruction(text: str, _: str = "", arguments: Any = (), **__: Any) -> Any:
     if text.startswith("nanosleep"):
         here().sleep()
     if text.startswith(("ld.acquire", "ld.relaxed")):
@@ -540,16 +555,24 @@ def _instruction(text: str, _: str = "", arguments: Any = (), **__: Any) -> Int:
             counter.store(int(counter.load(None, 0)) + 1, None)
     if text.startswith("cp.async.bulk.wait_group"):
         _store_wait(int(text.split()[1].rstrip(";")))
-    found = re.match(r"bar\.sync (\d+), (\d+);", text)
+    if "vote.sync.any" in text:  # the larger where it is past a limit; whether it is anywhere
+        kept, new, limit = (np.asarray(x) for x in arguments)
+        here().has_moved = bool((new > limit).any())
+        return tensor(np.where(new > limit, new, kept))
+    if text.startswith("selp.b32 $0, 1, 0, moved"):
+        return Int(here().has_moved)
+    if text == "mov.b32 $0, $1;":
+        return arguments[0]
+    found = re.match(r"bar\.(sync|arrive) (\d+), (\d+);", text)
     if found:
         agent = here()
-        number, groups = int(found[1]), max(1, int(found[2]) // 128)
+        number, groups = int(found[2]), max(1, int(found[3]) // 128)
         meeting = agent.machine.meetings.setdefault((agent.program, number), [0, 0])
         meeting[0] += 1
         round_ = meeting[1]
         if meeting[0] == groups:
             meeting[:] = [0, round_ + 1]
-        agent.pause(lambda: meeting[1] > round_)
+        agent.pause(lambda: found[1] == "arrive" or meeting[1] > round_)
     return Int(0)
 
 
@@ -588,6 +611,14 @@ def _scalar_or_array(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def _sum(x: Any, axis: int) -> Any:
+    x = np.asarray(x)
+    if x.dtype.kind == "f":
+        return tensor(x.sum(axis, dtype=np.float32))
+    total = x.sum(axis)
+    return tensor(total) if total.ndim else Int(total)
+
+
 def _exp2(x: Any) -> Tensor:
     with np.errstate(over="ignore", invalid="ignore"):
         return tensor(np.exp2(np.asarray(x, np.float32)))
@@ -602,6 +633,23 @@ class _Layout:
     @classmethod
     def get_default_for(cls, *_: Any) -> _Layout:
         return cls()
+
+
+def _add(pointer: Pointer, step: int, sem: str = "") -> Int:
+    here().pause()
+    old = Int(pointer.load(None, 0))
+    pointer.store(int(old) + step, None)
+    return old
+
+
+def _exchange(pointer: Pointer, value: int, sem: str = "") -> Int:
+    return _add(pointer, value - int(pointer.load(None, 0)))
+
+
+def _builtin(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of the compiler; ``unsplat`` is what it may need."""
+    semantic = types.SimpleNamespace(unsplat=lambda x: Int(np.asarray(x).item()))
+    return functools.partial(function, _semantic=semantic)
 
 
 def _decorator(*arguments: Any, **_: Any) -> Any:
@@ -629,9 +677,11 @@ def _stand_ins() -> dict[str, types.ModuleType]:
         minimum=_scalar_or_array(np.minimum), maximum=_scalar_or_array(np.maximum),
         where=_scalar_or_array(np.where), expand_dims=lambda x, axis: tensor(
             np.expand_dims(np.asarray(x), axis)),
-        convert_layout=lambda x, *_, **__: x, exp2=_exp2,
+        convert_layout=lambda x, *_, **__: x, exp2=_exp2, abs=_scalar_or_array(np.abs),
         log2=lambda x: tensor(np.log2(np.asarray(x, np.float32))),
-        sum=lambda x, axis: tensor(np.asarray(x).sum(axis, dtype=np.float32)),
+        sum=_sum,
+        max=lambda x, axis: tensor(np.asarray(x).max(axis)),
+        num_warps=lambda: 4, barrier=lambda: None, atomic_add=_add, atomic_xchg=_exchange,
         zeros=lambda shape, dtype, layout=None: tensor(rounded(np.zeros(shape), dtype)),
         full=lambda shape, value, dtype, layout=None: tensor(
             rounded(np.full(shape, value), dtype)),
@@ -647,7 +697,8 @@ def _stand_ins() -> dict[str, types.ModuleType]:
     barriers = module("mbarrier", MBarrierLayout=lambda: "barriers", init=_init, wait=_wait,
                       expect=_expect, arrive=_arrive)  # fmt: skip
     transfers = module("tma", async_load=_tma_load, async_store=_tma_out(False),
-                       async_atomic_add=_tma_out(True), store_wait=_store_wait)  # fmt: skip
+                       async_atomic_add=_tma_out(True), store_wait=_store_wait,
+                       tensor_descriptor=Descriptor)  # fmt: skip
     hopper = module("hopper", mbarrier=barriers, tma=transfers, fence_async_shared=_fence,
                     warpgroup_mma=_mma, warpgroup_mma_wait=_mma_wait)  # fmt: skip
     gluon = module("gluon", jit=_decorator, constexpr_function=_decorator, language=language)
@@ -659,7 +710,7 @@ def _stand_ins() -> dict[str, types.ModuleType]:
         "triton.experimental": module("experimental", gluon=gluon),
         root: gluon,
         f"{root}.language": language,
-        f"{root}.language._core": module("_core", builtin=_decorator),
+        f"{root}.language._core": module("_core", builtin=_builtin),
         f"{root}.language.nvidia": module("nvidia", hopper=hopper),
         f"{root}.language.nvidia.hopper": hopper,
     }

@@ -52,6 +52,7 @@ class StubDriver:
         encoded: every tensor map so far.
         names: of the loaded kernels, by function.
         device: the current one; tests may change it.
+        stream: the current one of device 0; that of others comes as many later. Likewise.
         silent: note nothing (benchmarks).
     """
 
@@ -59,7 +60,7 @@ class StubDriver:
         self.launches: list[Launched] = []
         self.encoded: list[TensorMap] = []
         self.names: dict[int, str] = {}
-        self.device, self.silent = next(_DEVICES), silent
+        self.device, self.stream, self.silent = next(_DEVICES), STREAM, silent
         self.module = importlib.import_module("triton.backends.nvidia.driver")
         self.launcher_cls = self.module.CudaLauncher
         self.utils = SimpleNamespace(
@@ -76,7 +77,7 @@ class StubDriver:
         return self.device
 
     def get_current_stream(self, device: int) -> int:
-        return STREAM + device
+        return self.stream + device
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", 90, 32)

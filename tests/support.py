@@ -20,7 +20,7 @@ from torch import Tensor
 
 import flash_attn
 from flash_attn import flash_attn_interface as interface
-from flash_attn.core import ops, reference, rng
+from flash_attn.core import ops, reference, registry, rng
 from flash_attn.core.masking import visible_matrix
 from flash_attn.core.problem import AttentionProblem
 from flash_attn.core.sequences import Sequence, sequences
@@ -570,6 +570,12 @@ def run_and_check(inputs: Inputs) -> Solution:
     got = run(inputs)
     check(inputs, got)
     return got
+
+
+def families_of(inputs: Inputs) -> tuple[str, str]:
+    """The names of the backends that compute the forward and the backward pass of a call."""
+    problem = inputs.problem()
+    return registry.select(problem).name, registry.select(problem, backward=True).name
 
 
 def assert_same_bits(a: Solution, b: Solution, what: str = "") -> None:

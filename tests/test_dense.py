@@ -12,6 +12,8 @@ from support import DTYPES, FAMILIES, HALF_DTYPES, HEADDIMS, ODD_HEADDIMS
 import flash_attn
 from flash_attn.errors import ConstraintError
 
+pytestmark = pytest.mark.families
+
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("headdim", HEADDIMS + ODD_HEADDIMS)

@@ -233,6 +233,7 @@ VISIBILITIES = [
 ]
 
 
+@pytest.mark.families
 @pytest.mark.parametrize("visibility", some(VISIBILITIES, VISIBILITIES[:5:2]), ids=str)
 @pytest.mark.parametrize("seqlens", some([(40, 75), (75, 40), (64, 64)], [(40, 75), (75, 40)]))
 @pytest.mark.parametrize("dtype", some(DTYPES, [torch.float32]))
@@ -242,6 +243,7 @@ def test_feature_chunks(
     run_and_check(dense(device, dtype, seqlens, visibility=visibility))
 
 
+@pytest.mark.families
 @pytest.mark.parametrize("chunk", [1, 7, 32, 64, 100])
 @pytest.mark.parametrize("seqlens", [(19, 33), (33, 19), (130, 257)])
 def test_every_chunk(device: str, seqlens: tuple[int, int], chunk: int) -> None:
@@ -253,12 +255,14 @@ def test_every_chunk(device: str, seqlens: tuple[int, int], chunk: int) -> None:
         run_and_check(call)
 
 
+@pytest.mark.families
 def test_feature_chunks_of_packed_sequences(device: str) -> None:
     call = varlen(device, support.HALF_DTYPES[-1], [5, 0, 40, 9], [33, 7, 20, 0])
     for visibility in (Visibility(None, None, 12), Visibility(None, 0, 5)):
         run_and_check(call.but(visibility=visibility))
 
 
+@pytest.mark.families
 @pytest.mark.parametrize("dtype", some(DTYPES, [torch.float16]))
 def test_feature_keys_before_the_first_chunk_may_be_nan(device: str, dtype: torch.dtype) -> None:
     """Results equal those with zeros there, bit for bit, and the gradients there are 0."""
@@ -295,6 +299,7 @@ def _with_rows(x: Tensor, keep: list[slice], value: float) -> Tensor:
     return filled
 
 
+@pytest.mark.families
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("dtype", some(DTYPES, [torch.float32]))
 def test_feature_used_queries(device: str, dtype: torch.dtype, causal: bool) -> None:
@@ -327,6 +332,7 @@ def test_feature_used_queries(device: str, dtype: torch.dtype, causal: bool) -> 
                 assert not results[0]["dv"][b, int(used_k[b]) :].any()
 
 
+@pytest.mark.families
 @pytest.mark.parametrize("dtype", some(DTYPES, [torch.float32]))
 def test_feature_used_queries_of_packed_sequences(device: str, dtype: torch.dtype) -> None:
     call = varlen(
@@ -346,6 +352,7 @@ def test_feature_used_queries_of_packed_sequences(device: str, dtype: torch.dtyp
     assert_same_bits(run(call.but(q=q, k=k, v=v, dout=dout)), clean)
 
 
+@pytest.mark.families
 @pytest.mark.parametrize("value", [-1, -(2**31), 41, 2**31 - 1])
 def test_feature_hostile_used_lengths(device: str, value: int) -> None:
     """Clamped to what the tensors hold: below 0 is 0, beyond the end is the end."""
@@ -497,6 +504,7 @@ def test_feature_masked_sequences_are_what_lengths_are(device: str) -> None:
 # Sinks -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.families
 @pytest.mark.parametrize("splits", [1, 4])
 @pytest.mark.parametrize("dtype", some(DTYPES, [torch.float32]))
 def test_feature_sinks(device: str, dtype: torch.dtype, splits: int) -> None:
@@ -513,6 +521,7 @@ def test_feature_sinks(device: str, dtype: torch.dtype, splits: int) -> None:
         assert not got["out"][:, :32].any()
 
 
+@pytest.mark.families
 def test_feature_sinks_with_other_features(device: str) -> None:
     sinks = torch.tensor([0.5, -3.0, 30.0, -50.0], device=device)
     call = dense(device, torch.float32, sinks=sinks)
@@ -529,6 +538,7 @@ def test_feature_sinks_with_other_features(device: str) -> None:
     run_and_check(packed.but(seqused_q=ints(device, 40, 0, 5)))
 
 
+@pytest.mark.families
 def test_feature_sinks_of_minus_infinity(device: str) -> None:
     """They add nothing: as without sinks, and rows without keys have no weight either."""
     call = dense(device, torch.float32, (72, 40), visibility=Visibility(None, 0))
@@ -538,6 +548,7 @@ def test_feature_sinks_of_minus_infinity(device: str) -> None:
     assert not got["dsinks"].any()
 
 
+@pytest.mark.families
 def test_feature_sinks_and_unused_queries(device: str) -> None:
     """What lies in rows past the used ones does not reach the sinks' gradient."""
     sinks = torch.randn(4, device=device)
@@ -571,6 +582,7 @@ def test_feature_second_products(
 HEADDIMS = [(64, 512), (192, 128), (32, 64), (64, 32), (16, 512), (256, 512), (40, 24), (128, 200)]
 
 
+@pytest.mark.families
 @pytest.mark.parametrize("headdims", some(HEADDIMS, [(192, 128), (32, 64), (64, 24), (16, 512)]))
 @pytest.mark.parametrize("dtype", some(DTYPES, [torch.float32]))
 def test_feature_head_dims_of_v(device: str, dtype: torch.dtype, headdims: tuple[int, int]) -> None:
@@ -579,6 +591,7 @@ def test_feature_head_dims_of_v(device: str, dtype: torch.dtype, headdims: tuple
     run_and_check(call.but(visibility=Visibility(None, 0), num_splits=3))
 
 
+@pytest.mark.families
 @pytest.mark.parametrize("family", support.FAMILIES)
 @pytest.mark.parametrize("headdims", [(64, 512), (192, 128)])
 def test_families_with_head_dims_of_v(device: str, headdims: tuple[int, int], family: str) -> None:
@@ -587,6 +600,7 @@ def test_families_with_head_dims_of_v(device: str, headdims: tuple[int, int], fa
     run_and_check(call.but(visibility=Visibility(None, 0)))
 
 
+@pytest.mark.families
 def test_feature_head_dims_of_v_with_other_features(device: str) -> None:
     call = dense(device, torch.float32, (33, 50), (2, 1), 32, 80)
     run_and_check(call.but(dropout_p=0.3, visibility=Visibility(20, 3)))
@@ -731,6 +745,7 @@ def test_feature_many_splits(device: str, splits: int) -> None:
 # Gradients of the log-sum-exp --------------------------------------------------------------------
 
 
+@pytest.mark.families
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("dtype", some(DTYPES, [torch.float32]))
 def test_feature_gradient_of_the_lse(device: str, dtype: torch.dtype, causal: bool) -> None:
@@ -742,6 +757,7 @@ def test_feature_gradient_of_the_lse(device: str, dtype: torch.dtype, causal: bo
     run_and_check(packed.but(dlse=dlse))
 
 
+@pytest.mark.families
 def test_feature_lse_gradients_of_any_stride(device: str) -> None:
     call = dense(device, torch.float32)
     strided = torch.randn(40, 2, 4, device=device).permute(1, 2, 0)
@@ -751,6 +767,7 @@ def test_feature_lse_gradients_of_any_stride(device: str) -> None:
         assert_same_bits(got, want)
 
 
+@pytest.mark.families
 def test_feature_returned_row_sums(device: str) -> None:
     """Backward returns rowsum(out * dout) - dlse."""
     call = dense(device, torch.float32).but(dlse=torch.randn(2, 4, 40, device=device))
@@ -765,6 +782,7 @@ def test_feature_returned_row_sums(device: str) -> None:
 # Packed heads, combinations, autograd ------------------------------------------------------------
 
 
+@pytest.mark.families
 @pytest.mark.parametrize("seqlen_q", [1, 3, 40])
 @pytest.mark.parametrize("heads", [(4, 2), (6, 1), (3, 3)])
 def test_feature_packed_heads(device: str, heads: tuple[int, int], seqlen_q: int) -> None:
@@ -785,6 +803,7 @@ def test_feature_packed_heads(device: str, heads: tuple[int, int], seqlen_q: int
                 run_and_check(paged(call.but(pack_gqa=pack_gqa), 8), backward=False)
 
 
+@pytest.mark.families
 def test_feature_packed_heads_of_packed_sequences(device: str) -> None:
     call = varlen(device, torch.float32, [1, 0, 5, 2], [30, 4, 50, 0], heads=(6, 2))
     for pack_gqa in (True, False, None):
@@ -820,6 +839,7 @@ def test_feature_dropout_probabilities_of_extended_problems(device: str) -> None
     assert torch.equal(result.s_dmask > 0, want > 0)
 
 
+@pytest.mark.families
 def test_feature_through_autograd(device: str) -> None:
     """All five gradients of :func:`solve`, with that of the log-sum-exp."""
     call = dense(
@@ -835,6 +855,7 @@ def test_feature_through_autograd(device: str) -> None:
     check(call, {"out": out.detach(), "lse": lse.detach(), "rng_state": rng_state} | got)
 
 
+@pytest.mark.families
 def test_feature_repeatable(device: str) -> None:
     """No kernel adds across programs: two runs have the same bits, the mask's gradient too."""
     mask = additive(device, torch.float32, (1, 1, 40, 72))

@@ -21,6 +21,8 @@ from flash_attn.core.problem import AttentionProblem, ScoreTransform, Visibility
 from flash_attn.errors import ConstraintError
 from flash_attn.quantize import quantize_fp8
 
+pytestmark = pytest.mark.families
+
 INF = float("inf")
 
 

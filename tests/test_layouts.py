@@ -9,6 +9,8 @@ from support import DTYPES, HALF_DTYPES, LAYOUTS, WRITABLE_LAYOUTS
 
 import flash_attn
 
+pytestmark = pytest.mark.families
+
 
 def _inputs(device: str, dtype: torch.dtype, layout: str) -> support.Inputs:
     """All four tensors in ``layout``, several tiles long, with rows of no multiple of 16 bytes."""
@@ -34,7 +36,10 @@ def test_feature_layout(device: str, dtype: torch.dtype, layout: str) -> None:
         return
     names = ("q", "k", "v", "dout")
     compact = {name: x.contiguous() for name, x in zip(names, inputs.tensors, strict=True)}
-    support.assert_same_bits(got, support.run(inputs.but(**compact)), "from the contiguous copy")
+    copy = inputs.but(**compact)
+    # Not every layout is served by the same kernels; the budget holds for all.
+    if support.families_of(inputs) == support.families_of(copy):
+        support.assert_same_bits(got, support.run(copy), "from the contiguous copy")
 
 
 @pytest.mark.parametrize("which", ["q", "k", "v", "dout"])
@@ -45,7 +50,10 @@ def test_one_tensor_lies_elsewhere(device: str, dtype: torch.dtype, which: str) 
     want = support.run(inputs)
     for layout, place in WRITABLE_LAYOUTS.items():
         moved = inputs.but(**{which: place(getattr(inputs, which))})
-        support.assert_same_bits(support.run(moved), want, f"with {which} as {layout}")
+        if support.families_of(inputs) == support.families_of(moved):
+            support.assert_same_bits(support.run(moved), want, f"with {which} as {layout}")
+        else:
+            support.run_and_check(moved)
 
 
 @pytest.mark.parametrize("layout", support.some(list(WRITABLE_LAYOUTS), ["hbsd", "wide_rows"]))

@@ -18,6 +18,8 @@ from flash_attn.core.masking import (
 )
 from flash_attn.core.problem import Visibility
 
+pytestmark = pytest.mark.families
+
 LIMITS = [None, 0, 1, 2, 5, 9]
 
 

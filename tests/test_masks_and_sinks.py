@@ -130,6 +130,7 @@ def test_bool_masks(device: str, make: Any, shape: tuple[int, ...]) -> None:
             support.assert_close(got[name], want[name], torch.float16, name)
 
 
+@pytest.mark.families
 @pytest.mark.parametrize("sinks", [False, True])
 def test_rows_that_are_hidden(device: str, sinks: bool) -> None:
     """Rows of -inf alone: nothing comes out and nothing flows back, whatever the dtype."""
@@ -194,6 +195,7 @@ def test_against_pytorch(device: str) -> None:
         torch.testing.assert_close(got[name], want, atol=2e-5, rtol=1e-4, msg=name)
 
 
+@pytest.mark.families
 def test_sinks_are_a_column_without_value(device: str) -> None:
     """As models write it: softmax over the scores and one more column, which is then dropped."""
     inputs = dense(device, torch.float32, causal=True)
@@ -240,6 +242,7 @@ def test_gradient_of_a_bias_of_another_layout(device: str) -> None:
     support.assert_close(table.grad, want["dmask"][0].permute(1, 2, 0), torch.float16)
 
 
+@pytest.mark.families
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_dtypes_are_independent(device: str, dtype: torch.dtype) -> None:
     """Of mask and sinks, from q's and from each other's."""
@@ -279,6 +282,7 @@ def test_dropout_probabilities(device: str) -> None:
     assert abs(float(dropped) - 0.3) < 0.02
 
 
+@pytest.mark.families
 def test_empty_sequences(device: str) -> None:
     q, k = torch.randn(2, 3, 4, 8, device=device), torch.randn(2, 0, 4, 8, device=device)
     sinks = torch.randn(4, device=device, requires_grad=True)
@@ -392,6 +396,7 @@ def test_names_that_others_look_for() -> None:
         assert "s_aux" not in inspect.signature(function).parameters
 
 
+@pytest.mark.families
 def test_call_of_a_model_with_sinks(device: str) -> None:
     """A padded batch as Hugging Face runs it: unpadded, with the arguments that it sends."""
     lengths = torch.tensor([9, 16])

@@ -13,6 +13,8 @@ from test_dense import FEATURES
 
 import flash_attn
 
+pytestmark = pytest.mark.families
+
 # Lengths of queries and keys; the first ones are equal, as for self-attention.
 BATCHES: dict[str, tuple[list[int], list[int]]] = {
     "equal": ([17, 40, 3], [17, 40, 3]),

@@ -19,5 +19,13 @@ class BackendUnavailableError(FlashAttentionError, ImportError):
     """A backend was asked for by name and the library behind it cannot be loaded."""
 
 
+class KernelCompilationError(FlashAttentionError):
+    """This Triton does not compile a backend's kernel.
+
+    Programs see it only from backends that are called directly: the automatic choice goes on to
+    another backend, and for one chosen by name it becomes an :class:`UnsupportedProblemError`.
+    """
+
+
 class ToolchainError(FlashAttentionError):
     """Triton cannot compile or load a kernel here: what that needs is missing or not permitted."""

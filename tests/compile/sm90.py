@@ -61,6 +61,10 @@ FEATURES = (
     "packed sinks",
     "packed softcap",
     "used softcap",
+    "alibi",
+    "packed alibi",
+    "alibi softcap sinks",
+    "packed alibi softcap sinks",
 )
 _BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _OPCODE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)")
@@ -75,6 +79,7 @@ class Case(NamedTuple):
     dtype: torch.dtype = torch.bfloat16
     features: str = ""
     headdim_v: int = 0  # 0: the head dim
+    pack: int = 0  # query heads in a tile, 0: one of 4 heads on 2
 
     @property
     def label(self) -> str:
@@ -86,6 +91,7 @@ class Case(NamedTuple):
         options += [name for name in flags if getattr(plan, name)]
         dtype = str(self.dtype).removeprefix("torch.")
         options += [f"v{self.headdim_v}"] if self.headdim_v else []
+        options += [f"pack{self.pack}"] if self.pack else []
         options += [dtype, self.features]
         return f"d{self.headdim} {self.mask} {scheduler} {' '.join(options)}"
 
@@ -94,14 +100,17 @@ class Case(NamedTuple):
         """A problem that asks for it all."""
         headdim_v = self.headdim_v or self.headdim
         places = (2, 1000) if "packed" not in self.features else (2000,)
-        q = torch.empty(*places, 4, self.headdim, dtype=self.dtype, device="meta")
+        nheads = 2 * (self.pack or 2)
+        q = torch.empty(*places, nheads, self.headdim, dtype=self.dtype, device="meta")
         k = torch.empty(*places, 2, self.headdim, dtype=self.dtype, device="meta")
         v = torch.empty(*places, 2, headdim_v, dtype=self.dtype, device="meta")
         transform = make_transform(
             self.headdim, softcap=20.0 if "softcap" in self.features else 0.0
         )
         if "sinks" in self.features:
-            transform = transform._replace(sinks=torch.empty(4, device="meta"))
+            transform = transform._replace(sinks=torch.empty(nheads, device="meta"))
+        if "alibi" in self.features:
+            transform = transform._replace(alibi_slopes=torch.empty(2, nheads, device="meta"))
         bounds = torch.empty(3, dtype=torch.int32, device="meta")
         used = torch.empty(2, dtype=torch.int32, device="meta")
         layout = DENSE
@@ -109,7 +118,9 @@ class Case(NamedTuple):
             layout = SequenceLayout(bounds, bounds, max_seqlen_q=1000, max_seqlen_k=1000)
         if "used" in self.features:
             layout = layout._replace(seqused_q=used, seqused_k=used)
-        return AttentionProblem(q, k, v, transform, MASKS[self.mask], layout)
+        return AttentionProblem(
+            q, k, v, transform, MASKS[self.mask], layout, pack_gqa=self.pack > 0
+        )
 
 
 @dataclass(frozen=True)
@@ -232,6 +243,16 @@ def feature_cases() -> list[Case]:
             for mask in ("full", "causal")
             for features in ("", "packed")
         ]
+    for headdim in (64, 128, 256):
+        for features in ("alibi", "packed alibi"):
+            cases += [planned(headdim, mask, features) for mask in ("full", "causal", "window")]
+        cases.append(planned(headdim, "window", "alibi softcap sinks")._replace(pack=8))
+        cases.append(planned(headdim, "window", "packed alibi softcap sinks")._replace(pack=8))
+        for pack, features in ((2, ""), (4, "packed sinks"), (8, "packed"), (8, "used"), (8, "")):
+            cases += [
+                planned(headdim, mask, features)._replace(pack=pack)
+                for mask in ("full", "causal", "window")
+            ]
     return cases
 
 
@@ -251,6 +272,12 @@ def selection() -> list[Case]:
         planned(128, "left", "used"),
         planned(64, "full", "packed", headdim_v=128),
         planned(256, "causal", "", headdim_v=64),
+        planned(64, "full", "")._replace(pack=8),
+        planned(64, "causal", "alibi"),
+        planned(128, "full", "alibi")._replace(pack=8),
+        planned(128, "causal", "packed alibi"),
+        planned(128, "window", "packed sinks")._replace(pack=8),
+        planned(256, "causal", "packed")._replace(pack=4),
     ]
     return list(dict.fromkeys(cases))
 

@@ -105,3 +105,35 @@ def test_the_last_heads_may_be_one_section() -> None:
     assert plans.heads_in_sections(plan, 1024, 128, 1, 250) == (250 - 64) // 16 * 16
     assert plans.heads_in_sections(plan, 1024, 128, 1, 60) == 0
     assert plans.heads_in_sections(plan, 1024, 128, 4, 1000) == (1000 - 256) // 64 * 64
+
+
+def test_heads_are_packed_where_tiles_are_saved() -> None:
+    def packed(block_m: int, group: int, rows: int, *rest: bool | None) -> int:
+        return plans.packed_heads(block_m, group, rows, 1, *(rest or (False, None)))
+
+    assert packed(128, 4, 4096) == 1  # 32 tiles for each head, or 128 for four
+    assert packed(128, 4, 100) == 1  # 4 tiles or 4
+    assert packed(128, 4, 90) == 4  # 4 tiles or 3
+    assert packed(128, 8, 17) == 8
+    assert packed(192, 4, 193) == 4
+    assert packed(128, 1, 17) == 1
+    for group in (3, 5, 6, 12, 128):  # no blocks of rows for TMA
+        assert packed(128, group, 17, False, True) == 1
+    assert packed(128, 4, 4096, False, True) == 4
+    assert packed(128, 4, 17, False, False) == 1
+
+
+def test_heads_of_packed_sequences_are_packed_by_their_mean_length() -> None:
+    assert plans.packed_heads(128, 4, 16 * 2048, 16, True, None) == 1
+    assert plans.packed_heads(128, 4, 16 * 400, 16, True, None) == 4
+    assert plans.packed_heads(128, 4, 0, 16, True, None) == 4
+
+
+def test_alibi_with_softcap_is_refused_where_it_spills(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_TRITON", (3, 6))
+    for headdim, softcap, count in ((64, 20.0, 0), (128, 0.0, 0), (128, 20.0, 1), (256, 0.0, 0)):
+        q = torch.empty(1, 300, 2, headdim, dtype=torch.bfloat16)
+        transform = make_transform(headdim, softcap=softcap, alibi_slopes=torch.ones(2))
+        reasons = launch.register_reasons(AttentionProblem(q, q, q, transform))
+        assert len(reasons) == count
+        assert all("ALiBi with softcap at head dims up to 64" in reason for reason in reasons)

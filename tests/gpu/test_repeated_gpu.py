@@ -1,4 +1,7 @@
-"""Repeated calls on a GPU give the bits of the ordinary way: in graphs, on streams, other GPUs."""
+"""Repeated calls on a GPU give the bits of the ordinary way: in graphs, on streams, other GPUs.
+
+By the automatic choice and, where that is not the portable kernels, by these too.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from torch import Tensor
 
 from flash_attn import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
 from flash_attn.backends import _launcher
-from flash_attn.core import autograd, repeated
+from flash_attn.core import autograd, registry, repeated
 
 pytestmark = pytest.mark.gpu
 
@@ -58,6 +61,17 @@ def varlen() -> tuple[Call, Callable[[], Tensors]]:
     return call, make
 
 
+def sinks() -> tuple[Call, Callable[[], Tensors]]:
+    def call(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> tuple[Tensor, ...]:
+        return (flash_attn_func(q, k, v, causal=True, s_aux=sinks),)
+
+    def make() -> Tensors:
+        tensors = {name: randn(2, 300, 4, 128) for name in "qkv"}
+        return tensors | {"sinks": torch.randn(4, device="cuda")}
+
+    return call, make
+
+
 def decode(num_splits: int) -> tuple[Call, Callable[[], Tensors]]:
     def call(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
         return flash_attn_with_kvcache(
@@ -78,6 +92,8 @@ CALLS = {
     "causal": lambda: dense(causal=True),
     "window and softcap": lambda: dense(window_size=(30, 5), softcap=4.0),
     "odd head dim": lambda: dense(72),
+    "causal, head dim 256": lambda: dense(256, causal=True),
+    "sinks": sinks,
     "varlen": varlen,
     "decode": lambda: decode(1),
     "split": lambda: decode(3),
@@ -85,9 +101,17 @@ CALLS = {
 
 
 @pytest.fixture(autouse=True)
-def fresh() -> None:
+def fresh(each_choice: str) -> None:
     repeated.clear()
     autograd._dense.clear()
+
+
+def is_served_by_hopper(name: str) -> bool:
+    """Whether kernels of Hopper compute a forward pass of the call."""
+    choice, _ = registry.choice()
+    families = registry.own_families(torch.device("cuda", torch.cuda.current_device()))
+    few_queries = name in ("decode", "split")
+    return choice == "auto" and families[0] == "sm90" and not few_queries
 
 
 def ordinary(call: Call, tensors: Tensors) -> tuple[Tensor, ...]:
@@ -126,10 +150,13 @@ def test_repeated_calls_give_the_same_bits(name: str, caplog: pytest.LogCaptureF
     call, make = CALLS[name]()
     with caplog.at_level(logging.INFO, logger="flash_attn"):
         warm(call, make)
-    # The backward pass of larger head dims may run on two streams.
+    # The portable backward pass of larger head dims may run on two streams.
     if "head dim" not in name:
         assert "usual path" not in caplog.text
-    assert any(isinstance(known, repeated._Known) for known in repeated._calls.values())
+    known = [x for x in repeated._calls.values() if isinstance(x, repeated._Known)]
+    assert known
+    served = {x.backend.name for x in known}
+    assert ("sm90" in served) == is_served_by_hopper(name)
     several = [make() for _ in range(3)]
     got = [call(**tensors) for tensors in several]
     for tensors, results in zip(several, got, strict=True):
@@ -160,7 +187,7 @@ def test_repeated_calls_can_be_captured(name: str) -> None:
 
 
 def test_repeated_calls_run_on_the_current_stream() -> None:
-    call, make = dense()
+    call, make = dense(causal=True)
     warm(call, make)
     tensors = make()
     want = ordinary(call, tensors)
@@ -198,7 +225,7 @@ def test_addresses_that_are_used_again() -> None:
 
 
 def test_threads() -> None:
-    call, make = dense()
+    call, make = dense(causal=True)
     warm(call, make)
     inputs = [make() for _ in range(4)]
     want = [call(**tensors) for tensors in inputs]
@@ -223,9 +250,69 @@ def test_threads() -> None:
     assert failures == []
 
 
+def graph_of(call: Call, held: Tensors) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = call(**held)
+    return graph, results
+
+
+@pytest.mark.parametrize("name", ["causal", "varlen", "sinks"])
+def test_graphs_and_calls_at_a_time(name: str) -> None:
+    """Two graphs and eager calls, each on a stream of its own: schedules do not mix."""
+    call, make = CALLS[name]()
+    warm(call, make)
+    inputs = [make() for _ in range(3)]
+    want = [ordinary(call, tensors) for tensors in inputs]
+    graphs = [graph_of(call, tensors) for tensors in inputs[:2]]
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    torch.cuda.synchronize()
+    for _ in range(50):
+        for (graph, _), stream in zip(graphs, streams, strict=False):
+            with torch.cuda.stream(stream):
+                graph.replay()
+        with torch.cuda.stream(streams[2]):
+            got = call(**inputs[2])
+    torch.cuda.synchronize()
+    for (_, results), expected in zip(graphs, want, strict=False):
+        assert_equal(results, expected)
+    assert_equal(got, want[2])
+
+
+def test_counters_are_left_at_zero() -> None:
+    call, make = CALLS["causal"]()
+    warm(call, make)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        warm(call, make)
+    torch.cuda.synchronize()
+    if is_served_by_hopper("causal"):
+        assert _launcher._counters
+    assert all(int(x) == 0 for x in _launcher._counters.values())
+
+
+@pytest.mark.parametrize("name", ["causal", "dense"])
+def test_compiled_with_graphs_of_its_own(name: str) -> None:
+    """Graphs of torch.compile are warmed up in a memory pool that nothing else may stay in."""
+    call, make = CALLS[name]()
+    tensors = make()
+    want = ordinary(call, tensors)[0]
+    options = {"causal": name == "causal"}
+    torch.cuda.synchronize()  # nobody uses them any more
+    _launcher._counters.clear()
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return flash_attn_func(q * 1.0, k, v, **options) + 0.0
+
+    with torch.no_grad():
+        compiled = torch.compile(attend, mode="reduce-overhead", fullgraph=True)
+        for _ in range(4):
+            got = compiled(*(tensors[name] for name in "qkv")).clone()
+            assert_equal((got,), (want,))
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_another_gpu_that_is_not_current() -> None:
-    call, make = dense()
+    call, make = dense(causal=True)
     for _ in range(4):
         tensors = make()
         there = {key: x.to("cuda:1") for key, x in tensors.items()}

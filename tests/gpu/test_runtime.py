@@ -1,4 +1,7 @@
-"""How calls behave on a device: graphs, streams, other GPUs, synchronisation, repeatability."""
+"""How calls behave on a device: graphs, streams, other GPUs, synchronisation, repeatability.
+
+By the automatic choice and, where that is not the portable kernels, by these too.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,15 @@ import support
 import torch
 from torch import Tensor
 
-from flash_attn import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
+from flash_attn import (
+    flash_attn_func,
+    flash_attn_varlen_func,
+    flash_attn_with_kvcache,
+    use_backend,
+)
 from flash_attn.backends.triton import launch_backward
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("each_choice")]
 
 Call = Callable[[], tuple[Tensor, ...]]
 
@@ -22,7 +30,8 @@ def randn(*shape: int, device: str = "cuda") -> Tensor:
 
 
 def dense(device: str = "cuda", headdim: int = 128, **options: object) -> Call:
-    """Forward and backward of a dense call; head dim 128 runs its backward on two streams."""
+    """Forward and backward of a dense call; the portable kernels run the backward pass of head dim
+    128 on two streams."""
     q = randn(2, 200, 4, headdim, device=device).requires_grad_()
     k, v = (randn(2, 200, 2, headdim, device=device).requires_grad_() for _ in "kv")
     dout = torch.randn_like(q)
@@ -156,7 +165,7 @@ STEPS = ["_launch_row_statistics", "_launch_dkdv", "_launch_dq"]
 
 
 def delay(monkeypatch: pytest.MonkeyPatch, step: str) -> None:
-    """Let the backward pass run on two streams, and ``step`` start milliseconds later."""
+    """Let the portable backward pass run on two streams, and ``step`` start milliseconds later."""
     launch = getattr(launch_backward, step)
 
     def late(*arguments: object) -> None:
@@ -167,7 +176,13 @@ def delay(monkeypatch: pytest.MonkeyPatch, step: str) -> None:
     monkeypatch.setattr(launch_backward, "overlaps_backward", lambda key, seqlen: True)
 
 
-@pytest.mark.usefixtures("uninitialised_memory_is_nan")
+@pytest.fixture
+def portable() -> Iterator[None]:
+    with use_backend("triton"):
+        yield
+
+
+@pytest.mark.usefixtures("uninitialised_memory_is_nan", "portable")
 @pytest.mark.parametrize("step", STEPS)
 def test_two_streams_of_a_backward_pass_wait(monkeypatch: pytest.MonkeyPatch, step: str) -> None:
     call = dense()
@@ -176,7 +191,7 @@ def test_two_streams_of_a_backward_pass_wait(monkeypatch: pytest.MonkeyPatch, st
     assert_equal(call(), want)
 
 
-@pytest.mark.usefixtures("uninitialised_memory_is_nan")
+@pytest.mark.usefixtures("uninitialised_memory_is_nan", "portable")
 @pytest.mark.parametrize("step", ["_launch_row_statistics", "_launch_dq"])
 def test_a_stream_that_does_not_wait_is_noticed(monkeypatch: pytest.MonkeyPatch, step: str) -> None:
     """That the test above can fail."""

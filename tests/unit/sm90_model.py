@@ -202,7 +202,7 @@ class Machine:
         self.failed: BaseException | None = None
         self.steps = 0
         self.likely = 0.0
-        self.stored: list[tuple[Any, int]] = []  # coordinates, rows
+        self.stored: list[tuple[Any, int, int]] = []  # coordinates, heads, rows
         Blank.shape = (64, headdim_v)
         self.kernel = load_kernel(self)
 
@@ -294,13 +294,14 @@ class Machine:
 
         self.pending.append(finish)
 
-    def store(self, _desc: Any, coordinates: Any, buffer: Cell) -> None:
+    def store(self, desc: Any, coordinates: Any, buffer: Cell) -> None:
         self.pause()
         task = self.current
         assert task is not None
         task.stores += 1
         buffer.leaving += 1
-        self.stored.append((tuple(int(x) for x in coordinates), 64))
+        heads, rows = desc.block_type.shape[1:3]
+        self.stored.append((tuple(int(x) for x in coordinates), heads, rows))
 
         def finish() -> None:
             task.stores -= 1
@@ -313,10 +314,13 @@ class Machine:
         assert task is not None
         self.pause(lambda: task.stores == 0)
 
-    def store_part(self, _target: Any, span: Any, row: int, column: int, _buffer: Any) -> None:
-        rows = min(span.rows - row, 64)
+    def store_part(
+        self, work: Any, _target: Any, span: Any, row: int, column: int, _buffer: Any
+    ) -> None:
+        heads, rows = work.config.PACK, min(span.rows - row, work.config.POSITIONS)
         if rows > 0:
-            self.stored.append(((0, int(span.head), int(span.q_start + row), int(column)), rows))
+            at = (0, int(span.head * heads), int(span.q_start + row), int(column))
+            self.stored.append((at, heads, rows))
 
     def multiply(self, a: Any, b: Cell, _acc: Any, **_options: Any) -> Blank:
         self.pause()
@@ -477,9 +481,9 @@ def load_kernel(machine: Machine) -> dict[str, Any]:
     return names
 
 
-def descriptor(name: str, rows: int, columns: int) -> Any:
-    """What stands for a TMA descriptor of blocks of (rows, columns)."""
-    block = SimpleNamespace(shape=[1, 1, rows, columns])
+def descriptor(name: str, shape: list[int]) -> Any:
+    """What stands for a TMA descriptor of blocks of a shape."""
+    block = SimpleNamespace(shape=shape)
     return SimpleNamespace(
-        name=name, dtype=BLANK, block_type=block, layout=BLANK, size=2 * rows * columns
+        name=name, dtype=BLANK, block_type=block, layout=BLANK, size=2 * math.prod(shape)
     )

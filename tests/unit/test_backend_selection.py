@@ -17,6 +17,7 @@ from flash_attn.errors import (
     BackendUnavailableError,
     ConstraintError,
     FlashAttentionError,
+    KernelCompilationError,
     UnsupportedProblemError,
 )
 
@@ -47,6 +48,7 @@ def fresh_choice(monkeypatch):
     monkeypatch.setattr(registry, "_warned_fallback", False)
     monkeypatch.setattr(registry, "_loaded", dict(registry._loaded))
     monkeypatch.setattr(registry, "_failures", {})
+    monkeypatch.setattr(registry, "_given_up", {})
     monkeypatch.delenv("FLASH_ATTENTION_USE_FLAGGEMS", raising=False)
 
 
@@ -86,6 +88,102 @@ def test_the_default_never_considers_other_libraries(record):
     others = [record(name) for name in ("sm90", "cuda", "flag_gems", "reference")]
     flash_attn_func(*tensors())
     assert all(other.calls == [] for other in others)
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """CPU tensors are taken for a Hopper GPU's."""
+    monkeypatch.setattr(registry, "own_families", lambda device: ("sm90", "triton", "cpu"))
+
+
+@pytest.mark.parametrize(
+    ("arch", "first"), [("sm90", "sm90"), ("sm80", "triton"), ("sm100", "triton"),
+                        ("sm120", "triton"), ("gfx942", "triton")],
+)  # fmt: skip
+def test_the_hopper_kernels_are_considered_on_hopper_alone(monkeypatch, arch, first):
+    monkeypatch.setattr(registry, "arch_of", lambda index: {3: arch}[index])
+    families = registry.own_families(torch.device("cuda", 3))
+    assert families[0] == first
+    assert families[-2:] == ("triton", "cpu")
+    assert registry.own_families(torch.device("cpu")) == ("triton", "cpu")
+
+
+def test_on_hopper_the_first_without_a_reason_computes(hopper, record):
+    best, next_best = record("sm90"), record("triton")
+    flash_attn_func(*tensors())
+    assert (best.calls, next_best.calls) == (["forward"], [])
+    best.reasons = ["does not serve this"]
+    flash_attn_func(*tensors())
+    assert (best.calls, next_best.calls) == (["forward"], ["forward"])
+    assert registry.explain(dense()) == {"sm90": ["does not serve this"], "triton": [], "cpu": []}
+
+
+def test_what_is_better_elsewhere_goes_there_unless_asked_for_by_name(hopper, record):
+    best, next_best = record("sm90"), record("triton")
+    best.better_elsewhere = lambda problem: ["leaves this to others"]
+    assert registry.select(dense()) is next_best
+    assert registry.select(dense(), backward=True) is next_best
+    assert registry.explain(dense())["sm90"] == ["leaves this to others"]
+    with use_backend("sm90"):
+        assert registry.select(dense()) is best
+
+
+def test_the_log_says_who_computes_and_why_not_another(hopper, record, caplog):
+    record("sm90", ["first reason", "second reason"])
+    record("triton")
+    with caplog.at_level("DEBUG", logger="flash_attn"):
+        registry.select(dense(), backward=True)
+    (said,) = caplog.messages
+    assert said.startswith("backend triton for the backward pass of q (2, 4, 4, 16)")
+    assert said.endswith("; not sm90: first reason; second reason")
+
+
+def test_hopper_kernels_that_cannot_be_loaded_are_left_out_and_that_is_said_once(
+    hopper, monkeypatch, caplog
+):
+    monkeypatch.setitem(registry._LOCATIONS, "sm90", "flash_attn.backends.not_there")
+    registry._loaded.pop("sm90", None)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
+    problem = dense()._replace(q=torch.zeros(2, 4, 4, 16, device="meta", dtype=torch.float16))
+    for backward in (False, True, False):
+        assert registry.select(problem, backward).name == "triton"
+    (said,) = [x for x in caplog.records if x.levelname == "WARNING"]
+    assert "backend sm90 is left out in this process: it cannot be loaded" in said.getMessage()
+    assert "ModuleNotFoundError" in said.getMessage()
+    with use_backend("sm90"), pytest.raises(BackendUnavailableError, match="ModuleNotFoundError"):
+        registry.select(problem)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_backend_whose_kernels_are_not_compiled_is_given_up(hopper, record, caplog, backward):
+    class Refusing(Recorder):
+        def _refuse(self, which):
+            self.calls.append(which)
+            raise KernelCompilationError("has a kernel that is not compiled")
+
+        def forward(self, problem, out=None):
+            return super().forward(problem, out) if backward else self._refuse("forward")
+
+        def backward(self, problem, inputs):
+            return self._refuse("backward") if backward else super().backward(problem, inputs)
+
+    best, next_best = Refusing("sm90"), record("triton")
+    registry._loaded["sm90"] = best
+    q, k, v = tensors(requires_grad=True)
+    for _ in range(3):
+        flash_attn_func(q, k, v).sum().backward()
+    given_up, kept = ("backward", "forward") if backward else ("forward", "backward")
+    assert best.calls.count(given_up) == 1
+    assert best.calls.count(kept) == 3
+    assert next_best.calls == [given_up] * 3
+    (said,) = [x for x in caplog.records if x.levelname == "WARNING"]
+    assert f"left out of {given_up} passes" in said.getMessage()
+    with (
+        use_backend("sm90"),
+        pytest.raises(UnsupportedProblemError, match="sm90: has a kernel that is not compiled"),
+    ):
+        registry.select(dense(), backward)
+    assert registry.select(dense(), not backward) is best
 
 
 def test_precedence_of_block_over_process_over_environment(record, monkeypatch):
@@ -344,7 +442,12 @@ def test_cuda_operators_accept_what_the_adapter_passes():
 
 
 def test_all_errors_are_of_one_family():
-    for error in (ConstraintError, BackendUnavailableError, UnsupportedProblemError):
+    for error in (
+        ConstraintError,
+        BackendUnavailableError,
+        KernelCompilationError,
+        UnsupportedProblemError,
+    ):
         assert issubclass(error, FlashAttentionError)
         assert issubclass(error, RuntimeError)
     assert flash_attn.errors.FlashAttentionError is FlashAttentionError

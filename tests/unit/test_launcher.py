@@ -319,6 +319,38 @@ def test_unknown_tensors_are_refused(driver, caplog):
     assert "made during the call" in unrepeatable(record(x, y), [x, y.view(-1)], caplog)
 
 
+@pytest.mark.parametrize(
+    ("compute", "name"),
+    [
+        (lambda x: x.zero_(), "zero_"),
+        (lambda x: torch.zeros(3), "zeros"),
+        (lambda x: torch.zeros_like(x), "zeros_like"),
+        (lambda x: x[32:].copy_(x[:32]), "copy_"),
+        (lambda x: x.cumsum(0), "cumsum"),
+    ],
+)
+def test_what_else_is_computed_is_refused(driver, caplog, compute, name):
+    """A repeat would leave it out."""
+    x, y = pair()
+    with recording() as tape:
+        Launcher(scale)[(2,)](x, y, 64, 1, 2.5, BLOCK=32)
+        compute(x)
+    assert f"besides the launches there is {name}" in unrepeatable(tape, [x, y], caplog)
+    assert launcher.repeat(tape, [x, y], frozenset({name})) is not None
+
+
+def test_memory_and_views_are_no_computation(driver):
+    x, y = pair()
+    with recording() as tape:
+        for made in (torch.empty(3), torch.empty_like(x), x.new_empty(5), x.new_zeros(0)):
+            made.view(-1)
+        x[1:].view(1, -1).transpose(0, 1).detach().unbind(0)
+        launcher.counter_for(x)
+        Launcher(scale)[(2,)](x, y, 64, 1, 2.5, BLOCK=32)
+    assert tape.operators == []
+    Repeat(tape, [x, y])
+
+
 def test_nothing_launched_is_refused(driver, caplog):
     with recording() as tape:
         pass

@@ -66,7 +66,7 @@ def simulate(problem: AttentionProblem, plan: ForwardPlan, programs: int, seed: 
     del arguments["num_warps"]
     for name, x in arguments.items():
         if name.endswith("_desc"):
-            arguments[name] = descriptor(name[0], *x.block_shape[2:])
+            arguments[name] = descriptor(name[0], x.block_shape)
         elif isinstance(x, torch.Tensor):
             arguments[name] = Array(x.reshape(-1).numpy() if x.dtype == torch.int32 else x)
         elif isinstance(x, int) and not isinstance(x, bool) and name.islower():
@@ -92,6 +92,7 @@ _NUMBERS = _Numbers()
 def check(problem: AttentionProblem, plan: ForwardPlan, machine: Machine) -> None:
     """All rows are stored once, and every consumer multiplied what its rows see."""
     check_stores(problem, machine)
+    pack = launch.pack_of(problem, plan)
     entries: dict[tuple[int, ...], list[list[int]]] = {}
     for task in machine.tasks:
         rows_of_keys = [k[3] for _, k in task.products]
@@ -107,10 +108,10 @@ def check(problem: AttentionProblem, plan: ForwardPlan, machine: Machine) -> Non
         k_start = sequence.k_rows[-1].start or 0
         start = sequence.q_rows[-1].start or 0
         batch = 0 if problem.is_varlen_q else sequence.number
-        for row in range(0, sequence.seqlen_q, 64):
-            needed = needed_blocks(problem, plan, sequence, row)
+        for row in range(0, sequence.seqlen_q, 64 // pack):
+            needed = needed_blocks(problem, plan, sequence, range(row, row + 64 // pack))
             want = [k_start + block * plan.block_n for block in reversed(needed)]
-            for head in range(problem.nheads):
+            for head in range(0, problem.nheads, pack):
                 found = entries.get((batch, head, start + row), [])
                 assert any(set(want) <= set(rows) for rows in found), (sequence, head, row, found)
                 if want:
@@ -118,12 +119,13 @@ def check(problem: AttentionProblem, plan: ForwardPlan, machine: Machine) -> Non
                     assert any(rows == sorted(rows, reverse=True) for rows in tight)
 
 
-def needed_blocks(problem: AttentionProblem, plan: ForwardPlan, sequence: Any, row: int) -> range:
-    """Blocks of keys that some of 64 rows sees."""
-    last = min(row + 64, sequence.seqlen_q)
+def needed_blocks(
+    problem: AttentionProblem, plan: ForwardPlan, sequence: Any, rows: range
+) -> range:
+    """Blocks of keys that some of ``rows`` sees."""
     seen = [
         visible_keys(r, sequence.seqlen_q, sequence.seqlen_k, problem.visibility)
-        for r in range(row, last)
+        for r in range(rows.start, min(rows.stop, sequence.seqlen_q))
     ]
     seen = [(first, end) for first, end in seen if first < end]
     if not seen:
@@ -139,10 +141,10 @@ def check_stores(problem: AttentionProblem, machine: Machine) -> None:
     rows = problem.q.shape[-3]
     batch = 1 if packed else problem.batch_size
     written = np.zeros((batch, problem.nheads, rows), dtype=int)
-    for (b, head, row, column), count in machine.stored:
+    for (b, head, row, column), heads, count in machine.stored:
         if column == 0:
             assert row + count <= rows or not packed
-            written[b, head, row : row + count] += 1
+            written[b, head : head + heads, row : row + count] += 1
     assert (written == 1).all(), np.argwhere(written != 1)[:3]
 
 
@@ -207,7 +209,9 @@ def test_schedules_of_dense_problems(plan: ForwardPlan) -> None:
         seqlens = [(300, 300), (700, 7), (100, 333), (333, 100), (65, 450)][seed]
         if mask.window_right is None and plan.skip:
             continue
-        problem = dense(seqlens, (2, 1), 64, visibility=mask)
+        problem = dense(seqlens, (2, 1), 64, visibility=mask, pack_gqa=False)
+        check(problem, plan, simulate(problem, plan, 1 + seed % 3, seed))
+        problem = dense(seqlens, (8, 2), 64, visibility=mask, pack_gqa=True)
         check(problem, plan, simulate(problem, plan, 1 + seed % 3, seed))
 
 
@@ -226,7 +230,9 @@ def test_schedules_of_packed_problems(block_d: int, mask: Visibility) -> None:
         problem = packed(sizes, (seed * 50 % 130, 3 - seed), block_d, visibility=mask)
         if problem.q.numel() and problem.k.numel():
             chosen = plans[seed % 3]
-            check(problem, chosen, simulate(problem, chosen, 1 + seed, seed))
+            for pack in (False, True):
+                problem = problem._replace(pack_gqa=pack)
+                check(problem, chosen, simulate(problem, chosen, 1 + seed, seed))
 
 
 def test_schedules_of_used_lengths() -> None:
@@ -259,11 +265,11 @@ def test_hostile_bounds_reach_nothing_outside(seed: int) -> None:
     layout = problem.layout._replace(
         cu_seqlens_q=bad(4), cu_seqlens_k=bad(4), seqused_q=bad(3), seqused_k=bad(3)
     )
-    problem = problem._replace(layout=layout)
+    problem = problem._replace(layout=layout, pack_gqa=bool(seed % 2))
     machine = simulate(problem, lengths_plan(64), 3, seed)
-    for (batch, head, row, _), rows in machine.stored:
+    for (batch, head, row, _), heads, rows in machine.stored:
         assert batch == 0
-        assert 0 <= head < 2
+        assert 0 <= head < head + heads <= 2
         assert 0 <= row <= row + rows <= problem.q.shape[0]
 
 

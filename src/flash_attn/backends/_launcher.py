@@ -24,12 +24,14 @@ import inspect
 import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton import knobs
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
@@ -75,11 +77,38 @@ class Launch(NamedTuple):
 
 
 class Tape:
-    """What happened inside :func:`recording`: the launches and the scratch tensors, in order."""
+    """What happened inside :func:`recording`, each in order.
+
+    Attributes:
+        launches: of kernels, through :class:`Launcher`.
+        scratch: tensors from :func:`scratch`.
+        counters: tensors from :func:`counter_for`.
+        operators: names of PyTorch's own operators that computed something: neither views nor
+            uninitialised memory. A :class:`Repeat` does not run them.
+    """
 
     def __init__(self) -> None:
         self.launches: list[Launch] = []
         self.scratch: list[Tensor] = []
+        self.counters: list[Tensor] = []
+        self.operators: list[str] = []
+
+
+class _Operators(TorchDispatchMode):
+    """Notes the operators that compute."""
+
+    def __init__(self, tape: Tape) -> None:
+        super().__init__()
+        self.tape = tape
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func._schema.name.split("::")[-1]
+        allocates = name.startswith(("empty", "new_empty"))
+        is_nothing = isinstance(result, Tensor) and result.numel() == 0
+        if not (func.is_view or allocates or is_nothing):
+            self.tape.operators.append(name)
+        return result
 
 
 class _Recording(threading.local):
@@ -91,10 +120,12 @@ _recording = _Recording()
 
 @contextmanager
 def recording() -> Iterator[Tape]:
-    """Note the launches that this thread makes through :class:`Launcher` inside the block."""
+    """Note the launches that this thread makes through :class:`Launcher` inside the block, and what
+    else it has the device do."""
     before, _recording.tape = _recording.tape, Tape()
     try:
-        yield _recording.tape
+        with _Operators(_recording.tape):
+            yield _recording.tape
     finally:
         _recording.tape = before
 
@@ -105,6 +136,70 @@ def scratch(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> T
     if _recording.tape is not None:
         _recording.tape.scratch.append(made)
     return made
+
+
+# (GPU, stream) -> its counter.
+_counters: dict[tuple[int, int], Tensor] = {}
+
+
+def counter_for(x: Tensor) -> Tensor:
+    """One int32 on the GPU of ``x``, the current one, that is 0 whenever a kernel of the current
+    stream starts; a :class:`Repeat` takes that of the stream it runs on.
+
+    Kernels set it back themselves, so the streams of a device need one each. A graph that is being
+    captured may be replayed on any stream: it gets one of its own, set to 0 by the graph.
+    """
+    index, tape = driver.active.get_current_device(), _recording.tape
+    operators = [] if tape is None else tape.operators.copy()
+    made = _counter(x.device, index, driver.active.get_current_stream(index))
+    if tape is not None:
+        tape.counters.append(made)
+        tape.operators = operators  # a Repeat sets its own to 0
+    return made
+
+
+def _counter(device: torch.device, index: int, stream: int) -> Tensor:
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return torch.zeros(1, dtype=torch.int32, device=device)
+    key = (index, stream)
+    made = _counters.get(key)
+    if made is None:
+        # Another thread may be making one, too: the first to be stored is used.
+        made = _counters.setdefault(key, _lasting_zero(device))
+    return made
+
+
+def _lasting_zero(device: torch.device) -> Tensor:
+    """One int32 that is 0 for the current stream and may be kept for good.
+
+    The current thread may be allocating from a pool that ends with a graph, as where torch.compile
+    warms its graphs up: another thread, on the default stream, is not.
+    """
+    if device.type != "cuda":
+        return torch.zeros(1, dtype=torch.int32, device=device)
+
+    def make() -> tuple[Tensor, torch.cuda.Event]:
+        with torch.cuda.stream(torch.cuda.default_stream(device)):
+            made = torch.zeros(1, dtype=torch.int32, device=device)
+            return made, torch.cuda.current_stream().record_event()
+
+    with ThreadPoolExecutor(1) as other_thread:
+        made, is_zero = other_thread.submit(make).result()
+    torch.cuda.current_stream(device).wait_event(is_zero)
+    return made
+
+
+def allocator(device: str) -> Callable[..., Tensor]:
+    """``(shape, stride, dtype)`` -> an uninitialised tensor on the current device of a type.
+
+    The functions that PyTorch's own compiled code allocates with cost half of the public one.
+    """
+    found = getattr(torch._C._dynamo.guards, f"_empty_strided_{device}", None)
+    if found is not None:
+        return found
+    return lambda shape, stride, dtype: torch.empty_strided(
+        shape, stride, dtype=dtype, device=device
+    )
 
 
 class Launcher:
@@ -300,23 +395,32 @@ class Repeat:
     """The launches of a tape, on other tensors.
 
     Args:
-        tape: launches of one stream.
+        tape: launches of one stream, and nothing else that is computed but ``ignored`` operators,
+            for which the caller cares.
         tensors: the tensors whose addresses the launches depend on, in the order in which
-            :meth:`__call__` gets addresses. An argument must be one of them or of the scratch
-            tensors.
+            :meth:`__call__` gets addresses. An argument must be one of them, of the scratch
+            tensors or of the counters.
 
     Raises:
         Unrepeatable: a launch took another tensor, or cannot be launched directly.
     """
 
-    def __init__(self, tape: Tape, tensors: Sequence[Tensor]) -> None:
+    def __init__(
+        self, tape: Tape, tensors: Sequence[Tensor], ignored: frozenset[str] = frozenset()
+    ) -> None:
         if not tape.launches:
             raise Unrepeatable("nothing was launched")
+        others = sorted(set(tape.operators) - ignored)
+        if others:
+            raise Unrepeatable(f"besides the launches there is {', '.join(others)}")
         if len({(launch.device, launch.stream) for launch in tape.launches}) > 1:
             raise Unrepeatable("the launches were on several streams")
-        known = [*tensors, *tape.scratch]
+        known = [*tensors, *tape.scratch, *tape.counters]
         self._steps = [_step(launch, known) for launch in tape.launches]
-        self._scratch = [(x.shape, x.stride(), x.dtype, x.device) for x in tape.scratch]
+        self._scratch = [
+            (allocator(x.device.type), (tuple(x.shape), x.stride(), x.dtype)) for x in tape.scratch
+        ]
+        self._counters = [x.device for x in tape.counters]
         active = driver.active
         self.device = tape.launches[0].device
         self._get_device, self._get_stream = active.get_current_device, active.get_current_stream
@@ -326,14 +430,15 @@ class Repeat:
         return self._get_device() == self.device
 
     def __call__(self, addresses: list[int]) -> None:
-        """Launch on the current stream; ``addresses`` is changed."""
+        """Launch on the current stream of the current GPU; ``addresses`` is changed."""
         stream = self._get_stream(self.device)
-        if self._scratch:
-            held = [
-                torch.empty_strided(shape, stride, dtype=dtype, device=device)
-                for shape, stride, dtype, device in self._scratch
-            ]
-            addresses += [x.data_ptr() for x in held]
+        held = []  # until the launches are made: then the memory is given on in the stream's order
+        for allocate, layout in self._scratch:
+            held.append(made := allocate(*layout))
+            addresses.append(made.data_ptr())
+        for device in self._counters:
+            held.append(made := _counter(device, self.device, stream))
+            addresses.append(made.data_ptr())
         for run, grid, template, places, maps in self._steps:
             arguments = template.copy()
             for position, index in places:
@@ -373,10 +478,12 @@ def _index(tensor: Tensor, known: Sequence[Tensor], launch: Launch) -> int:
     raise Unrepeatable(f"{launch.kernel.__name__} took a tensor made during the call")
 
 
-def repeat(tape: Tape, tensors: Sequence[Tensor]) -> Repeat | None:
+def repeat(
+    tape: Tape, tensors: Sequence[Tensor], ignored: frozenset[str] = frozenset()
+) -> Repeat | None:
     """A :class:`Repeat`, or None with the reason logged."""
     try:
-        return Repeat(tape, tensors)
+        return Repeat(tape, tensors, ignored)
     except Unrepeatable as reason:
         logger.info("launches stay on Triton's usual path: %s", reason)
         return None

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
+from ..errors import KernelCompilationError
 from . import registry, repeated
 from .outputs import empty_out, lse_without_keys, new_s_dmask, softmax_d_shape
 from .problem import AttentionProblem, AttentionResult, BackwardInputs
 from .rng import placeholder_state, unused_state
 from .validate import check_backward, check_gradient, check_out, check_problem
+
+_R = TypeVar("_R")
 
 
 def _has_no_pairs(problem: AttentionProblem) -> bool:
@@ -33,10 +39,31 @@ def attend(problem: AttentionProblem, out: Tensor | None = None) -> AttentionRes
         check_out(out, problem)
     if _has_no_pairs(problem):
         return _empty_result(problem, out)
-    backend = registry.select(problem)
-    if call is not None:
-        return repeated.forward(call, problem, backend)
-    return backend.forward(problem, out)
+
+    def compute(backend: registry.Backend) -> AttentionResult:
+        if call is not None:
+            return repeated.forward(call, problem, backend)
+        return backend.forward(problem, out)
+
+    return _computed(problem, False, compute)
+
+
+def _computed(
+    problem: AttentionProblem, backward: bool, compute: Callable[[registry.Backend], _R]
+) -> _R:
+    """``compute`` by the backend for ``problem``.
+
+    Where it turns out that Triton does not compile a backend's kernels, that backend is given up
+    for the rest of the process, and the next one computes. One chosen by name has no next one: its
+    reason is raised.
+    """
+    while True:
+        backend = registry.select(problem, backward)
+        try:
+            return compute(backend)
+        except KernelCompilationError as error:
+            registry.give_up(backend.name, backward, error)
+            repeated.clear()
 
 
 def operator_outputs(problem: AttentionProblem) -> tuple[Tensor, ...]:
@@ -76,10 +103,13 @@ def attend_backward(problem: AttentionProblem, inputs: BackwardInputs) -> Tensor
             if grad is not None:
                 grad.zero_()
         return torch.zeros(softmax_d_shape(problem), device=problem.q.device)
-    backend = registry.select(problem, backward=True)
-    if call is not None:
-        return repeated.backward(call, problem, inputs, backend)
-    return backend.backward(problem, inputs)
+
+    def compute(backend: registry.Backend) -> Tensor:
+        if call is not None:
+            return repeated.backward(call, problem, inputs, backend)
+        return backend.backward(problem, inputs)
+
+    return _computed(problem, True, compute)
 
 
 def _sink_gradient(problem: AttentionProblem, inputs: BackwardInputs) -> Tensor:

@@ -7,7 +7,7 @@ on timing, so every process and every rank runs the same kernels.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -62,7 +62,7 @@ class TilePlan:
 
 
 _overrides: dict[str, TilePlan] = {}
-_reported: set[PlanKey] = set()
+_reported: set[Hashable] = set()
 
 
 @contextmanager
@@ -87,8 +87,8 @@ def overridden(key: PlanKey) -> TilePlan | None:
     return _overrides.get(key.kernel) if _overrides else None
 
 
-def report(key: PlanKey, plan: TilePlan) -> None:
-    """With FLASH_ATTN_PRINT_PLAN=1, log each new plan once."""
+def report(key: Hashable, plan: object) -> None:
+    """With FLASH_ATTN_PRINT_PLAN=1, log each new plan once; ``key`` is what it was made for."""
     if settings.PRINT_PLAN and key not in _reported:
         _reported.add(key)
         logger.warning("plan %s -> %s", key, plan)

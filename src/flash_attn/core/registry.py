@@ -21,14 +21,24 @@ import torch
 from torch import Tensor
 
 from .. import settings
-from ..errors import BackendUnavailableError, ConstraintError, UnsupportedProblemError
+from ..errors import (
+    BackendUnavailableError,
+    ConstraintError,
+    KernelCompilationError,
+    UnsupportedProblemError,
+)
+from .device import arch_of
 from .problem import AttentionProblem, AttentionResult, BackwardInputs
 
 logger = logging.getLogger("flash_attn")
 
 
 class Backend(Protocol):
-    """What computes attention problems."""
+    """What computes attention problems.
+
+    A backend may also have ``better_elsewhere(problem) -> list[str]``: why the automatic choice
+    leaves to the next one what this one could compute; empty if it does not.
+    """
 
     name: str
 
@@ -78,13 +88,15 @@ _LOCATIONS = {
     "cpu": "flash_attn.backends.cpu",
     "reference": "flash_attn.backends.reference",
 }
-# The families of our own kernels, best first: what "auto" and USE_FLAGGEMS=TRUE choose from. "sm90"
-# is chosen by name alone.
+# The families of our own kernels, best first: what "auto" and USE_FLAGGEMS=TRUE choose from.
 _OWN = ("triton", "cpu")
+_OWN_ON_HOPPER = ("sm90", *_OWN)
 AUTO = "auto"
 
 _loaded: dict[str, Backend] = {}
 _failures: dict[str, str] = {}
+# (name, whether for backward passes) -> why its kernels are not used again in this process.
+_given_up: dict[tuple[str, bool], str] = {}
 _process_choice = AUTO
 _context_choice: list[str] = []
 _warned_fallback = False
@@ -109,6 +121,7 @@ def load(name: str) -> Backend:
         _failures[name] = f"cannot be loaded ({type(error).__name__}: {error})"
         raise BackendUnavailableError(f"backend {name!r} {_failures[name]}") from error
     _loaded[name] = backend
+    _failures.pop(name, None)
     return backend
 
 
@@ -125,8 +138,8 @@ def set_backend(name: str) -> None:
     """Choose the backend of every later call in this process.
 
     Args:
-        name: "auto" (the default: our own kernels, by device, unless the environment says
-            otherwise), "triton", "sm90", "cuda", "flag_gems", "cpu" or "reference". A named
+        name: "auto" (the default: our own kernels, by device and problem, unless the environment
+            says otherwise), "triton", "sm90", "cuda", "flag_gems", "cpu" or "reference". A named
             backend is used or an error says why it cannot be: there is no fallback from it.
 
     Raises:
@@ -163,12 +176,42 @@ def is_loaded(backend: Backend) -> bool:
     return _loaded.get(backend.name) is backend
 
 
+def own_families(device: torch.device) -> tuple[str, ...]:
+    """The backends that the automatic choice considers for tensors on ``device``, best first."""
+    if device.type == "cuda" and arch_of(device.index) == "sm90":
+        return _OWN_ON_HOPPER
+    return _OWN
+
+
 def _reasons(name: str, problem: AttentionProblem, backward: bool) -> list[str]:
+    known = _given_up.get((name, backward)) or _failures.get(name)
+    if known:
+        return [known]
     try:
         backend = load(name)
     except BackendUnavailableError:
+        # Said once: from now on the failure is known. On CPUs nothing is lost.
+        level = logging.WARNING if problem.q.is_cuda else logging.DEBUG
+        logger.log(level, "backend %s is left out in this process: it %s", name, _failures[name])
         return [_failures[name]]
     return backend.unsupported(problem, backward)
+
+
+def _reasons_to_pass_over(name: str, problem: AttentionProblem, backward: bool) -> list[str]:
+    """Why the automatic choice goes on to the next backend."""
+    reasons = _reasons(name, problem, backward)
+    better_elsewhere = getattr(_loaded.get(name), "better_elsewhere", None)
+    if reasons or better_elsewhere is None:
+        return reasons
+    preferences: list[str] = better_elsewhere(problem)
+    return preferences
+
+
+def explain(problem: AttentionProblem, backward: bool = False) -> dict[str, list[str]]:
+    """What the automatic choice among our own kernels considers for ``problem``, in its order: the
+    names of backends, each with its reasons to be passed over. The first without any is chosen."""
+    families = own_families(problem.q.device)
+    return {name: _reasons_to_pass_over(name, problem, backward) for name in families}
 
 
 def _refuse(problem: AttentionProblem, names: list[str], backward: bool) -> UnsupportedProblemError:
@@ -198,12 +241,34 @@ def select(problem: AttentionProblem, backward: bool = False) -> Backend:
         if not reasons:
             return _loaded["cuda"]
         _warn_fallback(reasons)
-    for name in _OWN:
-        if not _reasons(name, problem, backward):
+    families = own_families(problem.q.device)
+    for name in families:
+        if not _reasons_to_pass_over(name, problem, backward):
             if logger.isEnabledFor(logging.DEBUG):
-                logger.debug("backend %s for %s", name, problem.describe())
+                _log_choice(name, problem, backward)
             return _loaded[name]
-    raise _refuse(problem, list(_OWN), backward)
+    raise _refuse(problem, list(families), backward)
+
+
+def _log_choice(name: str, problem: AttentionProblem, backward: bool) -> None:
+    """At level DEBUG: which backend serves, and why those before it do not."""
+    which = "the backward pass of" if backward else "the forward pass of"
+    passed_over = [
+        f"; not {other}: {'; '.join(reasons)}"
+        for other, reasons in explain(problem, backward).items()
+        if reasons and other != "cpu"
+    ]
+    logger.debug("backend %s for %s %s%s", name, which, problem.describe(), "".join(passed_over))
+
+
+def give_up(name: str, backward: bool, error: KernelCompilationError) -> None:
+    """Leave out a backend from now on, in forward or in backward passes."""
+    key, passes = (name, backward), "backward" if backward else "forward"
+    if key not in _given_up:
+        logger.warning("backend %s is left out of %s passes in this process: it %s", name, passes,
+                       error)  # fmt: skip
+        logger.debug("why backend %s is left out", name, exc_info=error)
+    _given_up[key] = str(error)
 
 
 def _warn_fallback(reasons: list[str]) -> None:

@@ -30,6 +30,12 @@ every consumer that is about to use such a block (all write the same), and a til
 its 64 rows do is stored by pointers. The producer finds the tile and tells the consumers its
 numbers. Keys in front of the first row's window are dealt with like those behind a sequence.
 
+With PACK a tile holds fewer positions, but each for all PACK query heads that share keys and
+values: first all positions of one head, then those of the next. PACK divides a consumer's 64 rows,
+so each consumer has all heads for positions of its own, and to TMA they are a block of
+(PACK, 64 / PACK) rows of neighbouring heads. Apart from masks, addresses and what is said of a
+head, nobody notices.
+
 SCHEDULER says how programs find tiles: ONE_TILE (a program computes the tile of its number),
 ROUND_ROBIN (programs stay and take every n-th tile), DYNAMIC (the producer takes the next tile from
 a counter in global memory while the consumers still compute, and tells them through a mailbox;
@@ -165,7 +171,8 @@ class Shared:
 
 @gluon.jit
 def load_rows(desc, batch, head, row, ring, use, lane):
-    """Ask for the rows from ``row`` on of one head; the slot's full barrier completes with them."""
+    """Ask for the rows from ``row`` on, of a head or of as many as a block has; the slot's full
+    barrier completes with them."""
     BYTES: gl.constexpr = bytes_of(desc.block_type)
     slot = ring.index(use, lane)
     mbarrier.expect(ring.full.index(slot), BYTES)
@@ -177,6 +184,8 @@ def load_rows(desc, batch, head, row, ring, use, lane):
 class Config:
     """What is known when the kernel is compiled; see attention_forward_sm90."""
 
+    PACK: gl.constexpr
+    POSITIONS: gl.constexpr
     BLOCK_M: gl.constexpr
     BLOCK_N: gl.constexpr
     BLOCK_D: gl.constexpr
@@ -192,16 +201,19 @@ class Config:
     HAS_CHUNK: gl.constexpr
     HAS_SOFTCAP: gl.constexpr
     HAS_SINKS: gl.constexpr
+    HAS_ALIBI: gl.constexpr
     LENGTHS: gl.constexpr
     SLIM: gl.constexpr
     LATE: gl.constexpr
     TRACE: gl.constexpr
 
     @gluon.constexpr_function
-    def __init__(self, BLOCK_N, BLOCK_D, BLOCK_DV, CONSUMERS, SCHEDULER, OUT_COLUMNS, EARLY,
+    def __init__(self, PACK, BLOCK_N, BLOCK_D, BLOCK_DV, CONSUMERS, SCHEDULER, OUT_COLUMNS, EARLY,
                  PING_PONG, SKIP, HAS_LEFT, HAS_RIGHT, HAS_CHUNK, HAS_SOFTCAP, HAS_SINKS,
-                 LENGTHS, SLIM, LATE, TRACE):  # fmt: skip
-        self.BLOCK_M = gl.constexpr(64 * CONSUMERS)
+                 HAS_ALIBI, LENGTHS, SLIM, LATE, TRACE):  # fmt: skip
+        self.PACK = gl.constexpr(PACK)
+        self.POSITIONS = gl.constexpr(64 // PACK)
+        self.BLOCK_M = gl.constexpr(64 // PACK * CONSUMERS)
         self.BLOCK_N = gl.constexpr(BLOCK_N)
         self.BLOCK_D = gl.constexpr(BLOCK_D)
         self.BLOCK_DV = gl.constexpr(BLOCK_DV)
@@ -218,6 +230,7 @@ class Config:
         self.HAS_CHUNK = gl.constexpr(HAS_CHUNK)
         self.HAS_SOFTCAP = gl.constexpr(HAS_SOFTCAP)
         self.HAS_SINKS = gl.constexpr(HAS_SINKS)
+        self.HAS_ALIBI = gl.constexpr(HAS_ALIBI)
         self.LENGTHS = gl.constexpr(LENGTHS)
         self.SLIM = gl.constexpr(SLIM)
         self.LATE = gl.constexpr(LATE)
@@ -251,7 +264,8 @@ class Sequences:
 class Work:
     """What is known when the kernel is launched, and the configuration.
 
-    ``seqlen_q`` and ``seqlen_k`` are what the tensors hold, totals with PACKED.
+    ``nheads`` counts the heads of tiles: PACK query heads each. ``seqlen_q`` and ``seqlen_k`` are
+    what the tensors hold, totals with PACKED.
     """
 
     scale_log2: gl.tensor
@@ -270,13 +284,15 @@ class Work:
     in_sections: gl.tensor
     tiles: gl.tensor
     trace: gl.tensor
+    slopes: gl.tensor
+    step_slope: gl.tensor
     places: Sequences
     config: Config
 
     @gluon.constexpr_function
     def __init__(self, scale_log2, cap_scale, empty_lse, nheads, group, seqlen_q, seqlen_k,
                  window_left, window_right, chunk, row_tiles, sequences, section, in_sections,
-                 tiles, trace, places, config):  # fmt: skip
+                 tiles, trace, slopes, step_slope, places, config):  # fmt: skip
         self.scale_log2 = scale_log2
         self.cap_scale = cap_scale
         self.empty_lse = empty_lse
@@ -293,19 +309,22 @@ class Work:
         self.in_sections = in_sections
         self.tiles = tiles
         self.trace = trace
+        self.slopes = slopes
+        self.step_slope = step_slope
         self.places = places
         self.config = config
 
 
 @aggregate
 class Span:
-    """Rows of one head of a sequence: where they are and how many there are.
+    """Rows of a tile's head in a sequence: where they are and how many there are.
 
-    Queries are rows [q_start, q_start + rows) of the batch's entry, of which the first rows_q take
-    part (the others are as rows without keys), and keys rows [k_start, k_start + rows_k).
+    Queries are rows [q_start, q_start + rows) of the tensors' entry, of which the first rows_q take
+    part (the others are as rows without keys), and keys rows [k_start, k_start + rows_k). The entry
+    is that of the sequence, with PACKED the only one.
     """
 
-    batch: gl.tensor
+    sequence: gl.tensor
     head: gl.tensor
     q_start: gl.tensor
     rows: gl.tensor
@@ -314,8 +333,8 @@ class Span:
     rows_k: gl.tensor
 
     @gluon.constexpr_function
-    def __init__(self, batch, head, q_start, rows, rows_q, k_start, rows_k):
-        self.batch = batch
+    def __init__(self, sequence, head, q_start, rows, rows_q, k_start, rows_k):
+        self.sequence = sequence
         self.head = head
         self.q_start = q_start
         self.rows = rows
@@ -326,8 +345,8 @@ class Span:
 
 @aggregate
 class Tile:
-    """BLOCK_M queries from ``first_row`` on, and the blocks [first_block, first_block + blocks) of
-    keys that they see.
+    """BLOCK_M positions of queries from ``first_row`` on, and the blocks
+    [first_block, first_block + blocks) of keys that they see.
 
     There is always at least one block, with ``is_empty`` if no row sees any of its keys.
     """
@@ -345,6 +364,32 @@ class Tile:
         self.first_block = first_block
         self.blocks = blocks
         self.is_empty = is_empty
+
+
+@gluon.jit
+def entry_of(work, span):
+    """Where the tensors have the span's sequence."""
+    entry = span.sequence
+    if work.config.LENGTHS == PACKED:
+        entry = gl.to_tensor(0)
+    return entry
+
+
+@gluon.jit
+def row_of(work, first_row, i):
+    """Where row ``i`` of a consumer is in its sequence, when its first one is at ``first_row``."""
+    if work.config.PACK > 1:
+        i = i & (work.config.POSITIONS - 1)
+    return first_row + i
+
+
+@gluon.jit
+def head_of(work, span, i):
+    """The query head of row ``i`` of a consumer."""
+    head = span.head
+    if work.config.PACK > 1:
+        head = head * work.config.PACK + i // work.config.POSITIONS
+    return head
 
 
 @gluon.jit
@@ -486,7 +531,7 @@ def packed_span(work, head, slot):
     rows_k = gl.where((sequence < 0) | (sequence >= places.batch), 0, rows_k)
     # Bounds that do not grow may put a slot before its segment: nobody computes it.
     rows = gl.where(row_tile < 0, 0, rows)
-    span = Span(gl.to_tensor(0), head, start, rows, rows_q, k_start, rows_k)
+    span = Span(index, head, start, rows, rows_q, k_start, rows_k)
     return span, gl.maximum(row_tile, 0)
 
 
@@ -495,8 +540,8 @@ def blocks_to_skip(work, tile, LANE: gl.constexpr):
     """How many of the tile's last blocks no row of consumer LANE sees; at least one remains."""
     skipped = gl.to_tensor(0)
     if work.config.MOST_SKIPPED > 0:
-        first_row = tile.first_row + LANE * ROWS
-        end = key_end(work, tile.span, first_row + ROWS - 1)
+        first_row = tile.first_row + LANE * work.config.POSITIONS
+        end = key_end(work, tile.span, first_row + work.config.POSITIONS - 1)
         end = gl.where(first_row < tile.span.rows_q, end, 0)
         end_block = (end + work.config.BLOCK_N - 1) // work.config.BLOCK_N
         unseen = tile.first_block + tile.blocks - end_block
@@ -521,6 +566,7 @@ def producer(work, shared, q_desc, k_desc, v_desc, counter):
             tile = tile_at(work, index)
         span = tile.span
         key_head = span.head // work.group
+        entry = entry_of(work, span)
         next_index = work.tiles
         next_tile = tile
         for i in range(tile.blocks):
@@ -528,15 +574,15 @@ def producer(work, shared, q_desc, k_desc, v_desc, counter):
             # Nobody sees an empty tile's keys: those past the end are zeros, whatever the others.
             row = gl.where(tile.is_empty, work.seqlen_k, row)
             shared.k.wait_empty(block_use, 0)
-            load_rows(k_desc, span.batch, key_head, row, shared.k, block_use, 0)
+            load_rows(k_desc, entry, key_head, row, shared.k, block_use, 0)
             if i == 0:
                 for lane in gl.static_range(config.CONSUMERS):
                     shared.q.wait_empty(tile_use, lane)
-                    load_rows(q_desc, span.batch, span.head,
-                              span.q_start + tile.first_row + lane * ROWS,
+                    load_rows(q_desc, entry, span.head * config.PACK,
+                              span.q_start + tile.first_row + lane * config.POSITIONS,
                               shared.q, tile_use, lane)  # fmt: skip
             shared.v.wait_empty(block_use, 0)
-            load_rows(v_desc, span.batch, key_head, row, shared.v, block_use, 0)
+            load_rows(v_desc, entry, key_head, row, shared.v, block_use, 0)
             block_use += 1
             if config.SCHEDULER == DYNAMIC and not config.SLIM:
                 # The first loads are on their way: time to fetch the next tile. Later, and it is
@@ -621,7 +667,7 @@ def announce_tile(index, tile, mailbox, use):
     slot = mailbox.index(use, 0)
     first = slot * RECORD
     put(mailbox, first, index)
-    put(mailbox, first + 1, tile.span.batch)
+    put(mailbox, first + 1, tile.span.sequence)
     put(mailbox, first + 2, tile.span.head)
     put(mailbox, first + 3, tile.span.q_start)
     put(mailbox, first + 4, tile.span.rows)
@@ -684,31 +730,84 @@ def here(x):
                                      is_pure=False, pack=1)  # fmt: skip
 
 
+@gluon.constexpr_function
+def part_layouts(parts):
+    """Of the numbers of columns a and c, of threads t, and of rows, in ``apart``'s layout."""
+    s = gl.SliceLayout
+    return (s(0, s(2, s(3, parts))), s(0, s(1, s(2, parts))), s(0, s(1, s(3, parts))),
+            s(1, s(2, s(3, parts))))  # fmt: skip
+
+
 @gluon.jit
-def mask_scores(work, span, s, first_row, first_key):
-    """-inf where a row does not see a key.
+def apart(work, s, first_key):
+    """(scores, their columns, the number of the first key that a thread has less first_key's).
 
     The registers of a thread hold columns 8a + 2t + c with t the thread's place among four. Taken
-    apart like that, the comparison is with a constant for each register and one or two numbers for
-    each row, so no register holds column numbers.
+    apart like that, what depends on a column is a constant for each register and one or two numbers
+    for each row, so no register holds column numbers.
     """
-    SCORES: gl.constexpr = s.type.layout
     BLOCK_N: gl.constexpr = work.config.BLOCK_N
     parts = s.reshape([ROWS, BLOCK_N // 8, 4, 2])
-    PARTS: gl.constexpr = parts.type.layout
-    A: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, PARTS)))
-    T: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, PARTS)))
-    C: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, PARTS)))
-    R: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, PARTS)))
-    column = gl.arange(0, BLOCK_N // 8, layout=A)[None, :, None, None] * 8
-    column = column + gl.arange(0, 2, layout=C)[None, None, None, :]
-    origin = gl.arange(0, 4, layout=T)[None, None, :, None] * 2 + here(first_key)
-    row = first_row + gl.arange(0, ROWS, layout=R)[:, None, None, None]
+    LAYOUTS: gl.constexpr = part_layouts(parts.type.layout)
+    column = gl.arange(0, BLOCK_N // 8, layout=LAYOUTS[0])[None, :, None, None] * 8
+    column = column + gl.arange(0, 2, layout=LAYOUTS[1])[None, None, None, :]
+    origin = gl.arange(0, 4, layout=LAYOUTS[2])[None, None, :, None] * 2 + here(first_key)
+    return parts, column, origin
+
+
+@gluon.jit
+def together(work, parts, s):
+    """Scores that ``apart`` took apart, as ``s`` were."""
+    SCORES: gl.constexpr = s.type.layout
+    return gl.convert_layout(parts.reshape([ROWS, work.config.BLOCK_N]), SCORES,
+                             assert_trivial=True)  # fmt: skip
+
+
+@gluon.jit
+def part_rows(work, first_row, parts):
+    """The rows of scores taken apart."""
+    LAYOUTS: gl.constexpr = part_layouts(parts.type.layout)
+    return row_of(work, first_row, gl.arange(0, ROWS, layout=LAYOUTS[3]))[:, None, None, None]
+
+
+@gluon.jit
+def mask_scores(work, span, s, first_row, first_key):
+    """-inf where a row does not see a key."""
+    parts, column, origin = apart(work, s, first_key)
+    row = part_rows(work, first_row, parts)
     seen = column < key_end(work, span, row) - origin
     if work.config.HAS_LEFT:
         seen = seen & (column >= first_key_of(work, span, row) - origin)
-    parts = gl.where(seen, parts, float("-inf"))
-    return gl.convert_layout(parts.reshape([ROWS, BLOCK_N]), SCORES, assert_trivial=True)
+    return together(work, gl.where(seen, parts, float("-inf")), s)
+
+
+@gluon.jit
+def biased(work, span, s, first_row, first_key, slope):
+    """``s`` less ``slope`` times the distance between a row's position and a key, with HAS_ALIBI.
+
+    Distances are exact in float32 up to 2^24.
+    """
+    if work.config.HAS_ALIBI:
+        parts, column, origin = apart(work, s, first_key)
+        LAYOUTS: gl.constexpr = part_layouts(parts.type.layout)
+        position = part_rows(work, first_row, parts) + (span.rows_k - span.rows_q)
+        distance = gl.abs((position - origin).to(gl.float32) - column.to(gl.float32))
+        slope = gl.convert_layout(slope, LAYOUTS[3], assert_trivial=True)
+        parts = parts - slope[:, None, None, None] * distance
+        s = together(work, parts, s)
+    return s
+
+
+@gluon.jit
+def slopes_of(work, span, ROW_LAYOUT: gl.constexpr):
+    """The consumer's rows' slopes in units of the unscaled scores, with HAS_ALIBI."""
+    i = gl.arange(0, ROWS, ROW_LAYOUT)
+    slope = gl.full([ROWS], 0.0, gl.float32, ROW_LAYOUT)
+    if work.config.HAS_ALIBI:
+        head = head_of(work, span, i) + i * 0
+        at = work.slopes + span.sequence.to(gl.int64) * work.step_slope
+        slope = gl.load(at + head) * (LOG2E / work.scale_log2)
+    return slope
 
 
 @gluon.jit
@@ -717,7 +816,9 @@ def mask_if_needed(work, span, s, first_row, first_key):
     every row sees every key."""
     outside = first_key + work.config.BLOCK_N > key_end(work, span, first_row)
     if work.config.HAS_LEFT:
-        outside = outside | (first_key < first_key_of(work, span, first_row + ROWS - 1))
+        outside = outside | (
+            first_key < first_key_of(work, span, first_row + work.config.POSITIONS - 1)
+        )
     if outside:
         s = mask_scores(work, span, s, first_row, first_key)
     return s
@@ -903,32 +1004,37 @@ def store_columns(work, target, span, row, column, values, buffer):
     tma.store_wait(0)  # the buffer's previous store has read it
     buffer.reshape(values.shape).store(values)
     fence_async_shared()
+    head = span.head * work.config.PACK
     if work.config.LENGTHS == PACKED:
         # TMA cannot end with the sequence: what lies behind it is another's.
-        if row + ROWS <= span.rows:
-            tma_store(target.desc, [0, span.head, span.q_start + row, column], buffer)
+        if row + work.config.POSITIONS <= span.rows:
+            tma_store(target.desc, [0, head, span.q_start + row, column], buffer)
         else:
-            store_part(target, span, row, column, buffer.reshape(values.shape))
+            store_part(work, target, span, row, column, buffer.reshape(values.shape))
     else:
-        tma_store(target.desc, [span.batch, span.head, row, column], buffer)
+        tma_store(target.desc, [span.sequence, head, row, column], buffer)
 
 
 @gluon.jit
-def store_part(target, span, row, column, buffer):
+def store_part(work, target, span, row, column, buffer):
     """Write those of the buffer's rows that are the span's."""
     BY_ROW: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
-    rows = row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, BY_ROW))
+    i = gl.arange(0, ROWS, layout=gl.SliceLayout(1, BY_ROW))
+    rows = row_of(work, row, i)
     columns = column + gl.arange(0, buffer.shape[1], layout=gl.SliceLayout(0, BY_ROW))
-    base = target.out + span.head.to(gl.int64) * target.step_head
     offsets = (span.q_start + rows).to(gl.int64) * target.step_row
-    pointers = base + gl.expand_dims(offsets, 1) + gl.expand_dims(columns, 0)
+    offsets = offsets + head_of(work, span, i).to(gl.int64) * target.step_head
+    pointers = target.out + gl.expand_dims(offsets, 1) + gl.expand_dims(columns, 0)
     inside = gl.expand_dims(rows < span.rows, 1) & gl.expand_dims(columns < target.columns, 0)
     gl.store(pointers, buffer.load(BY_ROW), mask=inside)
 
 
 @gluon.jit
-def finish_rows(work, span, row, m, total, sinks):
-    """(whether a row sees a key, what its weights are divided by, its log-sum-exp)."""
+def finish_rows(work, span, row, head, m, total, sinks):
+    """(whether a row sees a key, what its weights are divided by, its log-sum-exp).
+
+    ``head`` is its query head, one for all or one for each row.
+    """
     sees = total > 0.0
     if work.config.LENGTHS != SHAPES:
         sees = sees & (row < span.rows_q)
@@ -936,7 +1042,7 @@ def finish_rows(work, span, row, m, total, sinks):
     divisor = total
     empty = work.empty_lse
     if work.config.HAS_SINKS:
-        sink = gl.load(sinks + span.head).to(gl.float32)
+        sink = gl.load(sinks + head).to(gl.float32)
         # Of a sink above all scores the weights may vanish, never the sum overflow.
         top = gl.maximum(exponent, sink * LOG2E)
         down = gl.where(sees, gl.exp2(exponent - top), 1.0)
@@ -950,7 +1056,7 @@ def finish_rows(work, span, row, m, total, sinks):
 
 @gluon.jit
 def consumer(LANE: gl.constexpr, work, shared, target, lse, sinks):
-    """Compute rows [64 * LANE, 64 * LANE + 64) of every tile."""
+    """Compute POSITIONS positions of every tile, from the (LANE * POSITIONS)-th on."""
     config = work.config
     BLOCK_N: gl.constexpr = config.BLOCK_N
     BLOCK_DV: gl.constexpr = config.BLOCK_DV
@@ -1010,14 +1116,16 @@ def consumer(LANE: gl.constexpr, work, shared, target, lse, sinks):
                 take_turn("sync", LANE)
                 take_turn("arrive", (LANE + 1) % config.CONSUMERS)
         span = tile.span
-        first_row = tile.first_row + LANE * ROWS
+        first_row = tile.first_row + LANE * config.POSITIONS
         if not THROUGH_Q:
             if tile.blocks - skipped == 1:
                 shared.q.release(tile_use, LANE)
 
         # The first block.
         first_key = (tile.first_block + tile.blocks - 1 - skipped) * BLOCK_N
-        s = mask_if_needed(work, span, capped(work, s), first_row, first_key)
+        slope = slopes_of(work, span, SCORE_ROWS)
+        s = biased(work, span, capped(work, s), first_row, first_key, slope)
+        s = mask_if_needed(work, span, s, first_row, first_key)
         m = gl.max(s, 1)
         p, shift = weights_of(work, s, m, True)
         l = partial_sums(p, BLOCK_N)
@@ -1057,7 +1165,7 @@ def consumer(LANE: gl.constexpr, work, shared, target, lse, sinks):
             if not THROUGH_Q:
                 if i == tile.blocks - 1:
                     shared.q.release(tile_use, LANE)
-            s = capped(work, s)
+            s = biased(work, span, capped(work, s), first_row, first_key, slope)
             if MASKED:
                 s = mask_if_needed(work, span, s, first_row, first_key)
             m_new = gl.maximum(m, gl.max(s, 1))
@@ -1109,9 +1217,11 @@ def consumer(LANE: gl.constexpr, work, shared, target, lse, sinks):
 
         # Normalise and store.
         total = gl.convert_layout(gl.sum(l, 1), SCORE_ROWS)
-        row = first_row + gl.arange(0, ROWS, SCORE_ROWS)
-        sees, divisor, row_lse = finish_rows(work, span, row, m, total, sinks)
-        row_zero = (span.batch * work.nheads + span.head).to(gl.int64) * work.seqlen_q
+        i = gl.arange(0, ROWS, SCORE_ROWS)
+        row, head = row_of(work, first_row, i), head_of(work, span, i)
+        sees, divisor, row_lse = finish_rows(work, span, row, head, m, total, sinks)
+        row_zero = entry_of(work, span) * work.nheads * config.PACK + head
+        row_zero = row_zero.to(gl.int64) * work.seqlen_q
         gl.store(lse + row_zero + span.q_start + row, row_lse, mask=row < span.rows)
         factor = gl.convert_layout(gl.where(sees, 1.0 / divisor, 0.0), OUTPUT_ROWS)
         factor = gl.expand_dims(factor, 1)
@@ -1163,9 +1273,11 @@ def consumer(LANE: gl.constexpr, work, shared, target, lse, sinks):
 _NUMBERS = (
     "nheads", "group", "seqlen_q", "seqlen_k", "window_left", "window_right", "chunk", "row_tiles",
     "sequences", "section", "in_sections", "tiles", "batch", "step_row", "step_head", "columns",
+    "step_slope",
 )  # fmt: skip
 _POINTERS = (
     "lse", "counter", "trace", "sinks", "cu_seqlens_q", "cu_seqlens_k", "used_q", "used_k",
+    "slopes",
 )  # fmt: skip
 
 
@@ -1174,33 +1286,36 @@ def attention_forward_sm90(
     q_desc, k_desc, v_desc, out_desc, lse, counter, trace, sinks, scale_log2, cap_scale, empty_lse,
     nheads, group, seqlen_q, seqlen_k, window_left, window_right, chunk, row_tiles, sequences,
     section, in_sections, tiles, batch, cu_seqlens_q, cu_seqlens_k, used_q, used_k, out, step_row,
-    step_head, columns,
-    BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, CONSUMERS: gl.constexpr,
-    STAGES: gl.constexpr, Q_SLOTS: gl.constexpr, OUT_COLUMNS: gl.constexpr,
+    step_head, columns, slopes, step_slope,
+    PACK: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr,
+    CONSUMERS: gl.constexpr, STAGES: gl.constexpr, Q_SLOTS: gl.constexpr, OUT_COLUMNS: gl.constexpr,
     SCHEDULER: gl.constexpr, EARLY: gl.constexpr, PING_PONG: gl.constexpr, SKIP: gl.constexpr,
     REGISTERS: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
     HAS_CHUNK: gl.constexpr, HAS_SOFTCAP: gl.constexpr, HAS_SINKS: gl.constexpr,
-    LENGTHS: gl.constexpr, HAS_USED_Q: gl.constexpr, HAS_USED_K: gl.constexpr,
-    SLIM: gl.constexpr, LATE: gl.constexpr, TRACE: gl.constexpr,
+    HAS_ALIBI: gl.constexpr, LENGTHS: gl.constexpr, HAS_USED_Q: gl.constexpr,
+    HAS_USED_K: gl.constexpr, SLIM: gl.constexpr, LATE: gl.constexpr, TRACE: gl.constexpr,
 ):  # fmt: skip
     """See the module's docstring; launched with 4 warps, the producer's.
 
     Args:
         q_desc, k_desc, v_desc, out_desc: TMA descriptors of (batch, nheads, seqlen, headdim) with
-            blocks (1, 1, 64, BLOCK_D), (1, 1, BLOCK_N, BLOCK_D), (1, 1, BLOCK_N, BLOCK_DV) and
-            (1, 1, 64, OUT_COLUMNS or BLOCK_DV); columns past headdim are read as 0 and not
-            written. The batch is 1 with PACKED.
+            blocks (1, PACK, 64 / PACK, BLOCK_D), (1, 1, BLOCK_N, BLOCK_D),
+            (1, 1, BLOCK_N, BLOCK_DV) and (1, PACK, 64 / PACK, OUT_COLUMNS or BLOCK_DV); columns
+            past headdim are read as 0 and not written. The batch is 1 with PACKED.
         lse: (batch, nheads, seqlen_q) float32, packed (nheads, seqlen_q).
         counter: one int32, 0 before and after the launch; used with DYNAMIC alone.
-        sinks: (nheads,) with HAS_SINKS.
+        sinks: (query heads,) with HAS_SINKS.
+        slopes, step_slope: (query heads,) or (batch, query heads) float32 with HAS_ALIBI, and the
+            step from one sequence to the next in elements.
         scale_log2: softmax_scale * log2(e), positive; with HAS_SOFTCAP softcap * log2(e).
         cap_scale: softmax_scale / softcap with HAS_SOFTCAP.
         empty_lse: what lse says of a row that sees no key, without HAS_SINKS.
-        group: query heads for each head of keys.
+        nheads: query heads, divided by PACK: the heads of tiles.
+        group: heads of tiles for each head of keys.
         seqlen_q, seqlen_k: rows of the tensors, which are totals with PACKED.
         chunk: positions in a chunk with HAS_CHUNK, which needs HAS_LEFT and HAS_RIGHT.
-        row_tiles: tiles of 64 * CONSUMERS queries in a sequence; with PACKED
-            seqlen_q // (64 * CONSUMERS) + batch + 2, see packed_span.
+        row_tiles: tiles of M = 64 / PACK * CONSUMERS positions in a sequence; with PACKED
+            seqlen_q // M + batch + 2, see packed_span.
         sequences: batch * nheads, with PACKED nheads; ``section`` of them are worked on at a time,
             of the first ``in_sections`` (a multiple, or not below ``sequences``), and then the
             others at once.
@@ -1210,6 +1325,7 @@ def attention_forward_sm90(
         used_q, used_k: (batch,) int32 with HAS_USED_Q and HAS_USED_K.
         out, step_row, step_head, columns: with PACKED, the output's memory, steps in elements and
             head dim.
+        PACK: query heads of one head of keys in a tile: 1, or all of them, a power of 2 up to 64.
         OUT_COLUMNS: width of the buffer that results leave through; 0: through q's buffer.
         EARLY: start the next tile's first product before storing a tile.
         PING_PONG: consumers take turns in starting products.
@@ -1227,13 +1343,13 @@ def attention_forward_sm90(
     gl.static_assert(LENGTHS == SHAPES or (SCHEDULER == DYNAMIC and not SLIM))
     gl.static_assert(not HAS_CHUNK or (HAS_LEFT and HAS_RIGHT))
     gl.static_assert(not LATE or (SCHEDULER == DYNAMIC and not SLIM))
-    config = Config(BLOCK_N, BLOCK_D, BLOCK_DV, CONSUMERS, SCHEDULER, OUT_COLUMNS, EARLY, PING_PONG,
-                    SKIP, HAS_LEFT, HAS_RIGHT, HAS_CHUNK, HAS_SOFTCAP, HAS_SINKS, LENGTHS, SLIM,
-                    LATE, TRACE)  # fmt: skip
+    config = Config(PACK, BLOCK_N, BLOCK_D, BLOCK_DV, CONSUMERS, SCHEDULER, OUT_COLUMNS, EARLY,
+                    PING_PONG, SKIP, HAS_LEFT, HAS_RIGHT, HAS_CHUNK, HAS_SOFTCAP, HAS_SINKS,
+                    HAS_ALIBI, LENGTHS, SLIM, LATE, TRACE)  # fmt: skip
     places = Sequences(batch, cu_seqlens_q, cu_seqlens_k, used_q, used_k, HAS_USED_Q, HAS_USED_K)
     work = Work(scale_log2, cap_scale, empty_lse, nheads, group, seqlen_q, seqlen_k, window_left,
                 window_right, chunk, row_tiles, sequences, section, in_sections, tiles, trace,
-                places, config)  # fmt: skip
+                slopes, step_slope, places, config)  # fmt: skip
     target = Destination(out_desc, out, step_row, step_head, columns)
     q_ring = new_ring(buffers_for(q_desc, Q_SLOTS * CONSUMERS), Q_SLOTS, CONSUMERS, 1)
     k_ring = new_ring(buffers_for(k_desc, STAGES), STAGES, 1, CONSUMERS)

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
 
+import triton
 from torch import Tensor
+from triton import knobs
 
+from ...core import plan
 from ...core.device import arch_of
 from ...core.problem import AttentionProblem, AttentionResult, BackwardInputs, is_half
-from . import launch, launch_backward
-from .plans import MAX_HEADDIM
+from ...core.repeated import Solve
+from ...core.toolchain import explains_toolchain
+from .._launcher import KNOWN_VERSION, undisturbed
 
-# Up to here the portable kernels, which divide the keys among programs, keep more of a GPU busy.
+if not KNOWN_VERSION:
+    raise ImportError(f"is written for Triton 3.6 to 3.9, found {triton.__version__}")
+
+from . import launch, launch_backward, record
+from .plans import MAX_HEADDIM
+from .refusal import reports_refusal
+
+# At most half of the smallest tile. For so few queries of dense tensors the portable kernels have
+# smaller tiles, and divide the keys among programs, which keeps more of a GPU busy.
 _FEW_QUERIES = 64
+_INTERPRETED = bool(knobs.runtime.interpret)
 
 
 class Sm90Backend:
@@ -21,25 +35,70 @@ class Sm90Backend:
     name = "sm90"
 
     def unsupported(self, problem: AttentionProblem, backward: bool) -> list[str]:
-        q = problem.q
-        if not q.is_cuda:
-            return [f"needs tensors on a GPU of compute capability 9.0, `q` is on {q.device}"]
-        if arch_of(q.device.index) != "sm90":
-            return [f"needs a GPU of compute capability 9.0, this one is {arch_of(q.device.index)}"]
+        reasons = _place_reasons(problem.q)
+        if reasons:
+            return reasons
+        if plan.is_overridden():
+            return ["has no use for the overridden plans, which are the portable kernels'"]
         if backward:
             return _gradients_of(problem).unsupported_backward(problem)
         return [*_tensor_reasons(problem), *_feature_reasons(problem)]
 
+    def better_elsewhere(self, problem: AttentionProblem) -> list[str]:
+        """Why the automatic choice leaves a problem to the portable kernels, both passes of it."""
+        if problem.is_varlen_q:
+            # Bounds and neighbours do not change a sequence's bits, so they choose no backend.
+            return []
+        queries = problem.q.shape[1]
+        if queries > _FEW_QUERIES:
+            return []
+        return [
+            f"leaves up to {_FEW_QUERIES} dense queries, here {queries}, to kernels with smaller "
+            "tiles that divide the keys"
+        ]
+
+    @explains_toolchain
+    @reports_refusal
     def forward(self, problem: AttentionProblem, out: Tensor | None = None) -> AttentionResult:
         return launch.forward(problem, out)
 
+    @explains_toolchain
+    @reports_refusal
     def backward(self, problem: AttentionProblem, inputs: BackwardInputs) -> Tensor:
         return _gradients_of(problem).backward(problem, inputs)
+
+    # See flash_attn.core.repeated for these.
+    repeats_now = staticmethod(undisturbed)
+
+    @explains_toolchain
+    @reports_refusal
+    def record_forward(
+        self, problem: AttentionProblem, tensors: Sequence[Tensor]
+    ) -> tuple[AttentionResult, Solve | None]:
+        return record.forward(problem, tensors)
+
+    @explains_toolchain
+    @reports_refusal
+    def record_backward(
+        self, problem: AttentionProblem, inputs: BackwardInputs, tensors: Sequence[Tensor]
+    ) -> tuple[Tensor, Solve | None]:
+        return record.backward(problem, inputs, tensors, _gradients_of(problem).backward)
 
 
 def _gradients_of(problem: AttentionProblem) -> ModuleType:
     """What computes the gradients, by head dim; for now there is one."""
     return launch_backward
+
+
+def _place_reasons(q: Tensor) -> list[str]:
+    """Why no problem at all is served here and now."""
+    if not q.is_cuda:
+        return [f"needs tensors on a GPU of compute capability 9.0, `q` is on {q.device}"]
+    if arch_of(q.device.index) != "sm90":
+        return [f"needs a GPU of compute capability 9.0, this one is {arch_of(q.device.index)}"]
+    if _INTERPRETED:
+        return ["is not run by Triton's interpreter"]
+    return []
 
 
 def _tensor_reasons(problem: AttentionProblem) -> list[str]:
@@ -68,7 +127,6 @@ def _feature_reasons(problem: AttentionProblem) -> list[str]:
         "leftpad_k": layout.leftpad_k is not None,
         "pages": layout.page_table is not None,
         "cache_batch_idx": layout.cache_batch_idx is not None,
-        "ALiBi": transform.alibi_slopes is not None,
         "dropout": problem.dropout_p > 0.0,
         "num_splits > 1": problem.num_splits > 1,
         "attn_mask": transform.attn_mask is not None,
@@ -79,8 +137,6 @@ def _feature_reasons(problem: AttentionProblem) -> list[str]:
     reasons += launch.register_reasons(problem)
     if not transform.softmax_scale > 0.0:
         reasons.append(f"needs softmax_scale > 0, found {transform.softmax_scale}")
-    if not problem.is_varlen_q and problem.num_splits == 0 and problem.q.shape[1] <= _FEW_QUERIES:
-        reasons.append(f"leaves up to {_FEW_QUERIES} queries to kernels that divide the keys")
     return reasons
 
 

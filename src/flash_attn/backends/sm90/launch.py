@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 import triton
 from torch import Tensor
 from triton.experimental.gluon import language as gl
@@ -14,9 +13,12 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from ...core import rng
 from ...core.device import guard, multiprocessors_of
 from ...core.outputs import empty_lse, empty_out, new_s_dmask
+from ...core.plan import report
 from ...core.problem import AttentionProblem, AttentionResult
-from ...kernels.sm90_forward import attention_forward_sm90
+from ...kernels import sm90_forward
+from .._launcher import Launcher, counter_for
 from .plans import (
+    DYNAMIC,
     MAX_HEADDIM,
     ONE_TILE,
     ROWS,
@@ -26,6 +28,7 @@ from .plans import (
     heads_at_a_time,
     heads_in_sections,
     lengths_plan,
+    packed_heads,
     padded_headdim,
     with_own_buffer,
 )
@@ -35,7 +38,9 @@ _NO_WINDOW = 2**29
 # Where the sequences' lengths come from, as in kernels.sm90_forward.
 SHAPES, USED, PACKED = range(3)
 _TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
-_counters: dict[tuple[int, int], Tensor] = {}
+_LAYOUT = gl.NVMMASharedLayout(128, 16, 4)
+
+attention_forward_sm90 = Launcher(sm90_forward.attention_forward_sm90)
 
 
 def is_describable(x: Tensor) -> bool:
@@ -45,36 +50,23 @@ def is_describable(x: Tensor) -> bool:
     return aligned and x.stride(-1) == 1 and x.data_ptr() % 16 == 0
 
 
-def describe(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """The descriptor of (batch, seqlen, nheads, headdim) by blocks of (rows, columns) of a head."""
-    if x.dim() == 3:  # packed: one long sequence
-        x = x[None]
-    batch, seqlen, nheads, headdim = x.shape
+def describe(x: Tensor, rows: int, columns: int, heads: int = 1) -> TensorDescriptor:
+    """The descriptor of (batch, seqlen, nheads, headdim) by blocks of (heads, rows, columns)."""
+    # Packed: one long sequence.
+    one = (1,) * (4 - x.dim())
+    batch, seqlen, nheads, headdim = shape = (*one, *x.shape)
     # A dimension of extent 1 is never stepped over, but its step has to be a valid one.
     step_b, step_s, step_h = (
-        step if size > 1 else 8 for step, size in zip(x.stride()[:3], x.shape[:3], strict=True)
+        step if size > 1 else 8
+        for step, size in zip((*one, *x.stride())[:3], shape[:3], strict=True)
     )
     return TensorDescriptor(
         x,
         [batch, nheads, seqlen, headdim],
         [step_b, step_h, step_s, 1],
-        [1, 1, rows, columns],
-        gl.NVMMASharedLayout(128, 16, 4),
+        [1, heads, rows, columns],
+        _LAYOUT,
     )
-
-
-def counter_for(x: Tensor) -> Tensor:
-    """One int32 that is 0 whenever a kernel of the current stream starts.
-
-    Kernels set it back themselves, so the streams of a device need one each. A graph that is being
-    captured may be replayed on any stream: it gets one of its own, set to 0 by the graph.
-    """
-    if torch.cuda.is_current_stream_capturing():
-        return torch.zeros(1, dtype=torch.int32, device=x.device)
-    key = (x.device.index, torch.cuda.current_stream(x.device).cuda_stream)
-    if key not in _counters:
-        _counters[key] = torch.zeros(1, dtype=torch.int32, device=x.device)
-    return _counters[key]
 
 
 def binding_window(problem: AttentionProblem) -> tuple[int | None, int | None]:
@@ -104,19 +96,25 @@ def lengths_of(problem: AttentionProblem) -> int:
 
 
 def register_reasons(problem: AttentionProblem) -> list[str]:
-    """What is not served because the compiler runs out of registers at head dims above 128."""
+    """What is not served because the compiler runs out of registers."""
     widest = max(problem.headdim, problem.headdim_v)
+    has_alibi = problem.transform.alibi_slopes is not None
+    has_softcap = problem.transform.softcap > 0.0
+    reasons = []
+    if has_alibi and has_softcap and widest > 64:
+        reasons.append(f"serves ALiBi with softcap at head dims up to 64, found {widest}")
     if lengths_of(problem) != SHAPES:
         where = "with cu_seqlens or seqused"
     elif _TRITON > (3, 6):
         where = f"with Triton {triton.__version__}"
     else:
-        return []
+        return reasons
     features = {
         "attention_chunk": problem.visibility.attention_chunk > 0,
-        "softcap": problem.transform.softcap > 0.0,
+        "softcap": has_softcap,
+        "ALiBi": has_alibi,
     }
-    return [
+    return reasons + [
         f"serves {name} {where} at head dims up to 128, found {widest}"
         for name, used in features.items()
         if used and widest > 128
@@ -128,7 +126,7 @@ def plan_for(problem: AttentionProblem) -> ForwardPlan:
     left, right = binding_window(problem)
     block_d, block_dv = padded_headdim(problem.headdim), padded_headdim(problem.headdim_v)
     width = max(block_d, block_dv)
-    if lengths_of(problem) != SHAPES:
+    if lengths_of(problem) != SHAPES or problem.transform.alibi_slopes is not None:
         return lengths_plan(width)
     masked = left is not None or right is not None
     plan = forward_plan(ForwardKey(width, masked, problem.max_seqlen_k, left is not None))
@@ -155,13 +153,16 @@ def forward(
     with guard(problem.q):
         if problem.q.numel() == 0 or problem.k.numel() == 0 or problem.v.numel() == 0:
             fill_empty(problem, out, lse)
-        elif is_describable(out):
-            launch_forward(problem, plan or plan_for(problem), out, lse)
         else:
-            target = out.new_empty(out.shape)
-            launch_forward(problem, plan or plan_for(problem), target, lse)
-            out.copy_(target)
-    return AttentionResult(out, lse, new_s_dmask(problem), rng.unused_state(device))
+            plan = plan or plan_for(problem)
+            report(("sm90 forward", *problem.q.shape, *problem.k.shape, problem.visibility), plan)
+            if is_describable(out):
+                launch_forward(problem, plan, out, lse)
+            else:
+                target = out.new_empty(out.shape)
+                launch_forward(problem, plan, target, lse)
+                out.copy_(target)
+    return AttentionResult(out, lse, new_s_dmask(problem), rng.placeholder_state(device))
 
 
 def launch_forward(
@@ -173,11 +174,12 @@ def launch_forward(
 ) -> None:
     """The kernel alone: ``out`` describable, ``lse`` contiguous, neither queries nor keys empty."""
     q, k, v, layout, transform = problem.q, problem.k, problem.v, problem.layout, problem.transform
-    group = problem.nheads // problem.nheads_k
+    pack = pack_of(problem, plan)
+    group = problem.nheads // problem.nheads_k // pack
     block_d, block_dv = padded_headdim(problem.headdim), padded_headdim(problem.headdim_v)
     left, right = binding_window(problem)
     lengths = lengths_of(problem)
-    row_tiles, sequences = tiles_of(problem, plan)
+    row_tiles, sequences = tiles_of(problem, plan, pack)
     width = (problem.headdim + problem.headdim_v) // 2
     section = min(heads_at_a_time(plan, problem.max_seqlen_k, width, group), sequences)
     tiles = row_tiles * sequences
@@ -185,13 +187,14 @@ def launch_forward(
     if plan.scheduler != ONE_TILE:
         available = multiprocessors_of(q.device.index or 0) - problem.sm_margin
         programs = min(programs, max(available, 1))
-    counter = counter_for(q)
-    scale, softcap = transform.softmax_scale, transform.softcap
+    # Elsewhere it is not read, and neither are lengths that are absent.
+    counter = counter_for(q) if plan.scheduler == DYNAMIC else lse
+    scale, softcap, slopes = transform.softmax_scale, transform.softcap, transform.alibi_slopes
     attention_forward_sm90[(programs,)](
-        describe(q, ROWS, block_d),
+        describe(q, ROWS // pack, block_d, pack),
         describe(k, plan.block_n, block_d),
         describe(v, plan.block_n, block_dv),
-        describe(out, ROWS, plan.out_columns(block_dv) or block_dv),
+        describe(out, ROWS // pack, plan.out_columns(block_dv) or block_dv, pack),
         lse,
         counter,
         lse if trace is None else trace,
@@ -199,7 +202,7 @@ def launch_forward(
         (softcap or scale) * math.log2(math.e),
         scale / softcap if softcap else 0.0,
         problem.empty_lse,
-        problem.nheads,
+        problem.nheads // pack,
         group,
         q.shape[-3],
         k.shape[-3],
@@ -212,7 +215,6 @@ def launch_forward(
         heads_in_sections(plan, problem.max_seqlen_k, width, group, sequences),
         tiles,
         problem.batch_size,
-        # Those that are absent are not read.
         counter if layout.cu_seqlens_q is None else layout.cu_seqlens_q,
         counter if layout.cu_seqlens_k is None else layout.cu_seqlens_k,
         counter if layout.seqused_q is None else layout.seqused_q,
@@ -221,25 +223,47 @@ def launch_forward(
         out.stride(-3),
         out.stride(-2),
         problem.headdim_v,
+        lse if slopes is None else slopes,
+        0 if slopes is None or slopes.dim() == 1 else slopes.stride(0),
         HAS_LEFT=left is not None,
         HAS_RIGHT=right is not None,
         HAS_CHUNK=problem.visibility.attention_chunk > 0,
         HAS_SOFTCAP=softcap > 0.0,
         HAS_SINKS=transform.sinks is not None,
+        HAS_ALIBI=slopes is not None,
         LENGTHS=lengths,
         HAS_USED_Q=layout.seqused_q is not None,
         HAS_USED_K=layout.seqused_k is not None,
         TRACE=trace is not None,
+        PACK=pack,
         **constants(plan, block_d, block_dv),
     )
 
 
-def tiles_of(problem: AttentionProblem, plan: ForwardPlan) -> tuple[int, int]:
+def pack_of(problem: AttentionProblem, plan: ForwardPlan) -> int:
+    """How many query heads lie in a tile.
+
+    At the largest head dim the compiler of Triton 3.9 has no registers left to pack them.
+    """
+    widest = max(padded_headdim(problem.headdim), padded_headdim(problem.headdim_v))
+    if widest == MAX_HEADDIM and _TRITON > (3, 6):
+        return 1
+    return packed_heads(
+        plan.block_m,
+        problem.nheads // problem.nheads_k,
+        problem.q.shape[-3],
+        problem.batch_size,
+        problem.is_varlen_q,
+        problem.pack_gqa,
+    )
+
+
+def tiles_of(problem: AttentionProblem, plan: ForwardPlan, pack: int) -> tuple[int, int]:
     """(row tiles of a sequence, sequences), as the kernel counts them."""
-    rows = problem.q.shape[-3]
+    rows, positions, heads = problem.q.shape[-3], plan.block_m // pack, problem.nheads // pack
     if problem.is_varlen_q:
-        return rows // plan.block_m + problem.batch_size + 2, problem.nheads
-    return -(-rows // plan.block_m), problem.batch_size * problem.nheads
+        return rows // positions + problem.batch_size + 2, heads
+    return -(-rows // positions), problem.batch_size * heads
 
 
 def constants(plan: ForwardPlan, block_d: int, block_dv: int) -> dict[str, Any]:

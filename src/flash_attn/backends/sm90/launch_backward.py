@@ -11,14 +11,16 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ...core.device import guard
 from ...core.outputs import round_multiple, softmax_d_shape
+from ...core.plan import report
 from ...core.problem import FULL, AttentionProblem, BackwardInputs, is_half
-from ...kernels.sm90_backward import (
-    attention_backward_sm90,
-    finish_dq_sm90,
-    row_statistics_sm90,
-    tiles_sm90,
-)
+from ...kernels import sm90_backward
+from .._launcher import Launcher, scratch
 from .plans_backward import MAX_HEADDIM, BackwardPlan, plan_backward
+
+attention_backward_sm90 = Launcher(sm90_backward.attention_backward_sm90)
+finish_dq_sm90 = Launcher(sm90_backward.finish_dq_sm90)
+row_statistics_sm90 = Launcher(sm90_backward.row_statistics_sm90)
+tiles_sm90 = Launcher(sm90_backward.tiles_sm90)
 
 # What the kernels call PIECE and STRIP.
 _BLOCK_N, _PIECE, _STRIP = 128, 128, 8
@@ -131,6 +133,7 @@ def backward(
         plan = plan_backward(widest, is_masked, problem.max_seqlen_q)
     if inputs.dlse is not None or ragged:
         plan = plan._replace(housekeeping=False)
+    report(("sm90 backward", *problem.q.shape, *problem.k.shape, visibility), plan)
     fits, fit = (is_for_ragged_tma, for_ragged_tma) if ragged else (is_for_tma, for_tma)
     dk, dv = (x if fits(x) else _new_for_tma(x) for x in (inputs.dk, inputs.dv))
     if ragged and (visibility.window_left is not None or visibility.attention_chunk):
@@ -212,8 +215,12 @@ def allocate(problem: AttentionProblem, packing: Packing, plan: BackwardPlan) ->
         batch, rows = problem.batch_size, round_multiple(problem.q.shape[1], 128)
     else:
         batch, rows = 1, round_multiple(softmax_d_shape(problem)[1], 128)
-    new = torch.empty if packing.q is None else torch.zeros
-    lse_log2, delta = new((2, batch, nheads, rows), dtype=torch.float32, device=device)
+    statistics = (batch, nheads, rows)
+    if packing.q is None:
+        lse_log2 = scratch(statistics, torch.float32, device)
+        delta = torch.empty(statistics, dtype=torch.float32, device=device)  # a result, softmax_d
+    else:
+        lse_log2, delta = torch.zeros((2, *statistics), dtype=torch.float32, device=device)
     sums = (batch * nheads * rows * (plan.block_d // 64), 64)
     counters = _key_heads(problem, packing) * (nheads // problem.nheads_k + 1)
     if plan.deterministic:
@@ -221,8 +228,8 @@ def allocate(problem: AttentionProblem, packing: Packing, plan: BackwardPlan) ->
     return Workspace(
         lse_log2,
         delta,
-        torch.empty(sums, dtype=torch.float32, device=device),
-        torch.empty(counters, dtype=torch.int32, device=device),
+        scratch(sums, torch.float32, device),
+        scratch((counters,), torch.int32, device),
     )
 
 

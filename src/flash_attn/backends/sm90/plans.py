@@ -54,7 +54,7 @@ class ForwardPlan:
 
     @property
     def block_m(self) -> int:
-        """Queries in a tile."""
+        """Rows in a tile: queries of one head, or of several that are packed."""
         return ROWS * self.consumers
 
     @property
@@ -153,7 +153,8 @@ def with_own_buffer(plan: ForwardPlan) -> ForwardPlan:
     return plan if plan.out_halves else replace(plan, out_halves=halves)
 
 
-# By block_d: plans for lengths that only the device knows. More numbers describe a tile there.
+# By block_d: plans for lengths that only the device knows, where more numbers describe a tile, and
+# for ALiBi, where more describe a row: with the others' plans the compiler runs out of registers.
 _LENGTHS: dict[int, ForwardPlan] = {
     64: _SHORT_64,
     128: replace(_128, section_bytes=_L2, last_bytes=0),
@@ -162,7 +163,7 @@ _LENGTHS: dict[int, ForwardPlan] = {
 
 
 def lengths_plan(block_d: int) -> ForwardPlan:
-    """The plan for packed sequences and for used lengths."""
+    """The plan for packed sequences, for used lengths and for ALiBi."""
     return _LENGTHS[block_d]
 
 
@@ -191,3 +192,34 @@ def heads_in_sections(
 def heads_in(size: int, seqlen_k: int, headdim: int, group: int) -> int:
     """Query heads whose keys and values take ``size`` bytes; whole groups, at least one."""
     return group * max(1, size // max(4 * seqlen_k * headdim, 1))
+
+
+# Heads are packed where that leaves less than this share of the tiles.
+_WORTH_PACKING = 0.9
+
+
+def packed_heads(
+    block_m: int, group: int, rows: int, sequences: int, is_varlen: bool, wanted: bool | None
+) -> int:
+    """How many query heads that share keys lie in a tile: all ``group`` of them, or 1.
+
+    All of them only if they divide a consumer's rows, so that its rows are a block for TMA. A tile
+    costs the same whether its rows are one head's or several heads', so heads are packed, unless
+    ``wanted`` says otherwise, where the ends of sequences waste enough rows of tiles. Of packed
+    sequences the mean length alone is known: each wastes half a tile in the mean.
+
+    Args:
+        block_m: rows of a tile.
+        group: query heads for each head of keys.
+        rows: queries, of a sequence or with ``is_varlen`` of all ``sequences``.
+    """
+    if group == 1 or ROWS % group or wanted is False:
+        return 1
+    if wanted:
+        return group
+    if is_varlen:
+        whole = group * rows / block_m
+        apart, together = whole + sequences * group / 2, whole + sequences / 2
+    else:
+        apart, together = group * -(-rows // block_m), -(-rows * group // block_m)
+    return group if together < _WORTH_PACKING * apart else 1

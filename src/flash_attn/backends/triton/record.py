@@ -1,37 +1,16 @@
-"""Calls that are solved again by repeating their launches, see :mod:`flash_attn.core.repeated`.
-
-A call is solved in the ordinary way while its launches are noted; results are allocated anew each
-time, as they were the first time.
-"""
+"""Calls of the portable kernels that are solved again by repeating their launches."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from ...core.problem import AttentionProblem, AttentionResult, BackwardInputs
 from ...core.repeated import Solve
-from .._launcher import Tape, recording, repeat
+from .._launcher import recording
+from .._recorded import solve_again
 from . import launch, launch_backward
-
-
-def _allocator(device: str) -> Any:
-    """``(shape, stride, dtype)`` -> an uninitialised tensor on the current device of a type.
-
-    The functions that PyTorch's own compiled code allocates with cost half of the public one.
-    """
-    found = getattr(torch._C._dynamo.guards, f"_empty_strided_{device}", None)
-    if found is not None:
-        return found
-    return lambda shape, stride, dtype: torch.empty_strided(
-        shape, stride, dtype=dtype, device=device
-    )
-
-
-_ALLOCATE = {device: _allocator(device) for device in ("cpu", "cuda")}
 
 
 def forward(
@@ -41,7 +20,8 @@ def forward(
     with recording() as tape:
         result = launch.forward(problem, None)
     made = (result.out, result.softmax_lse)
-    return result, _solve(tape, tensors, made, result.rng_state)
+    # Without dropout nothing reads the state of random numbers.
+    return result, solve_again(tape, tensors, made, (result.rng_state,))
 
 
 def backward(
@@ -51,38 +31,5 @@ def backward(
     with recording() as tape:
         softmax_d = launch_backward.backward(problem, inputs)
     # What lies between packed sequences is written by no kernel.
-    zeroed = problem.is_varlen_q
-    return softmax_d, _solve(tape, tensors, (softmax_d,), inputs.rng_state, zeroed)
-
-
-def _solve(
-    tape: Tape,
-    tensors: Sequence[Tensor],
-    made: tuple[Tensor, ...],
-    rng_state: Tensor,
-    zeroed: bool = False,
-) -> Solve | None:
-    """How the launches of ``tape`` are repeated on tensors in the place of ``tensors``, with
-    results like ``made``, zeros before if ``zeroed``; None if they cannot be."""
-    repeated = repeat(tape, [*tensors, *made, rng_state])
-    if repeated is None:
-        return None
-    launches = repeated
-    allocate = _ALLOCATE[tensors[0].device.type]
-    layouts = [(tuple(x.shape), x.stride(), x.dtype) for x in made]
-
-    def solve(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        if not launches.is_current():
-            with torch.cuda.device(launches.device):
-                return solve(tensors)
-        results = tuple([allocate(*layout) for layout in layouts])
-        if zeroed:
-            for x in results:
-                x.zero_()
-        addresses = [x.data_ptr() for x in tensors]
-        addresses += [x.data_ptr() for x in results]
-        addresses.append(0)  # rng_state, which nothing reads without dropout
-        launches(addresses)
-        return results
-
-    return solve
+    solve = solve_again(tape, tensors, (softmax_d,), (inputs.rng_state,), problem.is_varlen_q)
+    return softmax_d, solve

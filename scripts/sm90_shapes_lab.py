@@ -1,0 +1,312 @@
+"""Times the Hopper forward beside FlashAttention-3 at shapes that its plans' tables lack, on one GPU.
+
+    python scripts/sm90_shapes_lab.py --fa3 FOLDER --deadline 200 --out shapes.json
+    python scripts/sm90_shapes_lab.py --list
+
+Grouped heads with and without packing, packed sequences, windows, ALiBi, head dims between the
+powers of two, and a series of small problems in float16. Every cell is compiled and compared with
+the portable kernels in a process of its own, all at once; what is right is then timed in turns, one
+cell after another. The last thing printed is the table: TFLOP/s, percent of FlashAttention-3's.
+"""
+# ruff: noqa: T201
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import sm90_forward_lab as lab  # noqa: E402
+
+from flash_attn.backends.sm90.plans import DYNAMIC, ForwardPlan  # noqa: E402
+
+L2 = 32 << 20
+_64_TWO = ForwardPlan(2, 128, 3, DYNAMIC, 2, 1, section_bytes=L2)
+_64_THREE = ForwardPlan(3, 128, 2, DYNAMIC, 2, 1, section_bytes=L2, skip=True)
+_128_TWO = ForwardPlan(2, 128, 2, DYNAMIC, 1, 1, section_bytes=8 << 20, last_bytes=L2)
+_128_THREE = ForwardPlan(3, 64, 3, DYNAMIC, 1, 1, section_bytes=L2, skip=True)
+# Lengths of 16 packed sequences, 32768 tokens in all.
+LENGTHS = (
+    4096,
+    128,
+    3000,
+    1024,
+    2048,
+    512,
+    6144,
+    777,
+    1500,
+    2300,
+    256,
+    3072,
+    1811,
+    900,
+    1200,
+    4000,
+)
+
+
+class Cell(NamedTuple):
+    """A problem to time, with the plans that are tried beside the one that is chosen."""
+
+    name: str
+    batch: int
+    seqlens: tuple[int, int]
+    heads: tuple[int, int]
+    headdim: int
+    window: tuple[int, int] = (-1, 0)
+    dtype: str = "bfloat16"
+    varlen: bool = False
+    alibi: bool = False
+    plans: tuple[ForwardPlan, ...] = ()
+
+    def variants(self) -> dict[str, tuple[ForwardPlan | None, bool | None]]:
+        """(plan or None for the chosen one, whether heads are packed) by name."""
+        found: dict[str, tuple[ForwardPlan | None, bool | None]] = {"chosen": (None, None)}
+        if self.heads[0] > self.heads[1]:
+            found |= {"packed heads": (None, True), "one head a tile": (None, False)}
+        for plan in self.plans:
+            found[lab.Variant(self.headdim, True, plan).name] = (plan, None)
+        return found
+
+    def flops(self) -> float:
+        """Of both products, with the keys that are seen."""
+        pairs = 0
+        left = self.window[0] + 1 if self.window[0] >= 0 else 1 << 40
+        for q, k in [(n, n) for n in LENGTHS] if self.varlen else [self.seqlens] * self.batch:
+            if self.window[1] < 0:
+                pairs += q * k
+            else:
+                pairs += sum(min(max(i + k - q + 1, 0), left) for i in range(q))
+        return 4.0 * pairs * self.heads[0] * self.headdim
+
+
+def cells() -> list[Cell]:
+    """In order of importance."""
+    found = [
+        Cell("gqa 32/8 b4 s4096", 4, (4096, 4096), (32, 8), 128),
+        Cell("gqa 16/2 b2 s8192", 2, (8192, 8192), (16, 2), 128),
+        Cell("varlen 32k", 16, (0, 0), (16, 16), 128, varlen=True),
+        Cell("varlen 32k gqa 32/8", 16, (0, 0), (32, 8), 128, varlen=True),
+        Cell("window 1024 16k d64", 1, (16384, 16384), (32, 32), 64, (1024, 0),
+             plans=(_64_TWO, _64_THREE, replace(_64_TWO, early=True))),
+        Cell("window 1024 16k d128", 1, (16384, 16384), (16, 16), 128, (1024, 0),
+             plans=(_128_TWO, _128_THREE, replace(_128_TWO, section_bytes=L2, last_bytes=0))),
+    ]  # fmt: skip
+    for headdim, nheads in ((96, 21), (192, 11)):
+        for window in ((-1, -1), (-1, 0)):
+            for seqlen in (1024, 4096, 16384):
+                kind = "causal" if window[1] == 0 else "full"
+                found.append(
+                    Cell(f"d{headdim} {kind} s{seqlen}", 16384 // seqlen, (seqlen, seqlen),
+                         (nheads, nheads), headdim, window)
+                )  # fmt: skip
+    found += [
+        Cell(f"fp16 b1 h16 d64 s{seqlen}", 1, (seqlen, seqlen), (16, 16), 64, dtype="float16")
+        for seqlen in (512, 1024, 2048, 4096, 8192)
+    ]
+    found += [
+        Cell("gqa 32/8 b16 q80 k4096", 16, (80, 4096), (32, 8), 128),
+        Cell("gqa 64/8 b8 q192 k8192", 8, (192, 8192), (64, 8), 128),
+        Cell("gqa 16/4 b16 q100 k2048 d64", 16, (100, 2048), (16, 4), 64),
+        Cell("alibi s4096 d128", 4, (4096, 4096), (16, 16), 128, alibi=True),
+        Cell("alibi s4096 d64", 4, (4096, 4096), (32, 32), 64, alibi=True),
+    ]
+    return found
+
+
+def problem_of(cell: Cell) -> Any:
+    """The cell's problem, on the GPU."""
+    import torch
+
+    from flash_attn.core.problem import (
+        DENSE,
+        AttentionProblem,
+        SequenceLayout,
+        Visibility,
+        make_transform,
+    )
+
+    torch.manual_seed(3)
+    dtype = getattr(torch, cell.dtype)
+    layout, slopes = DENSE, None
+    places = [(cell.batch, length) for length in cell.seqlens]
+    if cell.varlen:
+        bounds = torch.tensor((0, *LENGTHS)).cumsum(0).to("cuda", torch.int32)
+        layout = SequenceLayout(
+            bounds, bounds, max_seqlen_q=max(LENGTHS), max_seqlen_k=max(LENGTHS)
+        )
+        places = [(sum(LENGTHS),)] * 2
+    if cell.alibi:
+        slopes = torch.rand(cell.heads[0], device="cuda") * 0.1
+    q, k, v = (
+        torch.randn(*place, heads, cell.headdim, device="cuda").to(dtype)
+        for place, heads in zip((*places, places[1]), (*cell.heads, cell.heads[1]), strict=True)
+    )
+    transform = make_transform(cell.headdim, alibi_slopes=slopes)
+    visibility = Visibility.from_window(*cell.window, causal=False)
+    return AttentionProblem(q, k, v, transform, visibility, layout)
+
+
+def ours(cell: Cell, problem: Any) -> dict[str, Callable[[], Any]]:
+    """What computes the problem, by the variants' names."""
+    from flash_attn.backends.sm90 import launch
+
+    def bind(plan: ForwardPlan | None, pack: bool | None) -> Callable[[], Any]:
+        chosen = problem._replace(pack_gqa=pack, num_splits=1)
+        return lambda: launch.forward(chosen, None, plan).out
+
+    return {name: bind(*variant) for name, variant in cell.variants().items()}
+
+
+def fa3(folder: Path, cell: Cell, problem: Any) -> Callable[[], Any]:
+    """FlashAttention-3, which chooses itself whether heads are packed."""
+    import torch
+
+    lab.fa3(folder, problem, False)  # loads the library
+    layout = problem.layout
+    options: dict[str, Any] = {
+        "is_causal": cell.window == (-1, 0),
+        "window_size_left": cell.window[0],
+        "window_size_right": cell.window[1],
+        "num_splits": 1,
+    }
+    if cell.varlen:
+        options |= {
+            "cu_seqlens_q": layout.cu_seqlens_q,
+            "cu_seqlens_k": layout.cu_seqlens_k,
+            "max_seqlen_q": layout.max_seqlen_q,
+            "max_seqlen_k": layout.max_seqlen_k,
+        }
+    return lambda: torch.ops.flash_attn_3.fwd(problem.q, problem.k, problem.v, **options)[0]
+
+
+def check(cell: Cell) -> list[str]:
+    """Compile every variant; what is wrong with the results, beside the portable kernels'."""
+    from flash_attn.backends.sm90 import BACKEND
+    from flash_attn.core import registry
+
+    problem = problem_of(cell)
+    bad = BACKEND.unsupported(problem._replace(num_splits=1), backward=False)
+    want = registry.load("triton").forward(problem._replace(num_splits=1)).out.float()
+    for name, run in {} if bad else ours(cell, problem).items():
+        first = run()
+        error = lab.relative_error(first, want)
+        if not error < 1e-2:
+            bad.append(f"{name}: differs from the portable kernels by {error:.1e}")
+        bad += [f"{name}: runs differ" for _ in range(3) if not bool((run() == first).all())][:1]
+    return bad
+
+
+def time_cell(cell: Cell, folder: Path | None, seconds: float) -> dict[str, float]:
+    """TFLOP/s by name."""
+    problem = problem_of(cell)
+    runs = ours(cell, problem)
+    if folder is not None and not cell.alibi:
+        runs["fa3"] = fa3(folder, cell, problem)
+        error = lab.relative_error(runs["fa3"](), runs["chosen"]().float())
+        if not error < 1e-2:
+            lab.say(event="note", text=f"{cell.name}: fa3 differs by {error:.1e}")
+    milliseconds = lab.time_in_turns(runs, seconds)
+    return {name: cell.flops() / ms / 1e9 for name, ms in milliseconds.items()}
+
+
+def work(names: list[str], folder: Path | None, seconds: float) -> None:
+    """What a worker does: check its only cell, or, with seconds, time them all."""
+    chosen = {cell.name: cell for cell in cells()}
+    end = time.monotonic() + seconds
+    for position, name in enumerate(names):
+        try:
+            if not seconds:
+                lab.say(event="checked", name=name, bad=check(chosen[name]))
+                continue
+            left = end - time.monotonic()
+            if left < 0.5:
+                break
+            share = min(4.0, left / (len(names) - position))
+            rates = time_cell(chosen[name], folder, share)
+            lab.say(event="times", name=name, rates=rates)
+        except Exception as error:
+            traceback.print_exc()
+            lab.say(event="checked", name=name, bad=[f"{type(error).__name__}: {error}"[:300]])
+
+
+def call(names: list[str], folder: Path | None, seconds: float, limit: float) -> list[Any]:
+    """What a worker said, within ``limit`` seconds; an error for what it did not come to."""
+    command = [sys.executable, str(Path(__file__).resolve()), "--work", json.dumps(names)]
+    command += ["--seconds", str(seconds), *(["--fa3", str(folder)] if folder else [])]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
+        output, why = done.stdout, done.stderr[-300:]
+    except subprocess.TimeoutExpired as stopped:
+        output, why = (stopped.stdout or b"").decode(), f"no end after {limit:.0f} s"
+    found = [json.loads(line[2:]) for line in output.splitlines() if line.startswith("@@")]
+    missing = set(names) - {message.get("name") for message in found}
+    return found + [{"event": "checked", "name": name, "bad": [why]} for name in missing]
+
+
+def print_table(rates: dict[str, dict[str, float]]) -> None:
+    """TFLOP/s and percent of FlashAttention-3's."""
+    for name, row in rates.items():
+        peer = row.get("fa3")
+        print(f"-- {name}")
+        for variant, rate in row.items():
+            share = f"{100 * rate / peer:5.1f}" if peer else ""
+            print(f"   {variant:48s} {rate:6.1f} {share}")
+
+
+def main() -> int:
+    """Check and time; the exit status says whether everything was right."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, help="write all figures to this JSON file")
+    parser.add_argument("--deadline", type=float, default=240.0, help="seconds for everything")
+    parser.add_argument("--match", default="", help="only cells whose name contains it")
+    parser.add_argument("--list", action="store_true", help="print the cells' names and end")
+    parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) - 3))
+    parser.add_argument("--fa3", type=Path, help="folder of FlashAttention-3's library")
+    parser.add_argument("--work", help=argparse.SUPPRESS)
+    parser.add_argument("--seconds", type=float, default=0.0, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.work:
+        work(json.loads(args.work), args.fa3, args.seconds)
+        return 0
+    if args.fa3 and lab.library_in(args.fa3, *lab.FA3_LIBRARIES) is None:
+        parser.error(f"--fa3 {args.fa3}: there is none of {', '.join(lab.FA3_LIBRARIES)}")
+    started = time.monotonic()
+    names = [cell.name for cell in cells() if args.match in cell.name]
+    if args.list or not names:
+        print("\n".join(names) or f"nothing matches {args.match!r}")
+        return 0 if names else 2
+    with ThreadPoolExecutor(args.jobs) as pool:
+        limit = max(20.0, args.deadline * 0.6)
+        checks = pool.map(lambda name: call([name], None, 0.0, limit), names)
+        verdicts = {found["name"]: found["bad"] for said in checks for found in said}
+    for name, bad in verdicts.items():
+        print(f"{name:32s}", "right" if not bad else "; ".join(bad)[:300], flush=True)
+    good = [name for name in names if not verdicts[name]]
+    left = args.deadline - (time.monotonic() - started)
+    said = call(good, args.fa3, max(left - 15, 5.0), max(left, 10.0)) if good else []
+    rates = {found["name"]: found["rates"] for found in said if found["event"] == "times"}
+    for found in said:
+        if found["event"] != "times":
+            print("note:", str(found)[:300])
+    print_table(rates)
+    if args.out:
+        args.out.write_text(json.dumps({"checks": verdicts, "rates": rates}, indent=1), "utf-8")
+    print(f"{len(good)} of {len(names)} right, {time.monotonic() - started:.0f} s")
+    return 0 if len(good) == len(names) == len(rates) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,61 @@
+"""Calls that are solved again by repeating their launches, see :mod:`flash_attn.core.repeated`.
+
+A call is solved in the ordinary way while its launches are noted; results are allocated anew each
+time, as they were the first time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..core.repeated import Solve
+from ._launcher import Tape, allocator, repeat
+
+# How results become zeros; nothing else is: launches take tensors of the call, results and scratch.
+_ZEROING = frozenset({"zeros", "new_zeros"})
+
+
+def solve_again(
+    tape: Tape,
+    tensors: Sequence[Tensor],
+    made: tuple[Tensor, ...],
+    unread: Sequence[Tensor] = (),
+    zeroed: bool = False,
+) -> Solve | None:
+    """How the launches of ``tape`` are repeated on tensors in the place of ``tensors``.
+
+    Args:
+        made: the results, all on the device of the first tensor; repeated, they are allocated like
+            these, with zeros if ``zeroed``.
+        unread: other arguments of the launches, that no kernel reads.
+
+    Returns:
+        None, with the reason logged, if the launches cannot be repeated.
+    """
+    ignored = _ZEROING if zeroed else frozenset()
+    launches = repeat(tape, [*tensors, *made, *unread], ignored)
+    if launches is None:
+        return None
+    known = launches
+    allocate = allocator(tensors[0].device.type)
+    layouts = [(tuple(x.shape), x.stride(), x.dtype) for x in made]
+    nowhere = [0] * len(unread)
+
+    def solve(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        if not known.is_current():
+            with torch.cuda.device(known.device):
+                return solve(tensors)
+        results = tuple([allocate(*layout) for layout in layouts])
+        if zeroed:
+            for x in results:
+                x.zero_()
+        addresses = [x.data_ptr() for x in tensors]
+        addresses += [x.data_ptr() for x in results]
+        addresses += nowhere
+        known(addresses)
+        return results
+
+    return solve

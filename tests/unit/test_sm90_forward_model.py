@@ -1,0 +1,186 @@
+"""The Hopper forward's source, run in a model of Gluon: results, barriers and memory hazards."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="Triton exists on Linux only")
+
+import gluon_model
+import support
+
+from flash_attn.backends.sm90 import launch
+from flash_attn.backends.sm90.plans import ForwardPlan
+from flash_attn.core import reference
+from flash_attn.core.problem import (
+    DENSE,
+    AttentionProblem,
+    AttentionResult,
+    SequenceLayout,
+    Visibility,
+    make_transform,
+)
+
+FULL, CAUSAL, WINDOW = Visibility(), Visibility(None, 0), Visibility(70, 20)
+PROGRAMS = 3
+
+
+@pytest.fixture(scope="module")
+def kernels() -> Any:
+    return gluon_model.load_kernels("sm90_forward")
+
+
+def around(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
+    """Normal numbers with NaN after rows and columns, in rows of a multiple of 16 bytes."""
+    columns = -(-shape[-1] // 8) * 8 + 8
+    whole = torch.full((*shape[:-3], shape[-3] + 20, shape[-2], columns), torch.nan, dtype=dtype)
+    x = whole[..., : shape[-3], :, : shape[-1]]
+    return x.copy_(torch.randn(shape))
+
+
+def dense(
+    seqlens: tuple[int, int],
+    heads: tuple[int, int] = (4, 2),
+    dims: tuple[int, int] = (64, 64),
+    dtype: torch.dtype = torch.float16,
+    **rest: Any,
+) -> AttentionProblem:
+    """Two sequences."""
+    q = around(2, seqlens[0], heads[0], dims[0], dtype=dtype)
+    k = around(2, seqlens[1], heads[1], dims[0], dtype=dtype)
+    v = around(2, seqlens[1], heads[1], dims[1], dtype=dtype)
+    return AttentionProblem(q, k, v, make_transform(dims[0]), **rest)
+
+
+def packed(
+    lengths: list[tuple[int, int]],
+    heads: tuple[int, int] = (4, 2),
+    dims: tuple[int, int] = (64, 64),
+    **rest: Any,
+) -> AttentionProblem:
+    """Packed sequences after five rows of none, and before three, which are NaN."""
+    cu = [
+        torch.tensor([5, *(pair[i] for pair in lengths)]).cumsum(0).to(torch.int32) for i in (0, 1)
+    ]
+    q, k, v = (
+        around(int(bounds[-1]) + 3, number, dim)
+        for bounds, number, dim in zip(
+            (cu[0], cu[1], cu[1]), (*heads, heads[1]), (dims[0], *dims), strict=True
+        )
+    )
+    for x, bounds in ((q, cu[0]), (k, cu[1]), (v, cu[1])):
+        x[:5] = torch.nan
+        x[int(bounds[-1]) :] = torch.nan
+    most = [max(pair[i] for pair in lengths) for i in (0, 1)]
+    layout = SequenceLayout(*cu, max_seqlen_q=most[0], max_seqlen_k=most[1])
+    return AttentionProblem(q, k, v, make_transform(dims[0]), layout=layout, **rest)
+
+
+def solve(
+    kernels: Any, problem: AttentionProblem, plan: ForwardPlan | None = None, seed: int = 0
+) -> AttentionResult:
+    """By the model, into memory that was NaN, with NaN around it that stays."""
+    shape = problem.out_shape
+    columns = -(-shape[-1] // 8) * 8 + 8
+    whole = torch.full((*shape[:-1], columns), torch.nan, dtype=problem.q.dtype)
+    counter = torch.zeros(1, dtype=torch.int32)
+    results: list[AttentionResult] = []
+    with (
+        mock.patch.object(launch, "counter_for", return_value=counter),
+        mock.patch.object(launch, "multiprocessors_of", return_value=PROGRAMS),
+    ):
+        (call,) = gluon_model.record(
+            lambda: results.append(launch.forward(problem, whole[..., : shape[-1]], plan))
+        )
+    gluon_model.run_launch(kernels, call, seed=seed, resident=PROGRAMS)
+    assert int(counter) == 0, "the counter is not back at 0"
+    assert whole[..., shape[-1] :].isnan().all(), "written outside of the result"
+    return results[0]
+
+
+def check(kernels: Any, problem: AttentionProblem, plan: ForwardPlan | None = None) -> None:
+    """Out and lse are within the budget."""
+    got = solve(kernels, problem, plan)
+    clean = problem._replace(
+        q=problem.q.nan_to_num(0.0), k=problem.k.nan_to_num(0.0), v=problem.v.nan_to_num(0.0)
+    )
+    true = reference.attention(clean, torch.float64)
+    same, _ = support._plain_forward(clean, None)
+    support.check_lse(got.softmax_lse, true.softmax_lse)
+    support.check_error(
+        "out", got.out, true.out, same, 2.0, support._floors(clean, true.out)["out"]
+    )
+
+
+@pytest.mark.parametrize("mask", [FULL, CAUSAL, WINDOW], ids=str)
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_dense_and_packed_sequences(kernels: Any, dim: int, mask: Visibility) -> None:
+    check(kernels, dense((150, 210), dims=(dim, dim), visibility=mask))
+    check(kernels, packed([(100, 130), (1, 5), (70, 0)], dims=(dim, dim), visibility=mask))
+
+
+@pytest.mark.parametrize("group", [2, 8, 64])
+def test_packed_heads_give_the_same(kernels: Any, group: int) -> None:
+    """Masks and sinks follow the rows, wherever they are in a tile."""
+    sinks = torch.randn(2 * group)
+    for mask in (FULL, CAUSAL, WINDOW):
+        for problem in (
+            dense((50, 140), (2 * group, 2), visibility=mask),
+            packed([(20, 50), (0, 7), (31, 130)], (2 * group, 2), visibility=mask),
+        ):
+            transform = problem.transform._replace(sinks=sinks)
+            problem = problem._replace(transform=transform, pack_gqa=True)
+            plan = launch.plan_for(problem)
+            assert launch.pack_of(problem, plan) == group
+            got = solve(kernels, problem, seed=group)
+            want = solve(kernels, problem._replace(pack_gqa=False))
+            torch.testing.assert_close(got.out, want.out, atol=1e-3, rtol=1e-3)
+            torch.testing.assert_close(got.softmax_lse, want.softmax_lse, atol=1e-5, rtol=1e-6)
+    check(kernels, dense((50, 140), (2 * group, 2), visibility=CAUSAL, pack_gqa=True))
+
+
+@pytest.mark.parametrize("seed", range(1, 5))
+def test_every_interleaving_gives_the_same(kernels: Any, seed: int) -> None:
+    used = torch.tensor([61, 0], dtype=torch.int32)
+    problem = dense((90, 200), (8, 2), visibility=CAUSAL, pack_gqa=True)
+    for layout in (DENSE, DENSE._replace(seqused_q=used, seqused_k=2 * used)):
+        problem = problem._replace(layout=layout)
+        first, again = solve(kernels, problem), solve(kernels, problem, seed=seed)
+        assert torch.equal(first.out, again.out)
+        assert torch.equal(first.softmax_lse, again.softmax_lse)
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_alibi(kernels: Any, pack: bool) -> None:
+    for mask in (FULL, CAUSAL, WINDOW):
+        for problem in (
+            dense((90, 140), (4, 2), visibility=mask, pack_gqa=pack),
+            dense((150, 60), (4, 2), visibility=mask, pack_gqa=pack),
+            packed([(80, 50), (0, 7), (31, 130)], (4, 2), visibility=mask, pack_gqa=pack),
+        ):
+            for shape in ((4,), (problem.batch_size, 4)):
+                transform = problem.transform._replace(alibi_slopes=torch.rand(shape) * 0.3)
+                check(kernels, problem._replace(transform=transform))
+    capped = dense((90, 140), (4, 2), visibility=CAUSAL, pack_gqa=pack)
+    transform = make_transform(64, softcap=2.0, alibi_slopes=torch.rand(4))
+    check(kernels, capped._replace(transform=transform))
+
+
+def test_the_model_notices_wrong_heads() -> None:
+    change = ("i = i & (work.config.POSITIONS - 1)", "i = i % 5")
+    kernels = gluon_model.load_kernels("sm90_forward", change)
+    with pytest.raises(AssertionError):
+        check(kernels, dense((50, 140), (8, 2), visibility=CAUSAL, pack_gqa=True))
+
+
+def test_plans_with_turns(kernels: Any) -> None:
+    plan = launch.plan_for(dense((300, 300)))
+    assert plan.ping_pong
+    check(kernels, dense((300, 300)), plan)
+    check(kernels, dense((300, 300)), replace(plan, early=True))
