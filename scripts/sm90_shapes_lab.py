@@ -1,4 +1,4 @@
-"""Times the Hopper forward beside FlashAttention-3 at shapes that its plans' tables lack, on one GPU.
+"""Times the Hopper forward beside FlashAttention-3 at shapes that its plans' tables lack.
 
     python scripts/sm90_shapes_lab.py --fa3 FOLDER --deadline 200 --out shapes.json
     python scripts/sm90_shapes_lab.py --list

@@ -82,8 +82,8 @@ def facts_of(problem: AttentionProblem) -> Facts:
     block_d = max(least, triton.next_power_of_2(problem.headdim))
     block_dv = max(least, triton.next_power_of_2(problem.headdim_v))
     # Narrower tiles of v would have another swizzle than those of k, up to 64 columns. Where both
-    # take turns in the same shared memory, the assembler of CUDA 12.8 (Triton 3.6, Hopper) loses the
-    # address of v's second product: it reads an undefined register.
+    # take turns in the same shared memory, the assembler of CUDA 12.8 (Triton 3.6, Hopper) loses
+    # the address of v's second product: it reads an undefined register.
     block_dv = max(block_dv, min(block_d, 64))
     return Facts(
         block_d,
