@@ -28,6 +28,7 @@ from .plans import (
     lengths_plan,
     packed_heads,
     padded_headdim,
+    piece_columns,
     with_own_buffer,
 )
 
@@ -60,7 +61,7 @@ def describe(x: Tensor, rows: int, columns: int, heads: int = 1) -> TensorDescri
         [batch, nheads, seqlen, headdim],
         [step_b, step_h, step_s, 1],
         [1, heads, rows, columns],
-        gl.NVMMASharedLayout(128, 16, 4),
+        gl.NVMMASharedLayout(min(2 * columns, 128), 16, 4),
     )
 
 
@@ -196,9 +197,9 @@ def launch_forward(
     counter = counter_for(q)
     scale, softcap, slopes = transform.softmax_scale, transform.softcap, transform.alibi_slopes
     attention_forward_sm90[(programs,)](
-        describe(q, ROWS // pack, block_d, pack),
-        describe(k, plan.block_n, block_d),
-        describe(v, plan.block_n, block_dv),
+        describe(q, ROWS // pack, piece_columns(block_d), pack),
+        describe(k, plan.block_n, piece_columns(block_d)),
+        describe(v, plan.block_n, piece_columns(block_dv)),
         describe(out, ROWS // pack, plan.out_columns(block_dv) or block_dv, pack),
         lse,
         counter,
