@@ -139,7 +139,7 @@ class Compiled:
         if self.shared > plans.SHARED_LIMIT:
             found.append(f"{self.shared} bytes of shared memory, limit {plans.SHARED_LIMIT}")
         found += self.warnings
-        plan, block_d = case.plan, plans.padded_headdim(case.headdim)
+        plan, block_d = case.plan, launch.columns_of(case.problem)[0]
         # Of each consumer: one k-step of scores is 16 columns, of values 16 keys; scores appear
         # before the loop and in it, values in it and after it.
         products = plan.consumers * 2 * (block_d // 16 + plan.block_n // 16)

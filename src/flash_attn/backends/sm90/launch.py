@@ -79,6 +79,19 @@ def counter_for(x: Tensor) -> Tensor:
     return _counters[key]
 
 
+def columns_of(problem: AttentionProblem) -> tuple[int, int]:
+    """Columns of the tiles of q and k, and of those of v.
+
+    With lengths that only the device knows, the compiler of Triton 3.9 runs out of registers for
+    tiles of 192 columns in pieces: padding costs less than spilling.
+    """
+    columns = padded_headdim(problem.headdim), padded_headdim(problem.headdim_v)
+    if lengths_of(problem) != SHAPES and _TRITON > (3, 6):
+        block_d, block_dv = (MAX_HEADDIM if x == 192 else x for x in columns)
+        return block_d, block_dv
+    return columns
+
+
 def binding_window(problem: AttentionProblem) -> tuple[int | None, int | None]:
     """The problem's window without the bounds that hide nothing; chunks are bounds too."""
     left, right, chunk = problem.visibility
@@ -87,7 +100,7 @@ def binding_window(problem: AttentionProblem) -> tuple[int | None, int | None]:
         left = None
     if right is not None and right >= seqlen_q - 1:
         right = None
-    widest = max(padded_headdim(problem.headdim), padded_headdim(problem.headdim_v))
+    widest = max(columns_of(problem))
     # At the largest head dim the compiler of Triton 3.9 runs out of registers for packed sequences
     # unless both bounds are there.
     if chunk or (problem.is_varlen_q and widest == MAX_HEADDIM):
@@ -134,7 +147,7 @@ def register_reasons(problem: AttentionProblem) -> list[str]:
 def plan_for(problem: AttentionProblem) -> ForwardPlan:
     """The plan of a problem's forward pass."""
     left, right = binding_window(problem)
-    block_d, block_dv = padded_headdim(problem.headdim), padded_headdim(problem.headdim_v)
+    block_d, block_dv = columns_of(problem)
     width = max(block_d, block_dv)
     if lengths_of(problem) != SHAPES or problem.transform.alibi_slopes is not None:
         return lengths_plan(width)
@@ -183,7 +196,7 @@ def launch_forward(
     q, k, v, layout, transform = problem.q, problem.k, problem.v, problem.layout, problem.transform
     pack = pack_of(problem, plan)
     group = problem.nheads // problem.nheads_k // pack
-    block_d, block_dv = padded_headdim(problem.headdim), padded_headdim(problem.headdim_v)
+    block_d, block_dv = columns_of(problem)
     left, right = binding_window(problem)
     lengths = lengths_of(problem)
     row_tiles, sequences = tiles_of(problem, plan, pack)
@@ -252,7 +265,7 @@ def pack_of(problem: AttentionProblem, plan: ForwardPlan) -> int:
 
     At the largest head dim the compiler of Triton 3.9 has no registers left to pack them.
     """
-    widest = max(padded_headdim(problem.headdim), padded_headdim(problem.headdim_v))
+    widest = max(columns_of(problem))
     if widest == MAX_HEADDIM and _TRITON > (3, 6):
         return 1
     return packed_heads(
