@@ -554,7 +554,8 @@ def time_cell(chosen: list[Variant], seqlen: int, seconds: float) -> None:
     import torch
 
     runs: dict[str, Callable[[], Any]] = {}
-    flops = 4.0 * TOKENS * seqlen * HIDDEN / (2 if chosen[0].masked else 1)
+    width = HIDDEN // chosen[0].headdim * chosen[0].headdim
+    flops = 4.0 * TOKENS * seqlen * width / (2 if chosen[0].masked else 1)
     (problem, _), _ = bound(chosen[0], seqlen)
     want = None
     with torch.no_grad():

@@ -3,10 +3,11 @@
     python scripts/sm90_shapes_lab.py --fa3 FOLDER --deadline 200 --out shapes.json
     python scripts/sm90_shapes_lab.py --list
 
-Grouped heads with and without packing, packed sequences, windows, ALiBi, head dims between the
-powers of two, and a series of small problems in float16. Every cell is compiled and compared with
-the portable kernels in a process of its own, all at once; what is right is then timed in turns, one
-cell after another. The last thing printed is the table: TFLOP/s, percent of FlashAttention-3's.
+On one GPU: grouped heads with and without packing, packed sequences, windows, ALiBi, head dims
+between the powers of two, and a series of small problems in float16. Every cell is compiled and
+compared with the portable kernels in a process of its own, all at once; what is right is then timed
+in turns, one cell after another. The last thing printed is the table: TFLOP/s, percent of
+FlashAttention-3's.
 """
 # ruff: noqa: T201
 
@@ -29,13 +30,33 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import sm90_forward_lab as lab  # noqa: E402
 
-from flash_attn.backends.sm90.plans import DYNAMIC, ForwardPlan  # noqa: E402
+from flash_attn.backends.sm90.plans import DYNAMIC, ROUND_ROBIN, ForwardPlan  # noqa: E402
 
 L2 = 32 << 20
 _64_TWO = ForwardPlan(2, 128, 3, DYNAMIC, 2, 1, section_bytes=L2)
 _64_THREE = ForwardPlan(3, 128, 2, DYNAMIC, 2, 1, section_bytes=L2, skip=True)
 _128_TWO = ForwardPlan(2, 128, 2, DYNAMIC, 1, 1, section_bytes=8 << 20, last_bytes=L2)
 _128_THREE = ForwardPlan(3, 64, 3, DYNAMIC, 1, 1, section_bytes=L2, skip=True)
+_96_TWO = ForwardPlan(2, 128, 3, DYNAMIC, 1, 1, section_bytes=L2)
+_96_THREE = ForwardPlan(3, 64, 4, DYNAMIC, 1, 1, section_bytes=L2, skip=True)
+_192 = ForwardPlan(2, 64, 3, DYNAMIC, 1, 1, section_bytes=L2, skip=True)
+_STAY: dict[str, Any] = {"scheduler": ROUND_ROBIN, "section_bytes": 0, "skip": False}
+# By head dim and whether it is causal: what is tried beside the plan.
+TIGHT: dict[tuple[int, bool], tuple[ForwardPlan, ...]] = {
+    (96, False): (
+        replace(_96_TWO, **_STAY),
+        replace(_96_TWO, **_STAY, ping_pong=True),
+        replace(_96_THREE, **_STAY),
+        replace(_96_THREE, **_STAY, slim=True),
+    ),
+    (96, True): (_96_TWO, replace(_96_TWO, late=True), _96_THREE, replace(_96_THREE, late=True)),
+    (192, False): (
+        replace(_192, **_STAY),
+        replace(_192, **_STAY, stages=2, slim=True),
+        replace(_192, **_STAY, ping_pong=True),
+    ),
+    (192, True): (_192, replace(_192, late=True), replace(_192, late=True, stages=2)),
+}
 # Lengths of 16 packed sequences, 32768 tokens in all.
 LENGTHS = (
     4096,
@@ -77,7 +98,8 @@ class Cell(NamedTuple):
         if self.heads[0] > self.heads[1]:
             found |= {"packed heads": (None, True), "one head a tile": (None, False)}
         for plan in self.plans:
-            found[lab.Variant(self.headdim, True, plan).name] = (plan, None)
+            masked = self.window != (-1, -1)
+            found[lab.Variant(self.headdim, masked, plan).name] = (plan, None)
         return found
 
     def flops(self) -> float:
@@ -110,7 +132,8 @@ def cells() -> list[Cell]:
                 kind = "causal" if window[1] == 0 else "full"
                 found.append(
                     Cell(f"d{headdim} {kind} s{seqlen}", 16384 // seqlen, (seqlen, seqlen),
-                         (nheads, nheads), headdim, window)
+                         (nheads, nheads), headdim, window,
+                         plans=TIGHT[headdim, kind == "causal"])
                 )  # fmt: skip
     found += [
         Cell(f"fp16 b1 h16 d64 s{seqlen}", 1, (seqlen, seqlen), (16, 16), 64, dtype="float16")

@@ -139,7 +139,7 @@ class Compiled:
         if self.shared > plans.SHARED_LIMIT:
             found.append(f"{self.shared} bytes of shared memory, limit {plans.SHARED_LIMIT}")
         found += self.warnings
-        plan, block_d = case.plan, plans.padded_headdim(case.headdim)
+        plan, block_d = case.plan, launch.columns_of(case.problem)[0]
         # Of each consumer: one k-step of scores is 16 columns, of values 16 keys; scores appear
         # before the loop and in it, values in it and after it.
         products = plan.consumers * 2 * (block_d // 16 + plan.block_n // 16)
@@ -227,7 +227,7 @@ def all_cases() -> list[Case]:
 def feature_cases() -> list[Case]:
     """Features with the plans that :func:`launch.plan_for` chooses for them, at several lengths."""
     cases = []
-    for headdim in (64, 128, 256):
+    for headdim in plans.BLOCK_DS:
         for features in ("packed", "used", "packed sinks"):
             cases += [planned(headdim, mask, features) for mask in ("full", "causal", "window")]
         for features in ("softcap", "sinks"):
@@ -237,13 +237,16 @@ def feature_cases() -> list[Case]:
         for features in ("packed softcap", "used softcap"):
             cases += [planned(headdim, mask, features) for mask in ("full", "window")]
         cases += [planned(headdim, "chunk", features) for features in ("packed", "used")]
-    for headdim, headdim_v in ((64, 128), (64, 256), (128, 64), (256, 128), (256, 64)):
+    for headdim, headdim_v in (
+        (64, 128), (64, 256), (128, 64), (256, 128), (256, 64), (192, 128), (96, 64), (64, 192),
+        (128, 96), (96, 256),
+    ):  # fmt: skip
         cases += [
             planned(headdim, mask, features, 3000, headdim_v)
             for mask in ("full", "causal")
             for features in ("", "packed")
         ]
-    for headdim in (64, 128, 256):
+    for headdim in plans.BLOCK_DS:
         for features in ("alibi", "packed alibi"):
             cases += [planned(headdim, mask, features) for mask in ("full", "causal", "window")]
         cases.append(planned(headdim, "window", "alibi softcap sinks")._replace(pack=8))
@@ -261,9 +264,11 @@ def selection() -> list[Case]:
     cases = []
     for block_d, masked, plan in plans.forward_plans():
         cases.append(Case(plan, block_d, "causal" if masked else "full"))
-    cases += [planned(headdim, "window", "packed sinks") for headdim in (64, 128, 256)]
+    cases += [planned(headdim, "window", "packed sinks") for headdim in plans.BLOCK_DS]
     cases += [
         planned(256, "window", ""),
+        planned(192, "window", ""),
+        planned(192, "causal", "", headdim_v=128),
         planned(128, "window", "packed softcap"),
         planned(128, "chunk", "packed"),
         planned(64, "causal", "softcap", 500)._replace(dtype=torch.float16),

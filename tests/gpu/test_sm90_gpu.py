@@ -150,6 +150,24 @@ def test_head_dims(headdim: int, dtype: torch.dtype) -> None:
     check(packed(LENGTHS[0], (3, 5), headdim=headdim, dtype=dtype, visibility=CAUSAL))
 
 
+@pytest.mark.parametrize("headdim", [80, 96, 176, 192])
+def test_tiles_in_pieces(headdim: int) -> None:
+    """Head dims whose tiles are three pieces: windows, rows in use, softcap and packed heads."""
+    from flash_attn.backends.sm90.launch import register_reasons
+
+    used = torch.tensor([90, 200], dtype=torch.int32, device="cuda")
+    window = Visibility(90, 40)
+    for lengths in ((257, 511), (700, 65), (90, 1000)):
+        check(dense(lengths, (4, 2), headdim, visibility=window))
+        check(dense(lengths, (8, 2), headdim, visibility=window, pack_gqa=True))
+    problem = dense((200, 300), (4, 2), headdim, visibility=CAUSAL)
+    capped = problem._replace(transform=make_transform(headdim, softcap=3.0))
+    if not register_reasons(capped):
+        check(capped)
+    check(problem._replace(layout=DENSE._replace(seqused_q=used, seqused_k=used)))
+    check(packed(LENGTHS[0], (3, 5), (8, 2), headdim, visibility=window, pack_gqa=True))
+
+
 @pytest.mark.parametrize("mask", MASKS, ids=str)
 @pytest.mark.parametrize("headdim", [64, 128, 256])
 def test_masks(headdim: int, mask: Visibility) -> None:
@@ -192,7 +210,9 @@ def test_softcap_and_sinks(headdim: int) -> None:
                 check(capped)
 
 
-@pytest.mark.parametrize("dims", [(64, 128), (64, 256), (40, 80), (128, 64), (192, 128), (256, 8)])
+@pytest.mark.parametrize(
+    "dims", [(64, 128), (64, 256), (40, 80), (128, 64), (192, 128), (256, 8), (96, 64), (128, 96)]
+)
 def test_head_dims_of_values(dims: tuple[int, int]) -> None:
     for mask in (FULL, CAUSAL, Visibility(90, 40)):
         check(dense((600, 300), (4, 2), *dims, visibility=mask))
@@ -269,7 +289,7 @@ def _poison_unused(problem: AttentionProblem, pair: tuple[Tensor | None, Tensor 
                 x[index, count:] = float("nan")
 
 
-@pytest.mark.parametrize("headdim", [64, 128, 256])
+@pytest.mark.parametrize("headdim", [64, 96, 128, 192, 256])
 def test_nan_of_a_neighbour_stays_there(headdim: int) -> None:
     """Also right behind the end in memory, and also where tiles reach into it."""
     for mask in (FULL, CAUSAL, Visibility(70, 30)):
@@ -311,7 +331,7 @@ def test_hostile_bounds_write_nothing_outside(seed: int) -> None:
 
 
 @pytest.mark.parametrize("programs", [1, 3, 132])
-@pytest.mark.parametrize("headdim", [64, 128, 256])
+@pytest.mark.parametrize("headdim", [64, 96, 128, 192, 256])
 def test_a_thousand_runs_are_equal(headdim: int, programs: int) -> None:
     """Bit for bit; short sequences, where tiles follow each other fast, and few programs."""
     from flash_attn.backends.sm90 import launch

@@ -119,7 +119,7 @@ def check(kernels: Any, problem: AttentionProblem, plan: ForwardPlan | None = No
 
 
 @pytest.mark.parametrize("mask", [FULL, CAUSAL, WINDOW], ids=str)
-@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("dim", [64, 88, 96, 128, 192, 256])
 def test_dense_and_packed_sequences(kernels: Any, dim: int, mask: Visibility) -> None:
     check(kernels, dense((150, 210), dims=(dim, dim), visibility=mask))
     check(kernels, packed([(100, 130), (1, 5), (70, 0)], dims=(dim, dim), visibility=mask))

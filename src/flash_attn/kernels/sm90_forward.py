@@ -36,6 +36,9 @@ so each consumer has all heads for positions of its own, and to TMA they are a b
 (PACK, 64 / PACK) rows of neighbouring heads. Apart from masks, addresses and what is said of a
 head, nobody notices.
 
+Head dims 96 and 192 are no powers of two, as the language wants tensors to be: their tiles lie in
+three pieces of 32 or 64 columns, each loaded, multiplied and stored by itself.
+
 SCHEDULER says how programs find tiles: ONE_TILE (a program computes the tile of its number),
 ROUND_ROBIN (programs stay and take every n-th tile), DYNAMIC (the producer takes the next tile from
 a counter in global memory while the consumers still compute, and tells them through a mailbox;
@@ -170,13 +173,16 @@ class Shared:
 
 
 @gluon.jit
-def load_rows(desc, batch, head, row, ring, use, lane):
+def load_rows(desc, batch, head, row, ring, use, lane, PIECES: gl.constexpr):
     """Ask for the rows from ``row`` on, of a head or of as many as a block has; the slot's full
     barrier completes with them."""
     BYTES: gl.constexpr = bytes_of(desc.block_type)
     slot = ring.index(use, lane)
-    mbarrier.expect(ring.full.index(slot), BYTES)
-    tma_load(desc, [batch, head, row, 0], ring.full.index(slot), ring.data.index(slot))
+    COLUMNS: gl.constexpr = desc.block_type.shape[3]
+    mbarrier.expect(ring.full.index(slot), PIECES * BYTES)
+    for piece in gl.static_range(PIECES):
+        tma_load(desc, [batch, head, row, piece * COLUMNS], ring.full.index(slot),
+                 ring.data.index(slot * PIECES + piece))  # fmt: skip
 
 
 # -------------------------------------------------------------------------------------------- work
@@ -190,6 +196,8 @@ class Config:
     BLOCK_N: gl.constexpr
     BLOCK_D: gl.constexpr
     BLOCK_DV: gl.constexpr
+    PIECES: gl.constexpr
+    PIECES_V: gl.constexpr
     CONSUMERS: gl.constexpr
     SCHEDULER: gl.constexpr
     OUT_COLUMNS: gl.constexpr
@@ -217,6 +225,8 @@ class Config:
         self.BLOCK_N = gl.constexpr(BLOCK_N)
         self.BLOCK_D = gl.constexpr(BLOCK_D)
         self.BLOCK_DV = gl.constexpr(BLOCK_DV)
+        self.PIECES = gl.constexpr(3 if BLOCK_D % 3 == 0 else 1)
+        self.PIECES_V = gl.constexpr(3 if BLOCK_DV % 3 == 0 else 1)
         self.CONSUMERS = gl.constexpr(CONSUMERS)
         self.SCHEDULER = gl.constexpr(SCHEDULER)
         self.OUT_COLUMNS = gl.constexpr(OUT_COLUMNS)
@@ -574,15 +584,15 @@ def producer(work, shared, q_desc, k_desc, v_desc, counter):
             # Nobody sees an empty tile's keys: those past the end are zeros, whatever the others.
             row = gl.where(tile.is_empty, work.seqlen_k, row)
             shared.k.wait_empty(block_use, 0)
-            load_rows(k_desc, entry, key_head, row, shared.k, block_use, 0)
+            load_rows(k_desc, entry, key_head, row, shared.k, block_use, 0, config.PIECES)
             if i == 0:
                 for lane in gl.static_range(config.CONSUMERS):
                     shared.q.wait_empty(tile_use, lane)
                     load_rows(q_desc, entry, span.head * config.PACK,
                               span.q_start + tile.first_row + lane * config.POSITIONS,
-                              shared.q, tile_use, lane)  # fmt: skip
+                              shared.q, tile_use, lane, config.PIECES)  # fmt: skip
             shared.v.wait_empty(block_use, 0)
-            load_rows(v_desc, entry, key_head, row, shared.v, block_use, 0)
+            load_rows(v_desc, entry, key_head, row, shared.v, block_use, 0, config.PIECES_V)
             block_use += 1
             if config.SCHEDULER == DYNAMIC and not config.SLIM:
                 # The first loads are on their way: time to fetch the next tile. Later, and it is
@@ -907,12 +917,17 @@ def partial_sums(p, BLOCK_N: gl.constexpr):
 
 @gluon.jit
 def scores(work, shared, zeros, tile_use, block_use, LANE: gl.constexpr):
-    """Start q k^T of the slots."""
-    BLOCK_N: gl.constexpr = work.config.BLOCK_N
-    BLOCK_D: gl.constexpr = work.config.BLOCK_D
-    q = shared.q.data.index(shared.q.index(tile_use, LANE)).reshape([ROWS, BLOCK_D])
-    k = shared.k.data.index(shared.k.index(block_use, 0)).reshape([BLOCK_N, BLOCK_D])
-    return warpgroup_mma(q, k.permute([1, 0]), zeros, use_acc=False, is_async=True)
+    """Start q k^T of the slots: PIECES products."""
+    PIECES: gl.constexpr = work.config.PIECES
+    COLUMNS: gl.constexpr = work.config.BLOCK_D // PIECES
+    q_slot = shared.q.index(tile_use, LANE) * PIECES
+    k_slot = shared.k.index(block_use, 0) * PIECES
+    s = zeros
+    for piece in gl.static_range(PIECES):
+        q = shared.q.data.index(q_slot + piece).reshape([ROWS, COLUMNS])
+        k = shared.k.data.index(k_slot + piece).reshape([work.config.BLOCK_N, COLUMNS])
+        s = warpgroup_mma(q, k.permute([1, 0]), s, use_acc=piece > 0, is_async=True)
+    return s
 
 
 @gluon.jit
@@ -938,11 +953,11 @@ def first_scores(work, shared, zeros, tile_use, block_use, skipped, exists, LANE
 
 
 @gluon.jit
-def add_values(work, shared, weights, acc, block_use):
-    """Start acc += weights v of the slot."""
-    v = shared.v.data.index(shared.v.index(block_use, 0))
-    v = v.reshape([work.config.BLOCK_N, work.config.BLOCK_DV])
-    return warpgroup_mma(weights, v, acc, is_async=True)
+def add_values(work, shared, weights, acc, block_use, PIECE: gl.constexpr):
+    """Start acc += weights v of the slot, of a piece of its columns."""
+    COLUMNS: gl.constexpr = work.config.BLOCK_DV // work.config.PIECES_V
+    v = shared.v.data.index(shared.v.index(block_use, 0) * work.config.PIECES_V + PIECE)
+    return warpgroup_mma(weights, v.reshape([work.config.BLOCK_N, COLUMNS]), acc, is_async=True)
 
 
 @gluon.jit
@@ -952,18 +967,21 @@ def clear_values(work, shared, use, first, end):
     Every consumer does it for itself, all writing the same.
     """
     BLOCK_N: gl.constexpr = work.config.BLOCK_N
-    BLOCK_DV: gl.constexpr = work.config.BLOCK_DV
+    PIECES_V: gl.constexpr = work.config.PIECES_V
+    COLUMNS: gl.constexpr = work.config.BLOCK_DV // PIECES_V
     STEP: gl.constexpr = 16
     BY_ROW: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
     if (first > 0) | (end < BLOCK_N):
         shared.v.wait_full(use, 0)
-        v = shared.v.data.index(shared.v.index(use, 0)).reshape([BLOCK_N, BLOCK_DV])
-        for part in gl.static_range(0, BLOCK_N, STEP):
-            if (part < first) | (part + STEP > end):
-                rows = v.slice(part, STEP)
-                row = part + gl.arange(0, STEP, layout=gl.SliceLayout(1, BY_ROW))
-                inside = (row >= first) & (row < end)
-                rows.store(gl.where(gl.expand_dims(inside, 1), rows.load(BY_ROW), 0.0))
+        slot = shared.v.index(use, 0) * PIECES_V
+        for piece in gl.static_range(PIECES_V):
+            v = shared.v.data.index(slot + piece).reshape([BLOCK_N, COLUMNS])
+            for part in gl.static_range(0, BLOCK_N, STEP):
+                if (part < first) | (part + STEP > end):
+                    rows = v.slice(part, STEP)
+                    row = part + gl.arange(0, STEP, layout=gl.SliceLayout(1, BY_ROW))
+                    inside = (row >= first) & (row < end)
+                    rows.store(gl.where(gl.expand_dims(inside, 1), rows.load(BY_ROW), 0.0))
         fence_async_shared()
         group_barrier()
 
@@ -1030,6 +1048,15 @@ def store_part(work, target, span, row, column, buffer):
 
 
 @gluon.jit
+def normalised(work, acc, factor):
+    """Results, 0 where ``factor`` is."""
+    out = acc * factor
+    if work.config.LENGTHS != SHAPES:  # queries that take no part may be NaN
+        out = gl.where(factor > 0.0, out, 0.0)
+    return out
+
+
+@gluon.jit
 def finish_rows(work, span, row, head, m, total, sinks):
     """(whether a row sees a key, what its weights are divided by, its log-sum-exp).
 
@@ -1059,7 +1086,8 @@ def consumer(LANE: gl.constexpr, work, shared, target, lse, sinks):
     """Compute POSITIONS positions of every tile, from the (LANE * POSITIONS)-th on."""
     config = work.config
     BLOCK_N: gl.constexpr = config.BLOCK_N
-    BLOCK_DV: gl.constexpr = config.BLOCK_DV
+    PIECES_V: gl.constexpr = config.PIECES_V
+    BLOCK_DV: gl.constexpr = config.BLOCK_DV // PIECES_V  # of a piece
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUTPUT, 2)
@@ -1131,6 +1159,9 @@ def consumer(LANE: gl.constexpr, work, shared, target, lse, sinks):
         l = partial_sums(p, BLOCK_N)
         weights = gl.convert_layout(p.to(DTYPE), WEIGHTS)
         acc = gl.zeros([ROWS, BLOCK_DV], gl.float32, OUTPUT)
+        if PIECES_V > 1:
+            acc_1 = gl.zeros([ROWS, BLOCK_DV], gl.float32, OUTPUT)
+            acc_2 = gl.zeros([ROWS, BLOCK_DV], gl.float32, OUTPUT)
 
         # The others: scores of block i and values of block i - 1 at a time.
         use = block_use + skipped
@@ -1153,12 +1184,15 @@ def consumer(LANE: gl.constexpr, work, shared, target, lse, sinks):
             shared.v.wait_full(use, 0)
             if config.TRACE:
                 wait_v += now()
-            acc = add_values(work, shared, weights, acc, use)
+            acc = add_values(work, shared, weights, acc, use, 0)
+            if PIECES_V > 1:
+                acc_1 = add_values(work, shared, weights, acc_1, use, 1)
+                acc_2 = add_values(work, shared, weights, acc_2, use, 2)
             if config.PING_PONG:
                 take_turn("arrive", (LANE + 1) % config.CONSUMERS)
             if config.TRACE:
                 wait_s -= now()
-            s = warpgroup_mma_wait(1, deps=[s])
+            s = warpgroup_mma_wait(PIECES_V, deps=[s])
             if config.TRACE:
                 wait_s += now()
             shared.k.release(use + 1, 0)
@@ -1172,13 +1206,20 @@ def consumer(LANE: gl.constexpr, work, shared, target, lse, sinks):
             m_new = settle_maximum(m, m_new, m + most_growth, LANE)
             p, shift = weights_of(work, s, m_new, MASKED)
             sums = partial_sums(p, BLOCK_N)
-            acc = warpgroup_mma_wait(0, deps=[acc])
+            if PIECES_V > 1:
+                acc, acc_1, acc_2 = warpgroup_mma_wait(0, deps=[acc, acc_1, acc_2])
+            else:
+                acc = warpgroup_mma_wait(0, deps=[acc])
             shared.v.release(use, 0)
             if warp_has_moved(LANE):
                 alpha = gl.exp2(m * work.scale_log2 - shift)
                 alpha_l = gl.convert_layout(alpha, gl.SliceLayout(1, l.type.layout))
                 l = l * gl.expand_dims(alpha_l, 1)
-                acc = acc * gl.expand_dims(gl.convert_layout(alpha, OUTPUT_ROWS), 1)
+                alpha_o = gl.expand_dims(gl.convert_layout(alpha, OUTPUT_ROWS), 1)
+                acc = acc * alpha_o
+                if PIECES_V > 1:
+                    acc_1 = acc_1 * alpha_o
+                    acc_2 = acc_2 * alpha_o
             l = l + sums
             m = m_new
             weights = gl.convert_layout(p.to(DTYPE), WEIGHTS)
@@ -1193,7 +1234,10 @@ def consumer(LANE: gl.constexpr, work, shared, target, lse, sinks):
             first = first_key_of(work, span, 0) - tile.first_block * BLOCK_N
             clear_values(work, shared, block_use - 1, first, BLOCK_N)
         shared.v.wait_full(block_use - 1, 0)
-        acc = add_values(work, shared, weights, acc, block_use - 1)
+        acc = add_values(work, shared, weights, acc, block_use - 1, 0)
+        if PIECES_V > 1:
+            acc_1 = add_values(work, shared, weights, acc_1, block_use - 1, 1)
+            acc_2 = add_values(work, shared, weights, acc_2, block_use - 1, 2)
         if config.TRACE:
             at_mail = now()
         if config.LENGTHS != SHAPES:
@@ -1208,9 +1252,11 @@ def consumer(LANE: gl.constexpr, work, shared, target, lse, sinks):
             next_skipped = blocks_to_skip(work, next_tile, LANE)
             s = first_scores(work, shared, zeros, tile_use + 1, block_use, next_skipped,
                              index < work.tiles, LANE)  # fmt: skip
-            acc = warpgroup_mma_wait(1, deps=[acc])
+        BEHIND: gl.constexpr = config.PIECES if config.EARLY else 0
+        if PIECES_V > 1:
+            acc, acc_1, acc_2 = warpgroup_mma_wait(BEHIND, deps=[acc, acc_1, acc_2])
         else:
-            acc = warpgroup_mma_wait(0, deps=[acc])
+            acc = warpgroup_mma_wait(BEHIND, deps=[acc])
         shared.v.release(block_use - 1, 0)
         if config.TRACE:
             at_values = now()
@@ -1225,11 +1271,15 @@ def consumer(LANE: gl.constexpr, work, shared, target, lse, sinks):
         gl.store(lse + row_zero + span.q_start + row, row_lse, mask=row < span.rows)
         factor = gl.convert_layout(gl.where(sees, 1.0 / divisor, 0.0), OUTPUT_ROWS)
         factor = gl.expand_dims(factor, 1)
-        out = acc * factor
-        if config.LENGTHS != SHAPES:  # queries that take no part may be NaN
-            out = gl.where(factor > 0.0, out, 0.0)
-        out = out.to(DTYPE)
-        if THROUGH_Q:
+        out = normalised(work, acc, factor).to(DTYPE)
+        if PIECES_V > 1:
+            buffer = shared.out.index(LANE)
+            store_columns(work, target, span, first_row, 0, out, buffer)
+            out = normalised(work, acc_1, factor).to(DTYPE)
+            store_columns(work, target, span, first_row, BLOCK_DV, out, buffer)
+            out = normalised(work, acc_2, factor).to(DTYPE)
+            store_columns(work, target, span, first_row, 2 * BLOCK_DV, out, buffer)
+        elif THROUGH_Q:
             # Nobody else reads this part of q, and its products are done.
             buffer = shared.q.data.index(shared.q.index(tile_use, LANE))
             store_rows(work, target, span, first_row, out, buffer, BLOCK_DV)
@@ -1301,7 +1351,8 @@ def attention_forward_sm90(
         q_desc, k_desc, v_desc, out_desc: TMA descriptors of (batch, nheads, seqlen, headdim) with
             blocks (1, PACK, 64 / PACK, BLOCK_D), (1, 1, BLOCK_N, BLOCK_D),
             (1, 1, BLOCK_N, BLOCK_DV) and (1, PACK, 64 / PACK, OUT_COLUMNS or BLOCK_DV); columns
-            past headdim are read as 0 and not written. The batch is 1 with PACKED.
+            past headdim are read as 0 and not written. The batch is 1 with PACKED. BLOCK_D and
+            BLOCK_DV are 64, 96, 128, 192 or 256; of 96 and 192 the blocks have a third.
         lse: (batch, nheads, seqlen_q) float32, packed (nheads, seqlen_q).
         counter: one int32, 0 before and after the launch; used with DYNAMIC alone.
         sinks: (query heads,) with HAS_SINKS.
@@ -1339,7 +1390,7 @@ def attention_forward_sm90(
     gl.static_assert(not (EARLY and (SCHEDULER == ONE_TILE or OUT_COLUMNS == 0)))
     # With four consumers results were wrong now and then: docs/lab/hopper-forward.md.
     gl.static_assert(CONSUMERS >= 1 and CONSUMERS <= 3)
-    gl.static_assert(OUT_COLUMNS > 0 or BLOCK_D == BLOCK_DV)
+    gl.static_assert(OUT_COLUMNS > 0 or (BLOCK_D == BLOCK_DV and BLOCK_D % 3 > 0))
     gl.static_assert(LENGTHS == SHAPES or (SCHEDULER == DYNAMIC and not SLIM))
     gl.static_assert(not HAS_CHUNK or (HAS_LEFT and HAS_RIGHT))
     gl.static_assert(not LATE or (SCHEDULER == DYNAMIC and not SLIM))
@@ -1351,9 +1402,11 @@ def attention_forward_sm90(
                 window_right, chunk, row_tiles, sequences, section, in_sections, tiles, trace,
                 slopes, step_slope, places, config)  # fmt: skip
     target = Destination(out_desc, out, step_row, step_head, columns)
-    q_ring = new_ring(buffers_for(q_desc, Q_SLOTS * CONSUMERS), Q_SLOTS, CONSUMERS, 1)
-    k_ring = new_ring(buffers_for(k_desc, STAGES), STAGES, 1, CONSUMERS)
-    v_ring = new_ring(buffers_for(v_desc, STAGES), STAGES, 1, CONSUMERS)
+    PIECES: gl.constexpr = config.PIECES
+    q_buffers = buffers_for(q_desc, Q_SLOTS * CONSUMERS * PIECES)
+    q_ring = new_ring(q_buffers, Q_SLOTS, CONSUMERS, 1)
+    k_ring = new_ring(buffers_for(k_desc, STAGES * PIECES), STAGES, 1, CONSUMERS)
+    v_ring = new_ring(buffers_for(v_desc, STAGES * config.PIECES_V), STAGES, 1, CONSUMERS)
     if SCHEDULER == DYNAMIC:
         PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
         READERS: gl.constexpr = CONSUMERS + (1 if SLIM else 0)

@@ -30,6 +30,7 @@ from .plans import (
     lengths_plan,
     packed_heads,
     padded_headdim,
+    piece_columns,
     with_own_buffer,
 )
 
@@ -38,7 +39,8 @@ _NO_WINDOW = 2**29
 # Where the sequences' lengths come from, as in kernels.sm90_forward.
 SHAPES, USED, PACKED = range(3)
 _TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
-_LAYOUT = gl.NVMMASharedLayout(128, 16, 4)
+# By the bytes of a row; made once, because every descriptor of a first call takes one.
+_LAYOUTS = {width: gl.NVMMASharedLayout(width, 16, 4) for width in (64, 128)}
 
 attention_forward_sm90 = Launcher(sm90_forward.attention_forward_sm90)
 
@@ -65,8 +67,21 @@ def describe(x: Tensor, rows: int, columns: int, heads: int = 1) -> TensorDescri
         [batch, nheads, seqlen, headdim],
         [step_b, step_h, step_s, 1],
         [1, heads, rows, columns],
-        _LAYOUT,
+        _LAYOUTS[min(2 * columns, 128)],
     )
+
+
+def columns_of(problem: AttentionProblem) -> tuple[int, int]:
+    """Columns of the tiles of q and k, and of those of v.
+
+    With lengths that only the device knows, the compiler of Triton 3.9 runs out of registers for
+    tiles of 192 columns in pieces: padding costs less than spilling.
+    """
+    columns = padded_headdim(problem.headdim), padded_headdim(problem.headdim_v)
+    if lengths_of(problem) != SHAPES and _TRITON > (3, 6):
+        block_d, block_dv = (MAX_HEADDIM if x == 192 else x for x in columns)
+        return block_d, block_dv
+    return columns
 
 
 def binding_window(problem: AttentionProblem) -> tuple[int | None, int | None]:
@@ -77,7 +92,7 @@ def binding_window(problem: AttentionProblem) -> tuple[int | None, int | None]:
         left = None
     if right is not None and right >= seqlen_q - 1:
         right = None
-    widest = max(padded_headdim(problem.headdim), padded_headdim(problem.headdim_v))
+    widest = max(columns_of(problem))
     # At the largest head dim the compiler of Triton 3.9 runs out of registers for packed sequences
     # unless both bounds are there.
     if chunk or (problem.is_varlen_q and widest == MAX_HEADDIM):
@@ -124,7 +139,7 @@ def register_reasons(problem: AttentionProblem) -> list[str]:
 def plan_for(problem: AttentionProblem) -> ForwardPlan:
     """The plan of a problem's forward pass."""
     left, right = binding_window(problem)
-    block_d, block_dv = padded_headdim(problem.headdim), padded_headdim(problem.headdim_v)
+    block_d, block_dv = columns_of(problem)
     width = max(block_d, block_dv)
     if lengths_of(problem) != SHAPES or problem.transform.alibi_slopes is not None:
         return lengths_plan(width)
@@ -176,7 +191,7 @@ def launch_forward(
     q, k, v, layout, transform = problem.q, problem.k, problem.v, problem.layout, problem.transform
     pack = pack_of(problem, plan)
     group = problem.nheads // problem.nheads_k // pack
-    block_d, block_dv = padded_headdim(problem.headdim), padded_headdim(problem.headdim_v)
+    block_d, block_dv = columns_of(problem)
     left, right = binding_window(problem)
     lengths = lengths_of(problem)
     row_tiles, sequences = tiles_of(problem, plan, pack)
@@ -191,9 +206,9 @@ def launch_forward(
     counter = counter_for(q) if plan.scheduler == DYNAMIC else lse
     scale, softcap, slopes = transform.softmax_scale, transform.softcap, transform.alibi_slopes
     attention_forward_sm90[(programs,)](
-        describe(q, ROWS // pack, block_d, pack),
-        describe(k, plan.block_n, block_d),
-        describe(v, plan.block_n, block_dv),
+        describe(q, ROWS // pack, piece_columns(block_d), pack),
+        describe(k, plan.block_n, piece_columns(block_d)),
+        describe(v, plan.block_n, piece_columns(block_dv)),
         describe(out, ROWS // pack, plan.out_columns(block_dv) or block_dv, pack),
         lse,
         counter,
@@ -245,7 +260,7 @@ def pack_of(problem: AttentionProblem, plan: ForwardPlan) -> int:
 
     At the largest head dim the compiler of Triton 3.9 has no registers left to pack them.
     """
-    widest = max(padded_headdim(problem.headdim), padded_headdim(problem.headdim_v))
+    widest = max(columns_of(problem))
     if widest == MAX_HEADDIM and _TRITON > (3, 6):
         return 1
     return packed_heads(

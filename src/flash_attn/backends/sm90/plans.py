@@ -14,7 +14,8 @@ from typing import NamedTuple
 ROWS = 64  # of a consumer, as in kernels.sm90_forward
 ONE_TILE, ROUND_ROBIN, DYNAMIC = range(3)
 SHARED_LIMIT = 232448
-MAX_HEADDIM = 256
+BLOCK_DS = (64, 96, 128, 192, 256)
+MAX_HEADDIM = BLOCK_DS[-1]
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,11 @@ class ForwardPlan:
     def out_columns(self, block_d: int) -> int:
         """Width of the buffer that results leave through, 0 if it is the queries'.
 
-        Not less than the 64 columns that lie together in shared memory.
+        Not less than the 64 columns that lie together in shared memory; a piece where tiles are in
+        pieces.
         """
+        if block_d > piece_columns(block_d):
+            return piece_columns(block_d)
         return max(block_d // self.out_halves, 64) if self.out_halves else 0
 
     def shared_bytes(self, block_d: int) -> int:
@@ -94,8 +98,13 @@ class ForwardKey(NamedTuple):
 
 
 def padded_headdim(headdim: int) -> int:
-    """Columns of the kernel's tiles: 64, 128 or 256; those past the head dim are read as 0."""
-    return max(64, 1 << (headdim - 1).bit_length())
+    """Columns of the kernel's tiles; those past the head dim are read as 0."""
+    return next(columns for columns in BLOCK_DS if headdim <= columns)
+
+
+def piece_columns(block_d: int) -> int:
+    """Columns of the pieces that a tile is loaded, multiplied and stored in: powers of two."""
+    return block_d // 3 if block_d % 3 == 0 else block_d
 
 
 _L2 = 32 << 20
@@ -105,7 +114,17 @@ _64 = ForwardPlan(3, 128, 2, ROUND_ROBIN, 2, 1, ping_pong=True)
 _SHORT_64 = ForwardPlan(2, 128, 3, DYNAMIC, 2, 1, section_bytes=_L2)
 _128 = ForwardPlan(2, 128, 2, DYNAMIC, 1, 1, section_bytes=8 << 20, last_bytes=_L2)
 _256 = ForwardPlan(2, 64, 2, ROUND_ROBIN, 1, 2)
+# Head dims 96 and 192 are not measured yet: plans by analogy.
+_96 = ForwardPlan(2, 128, 3, DYNAMIC, 1, 1, section_bytes=8 << 20, last_bytes=_L2)
+_192 = ForwardPlan(2, 64, 3, ROUND_ROBIN, 1, 1)
 _FORWARD: dict[tuple[int, bool], _Rows] = {
+    (96, False): ((0, ForwardPlan(3, 64, 4, ROUND_ROBIN, 1, 1, ping_pong=True)),),
+    (96, True): ((0, _96),),
+    (192, False): ((0, replace(_192, slim=True)),),
+    (192, True): (
+        (0, replace(_192, scheduler=DYNAMIC, skip=True, late=True, section_bytes=16 << 20,
+                    last_bytes=_L2)),
+    ),
     (64, False): (
         (0, replace(_64, slim=True)),  # 388 452 532 556 566 557
     ),
@@ -159,6 +178,8 @@ _LENGTHS: dict[int, ForwardPlan] = {
     64: _SHORT_64,
     128: replace(_128, section_bytes=_L2, last_bytes=0),
     256: replace(_256, scheduler=DYNAMIC, section_bytes=_L2),
+    96: replace(_96, stages=2, section_bytes=_L2, last_bytes=0),
+    192: replace(_192, scheduler=DYNAMIC, section_bytes=_L2),
 }
 
 
