@@ -199,6 +199,11 @@ def launch_main(
     problem: AttentionProblem, inputs: BackwardInputs, workspace: Workspace, plan: BackwardPlan
 ) -> None:
     """dk, dv, the sums of dq, and with housekeeping most of what comes before and after."""
+    if plan.piece:
+        from .launch_backward_wide import launch_main_wide  # which imports this module
+
+        launch_main_wide(problem, inputs, workspace, plan)
+        return
     q, k, v = problem.q, problem.k, problem.v
     batch, seqlen_q, nheads, headdim = q.shape
     seqlen_k, nheads_k = k.shape[1:3]
