@@ -191,7 +191,7 @@ def capped(work, s, row):
     """u = 1 + 1 / (exp(2 x) + 1), where softcap makes of a score cap tanh(x): tanh(x) = 3 - 2 u and
     its slope 4 (u - 1) (2 - u), so that no score has to be kept beside its weight. 0 is masked."""
     u = 1.0 + 1.0 / (gl.exp2(s * work.scale_log2) + 1.0)
-    return mask_if_needed(work, u, work.first_key, row)
+    return mask_if_needed(work, u, work.first_key + opaque_zero(), row)
 
 
 @gluon.jit
@@ -215,13 +215,22 @@ def undo_handing_order(p):
 
 
 @gluon.jit
+def place_again(grid):
+    """This program's place, computed from numbers that the compiler takes for others than those at
+    the kernel's begin: what it could use again would be held, or spilled, all through the loop."""
+    zero = opaque_zero()
+    again = Grid(grid.nheads_k + zero, grid.key_blocks + zero, grid.sequences + zero,
+                 grid.section + zero, grid.REVERSED)  # fmt: skip
+    return again.place(gl.program_id(0))
+
+
+@gluon.jit
 def store_sums(desc, work, shared, ring, sums, factor):
     """Write ``factor`` times dv or dk by TMA, through the buffers of v or k."""
+    batch, key_head, key_block = place_again(work.grid)
     for j in gl.static_range(shared.PIECES):
         shared.piece(ring, 0, j).store((sums[j] * factor).to(desc.dtype))
     fence_async_shared()
-    # Computed only now: earlier it would cost registers.
-    batch, key_head, key_block = work.grid.place(gl.program_id(0) + opaque_zero())
     for j in gl.static_range(shared.PIECES):
         at = [batch, key_head, key_block * ROWS, j * shared.PIECE]
         tma_store(desc, at, ring.data.index(j))
@@ -258,7 +267,7 @@ def value_consumer(work, shared, dv_desc):
             lse = gl.expand_dims(shared.lse.index(i % shared.q.SLOTS).load(COLUMN), 0)
             shared.q.release(i)
             p = gl.exp2(s * work.scale_log2 - lse)
-            weights = mask_if_needed(work, p, work.first_key, row).to(dtype)
+            weights = mask_if_needed(work, p, work.first_key + opaque_zero(), row).to(dtype)
             handed = weights
         shared.p.wait_empty(i)
         shared.p.slot(i).store(handing_order(handed))

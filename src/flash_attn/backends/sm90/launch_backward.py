@@ -17,7 +17,7 @@ from ...kernels.sm90_backward import (
     finish_dq_sm90,
     row_statistics_sm90,
 )
-from .plans_backward import MAX_HEADDIM, BackwardPlan, plan_backward
+from .plans_backward import MAX_HEADDIM, MAX_HEADDIM_SOFTCAP, BackwardPlan, plan_backward
 
 # What the kernels call PIECE and STRIP.
 _BLOCK_N, _PIECE, _STRIP = 128, 128, 8
@@ -61,6 +61,11 @@ def unsupported_backward(problem: AttentionProblem) -> list[str]:
         reasons.append(
             f"computes gradients for head dims up to {MAX_HEADDIM} that are multiples of 8, found "
             f"{q.shape[-1]}"
+        )
+    if transform.softcap > 0.0 and q.shape[-1] > MAX_HEADDIM_SOFTCAP:
+        reasons.append(
+            f"computes gradients with softcap for head dims up to {MAX_HEADDIM_SOFTCAP}, where "
+            f"registers suffice, found {q.shape[-1]}"
         )
     if not transform.softmax_scale > 0.0:
         reasons.append(f"needs softmax_scale > 0, found {transform.softmax_scale}")

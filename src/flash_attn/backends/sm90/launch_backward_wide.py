@@ -22,7 +22,14 @@ _LOG2E = 1.4426950408889634
 def launch_main_wide(
     problem: AttentionProblem, inputs: BackwardInputs, workspace: Workspace, plan: BackwardPlan
 ) -> None:
-    """dk, dv and the sums of dq."""
+    """dk, dv and the sums of dq.
+
+    Raises:
+        ValueError: the plan asks for what this kernel does not have.
+    """
+    wanted = (plan.block_m, plan.eager_dv, plan.housekeeping, plan.dq_group)
+    if wanted != (_BLOCK, False, False, True) or plan.ahead not in (0, 1):
+        raise ValueError(f"no plan for head dims above 128: {plan}")
     q, k, v = problem.q, problem.k, problem.v
     batch, seqlen_q, nheads, _ = q.shape
     seqlen_k, nheads_k = k.shape[1:3]

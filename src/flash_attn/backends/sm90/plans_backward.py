@@ -34,6 +34,7 @@ class BackwardPlan(NamedTuple):
     is_reversed: bool = False
     other_registers: int = 24
     distance: int = 168
+    # Of head dims above 128: columns of a buffer, and slots for P and for tiles of dq.
     piece: int = 0
     p_slots: int = 0
     dq_slots: int = 0
@@ -45,6 +46,8 @@ class BackwardPlan(NamedTuple):
 
 
 MAX_HEADDIM = 256
+# Above it the registers do not suffice for softcap.
+MAX_HEADDIM_SOFTCAP = 192
 
 
 _D64 = BackwardPlan(
@@ -58,7 +61,7 @@ _D192 = BackwardPlan(
 )  # fmt: skip
 _D256 = BackwardPlan(
     64, 256, piece=128, p_slots=1, ds_slots=1, dq_slots=1, dq_group=True, deterministic=True,
-    registers=208, dq_registers=72,
+    registers=208, dq_registers=64,
 )  # fmt: skip
 
 
