@@ -84,13 +84,13 @@ def variants() -> list[Variant]:
 
 def wide_variants() -> list[Variant]:
     """Head dims above 128. "late": S and dP of the next step after dv and dk; "one do": one slot of
-    do, and two of P, of dS and of tiles of dq."""
+    do, and two of tiles of dq."""
     both: dict[str, Any] = {"block_m": 64, "dq_group": True, "registers": 208}
     d256 = {**both, "block_d": 256, "piece": 128, "p_slots": 1, "ds_slots": 1, "dq_slots": 1,
             "dq_registers": 64}  # fmt: skip
     d192 = {**both, "block_d": 192, "piece": 64, "p_slots": 2, "ds_slots": 2, "dq_slots": 2,
             "dq_registers": 72}  # fmt: skip
-    one_do = {"do_slots": 1, "p_slots": 2, "ds_slots": 2, "dq_slots": 2}
+    one_do = {"do_slots": 1, "dq_slots": 2}
     ordered = {"deterministic": True}
     last_first = {"deterministic": True, "is_reversed": True}
     return [
