@@ -479,8 +479,9 @@ def parts_of(
 ) -> dict[str, Callable[[], object]]:
     """The whole backward, its main kernel alone, and what comes before and after."""
     problem, inputs = cell.problem, cell.inputs
-    workspace = launch_backward.allocate(problem, plan)
-    arguments = (problem, inputs, workspace, plan)
+    packing = launch_backward.locate(problem)
+    workspace = launch_backward.allocate(problem, packing, plan)
+    arguments = (problem, inputs, packing, workspace, plan)
     launch_backward.launch_statistics(*arguments)
     whole = f"{name}|{megabytes}"
 
@@ -489,13 +490,36 @@ def parts_of(
             workspace.counters.zero_()
         launch_backward.launch_main(*arguments)
 
+    packed = {}
+    if not plan.housekeeping and not plan.piece:
+        flat = as_packed(problem, inputs)
+        packed[whole + "|packed"] = lambda: launch_backward.backward(*flat, plan)
     around = f"{whole}|" if plan.housekeeping else f"d{problem.headdim}||"
     return {
         whole + "|whole": lambda: launch_backward.backward(problem, inputs, plan),
         whole + "|main": main,
         around + "before": lambda: launch_backward.launch_statistics(*arguments),
         around + "after": lambda: launch_backward.launch_finish(*arguments),
+        **packed,
     }
+
+
+def as_packed(problem: Any, inputs: Any) -> tuple[Any, Any]:
+    """The same sequences one after another, with their lengths on the device."""
+    import torch
+
+    from flash_attn.core.problem import SequenceLayout
+
+    batch, seqlen = problem.q.shape[:2]
+    bounds = torch.arange(batch + 1, dtype=torch.int32, device=problem.q.device) * seqlen
+    layout = SequenceLayout(bounds, bounds, max_seqlen_q=seqlen, max_seqlen_k=seqlen)
+    flat = {name: getattr(problem, name).flatten(0, 1) for name in ("q", "k", "v")}
+    mine = {name: getattr(inputs, name).flatten(0, 1) for name in ("dout", "out", "dq", "dk", "dv")}
+    lse = inputs.softmax_lse.transpose(0, 1).flatten(1)
+    return (
+        problem._replace(**flat, layout=layout),
+        inputs._replace(**mine, softmax_lse=lse),
+    )
 
 
 # ------------------------------------------------------------------------------------------ parent

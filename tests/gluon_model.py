@@ -241,23 +241,31 @@ class Pointer:
 
     def load(self, mask: Any, other: float) -> Tensor:
         flat, at, inside = self._places(mask)
+        found = flat[torch.from_numpy(at[inside].astype(np.int64))]
+        if not self.base.is_floating_point():
+            values = np.full(at.shape, int(other), np.int64)
+            values[inside] = found.numpy()
+            return tensor(values) if at.ndim else Int(values)
         values = np.full(at.shape, other, np.float32)
-        values[inside] = flat[torch.from_numpy(at[inside].astype(np.int64))].float().numpy()
+        values[inside] = found.float().numpy()
         return tensor(values)
 
     def store(self, value: Any, mask: Any) -> None:
         flat, at, inside = self._places(mask)
-        values = np.broadcast_to(np.asarray(value, np.float32), at.shape)[inside]
+        kind = np.float32 if self.base.is_floating_point() else np.int64
+        values = np.broadcast_to(np.asarray(value, kind), at.shape)[inside]
         where = torch.from_numpy(at[inside].astype(np.int64))
         flat[where] = torch.from_numpy(np.ascontiguousarray(values)).to(flat.dtype)
 
 
 class Descriptor:
-    """A TMA descriptor of a torch tensor."""
+    """A TMA descriptor of a torch tensor. Addresses wrap at 2**64, as they do for TMA."""
 
     def __init__(self, host: Any) -> None:
-        self.array = torch.as_strided(host.base, host.shape, host.strides)
-        self.dtype = _OF_TORCH[host.base.dtype]
+        base = host.base
+        self.flat = torch.empty(0, dtype=base.dtype).set_(base.untyped_storage())
+        self.first, self.shape, self.strides = base.storage_offset(), host.shape, host.strides
+        self.dtype = _OF_TORCH[base.dtype]
         self.layout = None
         self.block_type = types.SimpleNamespace(shape=host.block_shape, element_ty=self.dtype)
 
@@ -265,32 +273,33 @@ class Descriptor:
     def bytes(self) -> int:
         return int(np.prod(self.block_type.shape)) * self.dtype.primitive_bitwidth // 8
 
-    def _bounds(self, at: list[int]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
-        """(the part of the tensor, the part of the block) that a block at ``at`` covers."""
-        blocks = self.block_type.shape
-        first = [max(int(a), 0) for a in at]
-        last = [
-            max(min(int(a) + n, size), f)
-            for a, n, size, f in zip(at, blocks, self.array.shape, first, strict=True)
+    def _places(self, at: Any) -> tuple[tuple[slice, ...], torch.Tensor]:
+        """The part of a block at ``at`` that is inside of the tensor, and where it lies."""
+        ranges = [
+            (max(-int(a), 0), max(min(n, size - int(a)), max(-int(a), 0)))
+            for a, n, size in zip(at, self.block_type.shape, self.shape, strict=True)
         ]
-        return (
-            tuple(slice(f, e) for f, e in zip(first, last, strict=True)),
-            tuple(slice(f - int(a), e - int(a)) for f, e, a in zip(first, last, at, strict=True)),
-        )
+        places = np.zeros([1] * len(ranges), np.int64) + self.first
+        for dim, ((begin, end), a, stride) in enumerate(zip(ranges, at, self.strides, strict=True)):
+            index = (np.arange(begin, end, dtype=np.int64) + int(a)) * np.int64(stride)
+            places = places + index.reshape([-1 if i == dim else 1 for i in range(len(ranges))])
+        if places.size and not (places.min() >= 0 and places.max() < self.flat.numel()):
+            raise ModelError("TMA outside of the tensor's memory")
+        return tuple(slice(*one) for one in ranges), torch.from_numpy(places)
 
-    def read(self, at: list[int]) -> np.ndarray:
-        there, here_ = self._bounds(at)
+    def read(self, at: Any) -> np.ndarray:
+        inside, places = self._places(at)
         block = np.zeros(self.block_type.shape, np.float32)
-        block[here_] = self.array[there].float().numpy()
+        block[inside] = self.flat[places].float().numpy()
         return block
 
-    def write(self, at: list[int], block: np.ndarray, add: bool) -> None:
-        there, here_ = self._bounds(at)
-        part = torch.from_numpy(np.ascontiguousarray(block.reshape(self.block_type.shape)[here_]))
+    def write(self, at: Any, block: np.ndarray, add: bool) -> None:
+        inside, places = self._places(at)
+        part = block.reshape(self.block_type.shape)[inside]
+        values = torch.from_numpy(np.ascontiguousarray(part))
         if add:
-            self.array[there] += part
-        else:
-            self.array[there] = part.to(self.array.dtype)
+            values = values + self.flat[places]
+        self.flat[places] = values.to(self.flat.dtype)
 
 
 # -------------------------------------------------------------------------------------- scheduling
@@ -342,13 +351,13 @@ class Agent:
     def look(self, counter: Pointer) -> int:
         """The value of a counter in global memory."""
         self.pause()
-        self.seen = (counter, int(counter.load(None, 0.0).item()))
+        self.seen = (counter, int(counter.load(None, 0)))
         return self.seen[1]
 
     def sleep(self) -> None:
         """Before another look at the counter looked at last: until it changes."""
         counter, value = self.seen
-        self.pause(lambda: int(counter.load(None, 0.0).item()) != value)
+        self.pause(lambda: int(counter.load(None, 0)) != value)
 
 
 class _Stop(BaseException):
@@ -530,7 +539,7 @@ def _instruction(text: str, _: str = "", arguments: Any = (), **__: Any) -> Int:
         for _warp in range(here().warps):
             here().pause()
             counter = arguments[0]
-            counter.store(int(counter.load(None, 0.0).item()) + 1, None)
+            counter.store(int(counter.load(None, 0)) + 1, None)
     if text.startswith("cp.async.bulk.wait_group"):
         _store_wait(int(text.split()[1].rstrip(";")))
     found = re.match(r"bar\.sync (\d+), (\d+);", text)

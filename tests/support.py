@@ -135,6 +135,30 @@ class Inputs:
         return make(self.q, self.k, self.v, *self.lengths, *self.flat_options())
 
 
+@dataclass(frozen=True)
+class Extended(Inputs):
+    """Inputs of a problem with more fields of its layout, its visibility or its scores, or with a
+    head dim of v of its own."""
+
+    more: dict[str, Any] = field(default_factory=dict)
+
+    _names = (*Inputs._names, "more")
+
+    def problem(self) -> AttentionProblem:
+        problem, more = Inputs.problem(self.but(v=self.k))._replace(v=self.v), dict(self.more)
+        for part in ("layout", "visibility", "transform"):
+            group = getattr(problem, part)
+            mine = {name: more.pop(name) for name in list(more) if name in group._fields}
+            problem = problem._replace(**{part: group._replace(**mine)})
+        assert not more, f"no part of a problem has {list(more)}"
+        return problem
+
+
+def extended(inputs: Inputs, **more: Any) -> Extended:
+    """``inputs`` with further fields of the problem's parts."""
+    return Extended(*inputs.tensors, inputs.options, inputs.lengths, more)
+
+
 def dense(
     device: str,
     dtype: torch.dtype,

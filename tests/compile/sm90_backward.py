@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import sys
+from typing import NamedTuple
 
 import aot
 import torch
@@ -18,8 +19,10 @@ from triton import knobs
 
 from flash_attn.backends.sm90 import launch_backward
 from flash_attn.core.problem import (
+    DENSE,
     AttentionProblem,
     BackwardInputs,
+    SequenceLayout,
     Visibility,
     make_transform,
 )
@@ -28,17 +31,67 @@ VISIBILITIES = {
     "full": Visibility(),
     "causal": Visibility(None, 0),
     "window": Visibility(64, 20),
+    "chunk": Visibility(None, None, 100),
 }
 
 
-def launches(headdim: int, dtype: torch.dtype, visibility: Visibility) -> list[aot.Launch]:
+# (batch, seqlen, nheads): Triton compiles integers anew that are 1 or multiples of 16, and for a 1
+# puts a constant in the argument's place.
+SHAPES = {"usual": (2, 2048, 4), "ones": (1, 1, 1), "odd": (3, 77, 3)}
+
+
+def launches(case: Case, headdim: int) -> list[aot.Launch]:
     """The kernel calls of one backward."""
-    x = torch.empty(2, 2048, 4, headdim, dtype=dtype, device="meta")
-    problem = AttentionProblem(x, x, x, make_transform(headdim), visibility)
-    lse = torch.empty(2, 4, 2048, device="meta")
+    batch, seqlen, nheads = SHAPES[case.shape]
+    dtype = torch.float16 if case.mask == "window" else torch.bfloat16
+    places = (batch * seqlen,) if "packed" in case.features else (batch, seqlen)
+    x = torch.empty(*places, nheads, headdim, dtype=dtype, device="meta")
+    v = x if case.headdim_v is None else x.new_empty(*places, nheads, case.headdim_v)
+    transform = make_transform(headdim, softcap=20.0 if "softcap" in case.features else 0.0)
+    if "alibi" in case.features:
+        transform = transform._replace(alibi_slopes=torch.empty(batch, nheads, device="meta"))
+    bounds = torch.empty(batch + 1, dtype=torch.int32, device="meta")
+    used = torch.empty(batch, dtype=torch.int32, device="meta")
+    layout = DENSE
+    if "packed" in case.features:
+        layout = SequenceLayout(bounds, bounds, max_seqlen_q=seqlen, max_seqlen_k=seqlen)
+    if "used" in case.features:
+        layout = layout._replace(seqused_q=used, seqused_k=used)
+    problem = AttentionProblem(x, x, v, transform, VISIBILITIES[case.mask], layout)
+    if launch_backward.unsupported_backward(problem):
+        return []
+    lse = torch.empty(problem.lse_shape, device="meta")
     state = torch.empty(2, dtype=torch.int64, device="meta")
-    inputs = BackwardInputs(x, x, lse, x, x, x, state)
+    inputs = BackwardInputs(v, v, lse, x, x, v, state)
     return aot.record(lambda: launch_backward.backward(problem, inputs), "sm90")
+
+
+class Case(NamedTuple):
+    """One backward pass that is compiled."""
+
+    mask: str = "full"
+    shape: str = "usual"
+    features: str = ""
+    headdim_v: int | None = None
+
+
+CASES = [
+    *map(Case, VISIBILITIES),
+    Case("causal", "ones"),
+    Case("causal", "odd"),
+    *(Case(mask, features="packed") for mask in VISIBILITIES),
+    Case("causal", "ones", "packed"),
+    Case("causal", "odd", "packed used", 61),
+    Case("window", features="packed used softcap"),
+    Case("window", features="used"),
+    Case("window", features="softcap"),
+    Case("causal", features="packed", headdim_v=40),
+    Case("causal", headdim_v=128),
+    Case("causal", features="alibi"),
+    Case("window", features="packed alibi"),
+    Case("chunk", features="used alibi"),
+    Case("chunk", features="packed used softcap"),
+]
 
 
 def main() -> None:
@@ -46,11 +99,10 @@ def main() -> None:
     knobs.nvidia.dump_ptxas_log = True
     knobs.compilation.always_compile = True
     for headdim in map(int, sys.argv[1:]):
-        for name, visibility in VISIBILITIES.items():
-            dtype = torch.float16 if name == "window" else torch.bfloat16
-            for one in launches(headdim, dtype, visibility):
+        for case in CASES:
+            for one in launches(case, headdim):
                 found = aot.compile_launch(one, "sm90")
-                facts = {"kernel": one.name, "headdim": headdim, "mask": name}
+                facts = {"kernel": one.name, "headdim": headdim, **case._asdict()}
                 failures = found.failures("sm90")
                 print(json.dumps({**facts, **found.as_dict(), "failures": failures}), flush=True)
 

@@ -12,6 +12,8 @@ import torch
 
 pytest.importorskip("triton", reason="Triton exists on Linux only")
 
+import sm90
+
 from flash_attn.backends.sm90 import launch, plans
 from flash_attn.core.problem import (
     DENSE,
@@ -35,6 +37,14 @@ def test_plans_compile_without_spilling() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     for block_d in (64, 128, 256):
         assert f"d{block_d} causal" in done.stdout
+
+
+def test_no_integer_becomes_a_constant() -> None:
+    """Where one is 1, Triton would put a constant in its place, which no aggregate can hold."""
+    kernel, arguments, _ = sm90.arguments_of(sm90.planned(64, "chunk", "packed"))
+    numbers = [p for p, x in zip(kernel.params, arguments, strict=False) if type(x) is int]
+    assert len(numbers) > 10
+    assert [p.name for p in numbers if not p.do_not_specialize] == []
 
 
 @pytest.mark.parametrize("block_d", [64, 128, 256])

@@ -30,7 +30,8 @@ def test_compiles_within_the_limits(headdim: int, tmp_path: Path) -> None:
     # C7510 to C7518: the assembler makes products wait for each other.
     assert "C75" not in log, log
     kernels = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert len(kernels) == 9
+    for features in ("", "packed", "packed used softcap", "used", "packed alibi"):
+        assert features in {kernel["features"] for kernel in kernels}
     for kernel in kernels:
         assert not kernel["failures"], kernel
     assert "0 bytes spill stores" in log  # the log is there

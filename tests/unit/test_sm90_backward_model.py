@@ -13,16 +13,23 @@ import gluon_model
 from support import (
     Inputs,
     Solution,
+    alibi_slopes,
     assert_same_bits,
     check,
+    check_error,
     dense,
+    exact_answer,
+    extended,
+    plain_answer,
     poisoned_like,
+    varlen,
 )
 
 from flash_attn.backends.sm90 import launch_backward
 from flash_attn.backends.sm90.plans_backward import BackwardPlan
 from flash_attn.core import reference
 from flash_attn.core.problem import BackwardInputs
+from flash_attn.core.sequences import sequences
 
 D64_GROUP = BackwardPlan(64, 64, 3, 3, 3, ahead=1, dq_group=True, registers=208, dq_registers=72)
 D64 = BackwardPlan(128, 64, ahead=2)
@@ -41,12 +48,14 @@ PLANS |= {
     "d64 group housekeeping": D64_GROUP._replace(**HOUSEKEEPING),
     "d128 housekeeping": D128._replace(**HOUSEKEEPING),
     "d64 group ordered": D64_GROUP._replace(deterministic=True),
+    "d64 ordered": D64._replace(deterministic=True),
     "d64 ordered housekeeping": D64._replace(**HOUSEKEEPING, deterministic=True),
     "d128 ordered": D128._replace(deterministic=True),
     "d128 reversed": D128._replace(deterministic=True, is_reversed=True),
     "d64 group reversed": D64_GROUP._replace(deterministic=True, is_reversed=True, **HOUSEKEEPING),
 }
 FP16 = torch.float16
+KERNELS = ["row_statistics_sm90", "attention_backward_sm90", "finish_dq_sm90"]
 
 
 @pytest.fixture(scope="module")
@@ -61,20 +70,25 @@ def solve(
     seed: int = 0,
     results: Any = None,
     empty_lse: float = float("-inf"),
+    known: Solution | None = None,
 ) -> Solution:
-    """Gradients by the model; output and log-sum-exp by the reference.
+    """Gradients by the model; output and log-sum-exp by the reference, or ``known`` ones.
 
     ``empty_lse`` is what the kernels are told of a row that sees no key.
     """
     problem = inputs.problem()
-    forward = reference.attention(problem, torch.float64)
-    out, lse = forward.out.to(inputs.q.dtype), forward.softmax_lse.float()
+    if known is None:
+        forward = reference.attention(problem, torch.float64)
+        out, lse = forward.out.to(inputs.q.dtype), forward.softmax_lse.float()
+    else:
+        out, lse = known.out, known.lse
     grads = results or tuple(poisoned_like(x) for x in (inputs.q, inputs.k, inputs.v))
     state = torch.zeros(2, dtype=torch.int64)
     told = lse.masked_fill(lse == float("inf"), empty_lse)
     arguments = BackwardInputs(inputs.dout, out, told, *grads, state)
     launches = gluon_model.record(lambda: launch_backward.backward(problem, arguments, plan))
-    assert len(launches) == 3
+    # For head dims above 128 the main kernel is another one.
+    assert [one.name.replace("_wide", "") for one in launches][-3:] == KERNELS
     for one in launches:
         gluon_model.run_launch(kernels, one, seed=seed, resident=8 if plan.housekeeping else 3)
     return Solution(out, lse, *grads)
@@ -191,6 +205,240 @@ def test_inputs_that_tma_cannot_address_are_copied(kernels: Any) -> None:
     odd.copy_(inputs.k)
     inputs = inputs.but(dout=dout, k=odd)
     check(inputs, solve(kernels, inputs, D64))
+
+
+RAGGED = ["d64 group reversed", "d64 ordered", "d128 ordered", "d128 reversed"]
+BATCHES = {
+    "several": ([130, 40, 1], [100, 300, 1]),
+    "empty": ([0, 70, 0, 0, 65, 0], [0, 200, 0, 30, 0, 0]),
+    "of one block": ([128, 128], [128, 128]),
+    "tiny": ([1, 2, 3, 1, 1], [3, 2, 1, 1, 1]),
+}
+BATCH_MASKS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "causal": {"causal": True},
+    "left": {"window_size": (20, 0)},
+    "window": {"window_size": (30, 20), "softcap": 2.0},
+}
+
+
+@pytest.mark.parametrize("name", RAGGED)
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("mask", BATCH_MASKS)
+def test_packed_sequences(kernels: Any, name: str, batch: str, mask: str) -> None:
+    """Rows of no sequence lie behind the last one: they hold NaN and get zeros."""
+    plan = PLANS[name]._replace(housekeeping=False)
+    inputs = varlen("cpu", FP16, *BATCHES[batch], (2, 1), plan.block_d, 9, **BATCH_MASKS[mask])
+    for tensor, rows in zip(inputs.tensors, (0, 1, 1, 0), strict=True):
+        tensor[int(inputs.lengths[rows][-1]) :] = float("nan")
+    got = solve(kernels, inputs, plan)
+    for grad, bounds in ((got.dq, 0), (got.dk, 1), (got.dv, 1)):
+        assert not grad[int(inputs.lengths[bounds][-1]) :].any()
+    zeros = inputs.but(**{
+        n: x.nan_to_num(0.0) for n, x in zip(("q", "k", "v", "dout"), inputs.tensors, strict=True)
+    })  # fmt: skip
+    check(zeros, got._replace(out=got.out.nan_to_num(0.0)))
+
+
+@pytest.mark.parametrize("name", RAGGED)
+def test_packed_sequences_give_the_same_in_every_interleaving(kernels: Any, name: str) -> None:
+    plan = PLANS[name]._replace(housekeeping=False)
+    inputs = varlen("cpu", FP16, [70, 33], [190, 600], (2, 1), plan.block_d, causal=True)
+    inputs = extended(inputs, seqused_q=int32(60, 30), seqused_k=int32(150, 370))
+    first = solve(kernels, inputs, plan)
+    for seed in range(1, 12):
+        assert_same_bits(solve(kernels, inputs, plan, seed), first, f"seed {seed}")
+
+
+@pytest.mark.parametrize("name", RAGGED)
+def test_nan_stays_in_its_sequence(kernels: Any, name: str) -> None:
+    plan = PLANS[name]._replace(housekeeping=False)
+    lengths = ([70, 33, 90], [150, 61, 40])
+    inputs = varlen("cpu", FP16, *lengths, (2, 1), plan.block_d, causal=True)
+    want = solve(kernels, inputs, plan)
+    for tensor, rows in zip(inputs.tensors, (0, 1, 1, 0), strict=True):
+        begin, end = inputs.lengths[rows][1:3].tolist()
+        tensor[begin:end] = float("nan")
+    got = solve(kernels, inputs, plan)
+    for one, other, rows in ((got.dq, want.dq, 0), (got.dk, want.dk, 1), (got.dv, want.dv, 1)):
+        begin, end = inputs.lengths[rows][1:3].tolist()
+        assert torch.equal(one[:begin], other[:begin])
+        assert torch.equal(one[end:], other[end:])
+        assert one[begin:end].isnan().any()
+
+
+HOSTILE = {
+    "decreasing": [0, 150, 70, 250],
+    "negative": [-5, -1, 120, 250],
+    "beyond": [0, 100, 260, 4000],
+    "all beyond": [1000, 1100, 1200, 1300],
+    "highest": [2**31 - 1, -(2**31), 2**31 - 1, 2**31 - 1],
+    "lowest": [-(2**31), -(2**31), 3, 2**31 - 1],
+    "backwards": [250, 200, 100, 0],
+}
+
+
+@pytest.mark.parametrize("bounds", HOSTILE)
+@pytest.mark.parametrize("name", ["d64 group reversed", "d128 ordered"])
+def test_bounds_that_lie(kernels: Any, name: str, bounds: str) -> None:
+    """Nothing outside is touched, nobody waits for ever, and gradients are numbers."""
+    plan = PLANS[name]._replace(housekeeping=False)
+    lies = torch.tensor(HOSTILE[bounds], dtype=torch.int32)
+    honest = torch.tensor([0, 40, 41, 250], dtype=torch.int32)
+    for cu_q, cu_k in ((lies, honest), (honest, lies), (lies, lies)):
+        inputs = dense("cpu", FP16, 1, (250, 250), (2, 1), plan.block_d, window_size=(100, 0))
+        inputs = inputs.but(
+            **{n: _packed_inside_nan(getattr(inputs, n)) for n in ("q", "k", "v", "dout")},
+            lengths=(cu_q, cu_k, 250, 250),
+        )
+        results = tuple(_packed_inside_nan(x) for x in (inputs.q, inputs.k, inputs.v))
+        solve(kernels, inputs, plan, results=results)
+        for view in results:
+            assert view.isfinite().all()
+            assert view._base is not None
+            assert int(view._base.isnan().sum()) == view._base.numel() - view.numel()
+
+
+def _packed_inside_nan(x: torch.Tensor) -> torch.Tensor:
+    """Packed rows, or the one sequence of dense ones, in the midst of NaN."""
+    rows, heads, columns = x.shape[-3:]
+    buffer = x.new_full((rows + 140, heads + 1, columns + 8), float("nan"))
+    view = buffer[70 : 70 + rows, :heads, :columns]
+    view.copy_(x.view(rows, heads, columns))
+    return view
+
+
+def int32(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+@pytest.mark.parametrize("name", RAGGED)
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("mask", ["full", "left"])
+def test_rows_in_use(kernels: Any, name: str, packed: bool, mask: str) -> None:
+    """Rows that are not in use hold NaN and get zeros."""
+    plan = PLANS[name]._replace(housekeeping=False)
+    used_q, used_k = int32(70, 0, 33, 200), int32(0, 20, 150, -3)
+    options = BATCH_MASKS[mask]
+    if packed:
+        inputs = varlen("cpu", FP16, [80, 20, 40, 5], [9, 140, 150, 30], (2, 1), plan.block_d,
+                        **options)  # fmt: skip
+    else:
+        inputs = dense("cpu", FP16, 4, (90, 150), (2, 1), plan.block_d, **options)
+    inputs = extended(inputs, seqused_q=used_q, seqused_k=used_k)
+    got = solve(kernels, inputs, plan)
+    check(inputs, got)
+    problem = inputs.problem()
+    hidden_q, hidden_k = (torch.ones(x.shape[:-2], dtype=torch.bool) for x in (inputs.q, inputs.k))
+    for one in sequences(problem):
+        hidden_q[one.q_rows] = False
+        hidden_k[one.k_rows] = False
+    assert hidden_q.any()
+    assert hidden_k.any()
+    for tensor, hidden in zip(inputs.tensors, (hidden_q, hidden_k, hidden_k, hidden_q),
+                              strict=True):  # fmt: skip
+        tensor[hidden] = float("nan")
+    again = solve(kernels, inputs, plan)
+    assert_same_bits(again, got, "NaN in rows that are not in use")
+    assert not got.dq[hidden_q].any()
+    assert not got.dk[hidden_k].any()
+    assert not got.dv[hidden_k].any()
+
+
+def test_packed_on_one_side(kernels: Any) -> None:
+    plan = PLANS["d128 ordered"]
+    inputs = dense("cpu", FP16, 2, (70, 150), (2, 1), 128)
+    bounds = int32(0, 90, 140)
+    one = extended(inputs.but(q=inputs.q.flatten(0, 1), dout=inputs.dout.flatten(0, 1)),
+                   cu_seqlens_q=bounds, max_seqlen_q=90)  # fmt: skip
+    check(one, solve(kernels, one, plan))
+    one = extended(inputs.but(k=inputs.k.flatten(0, 1), v=inputs.v.flatten(0, 1)),
+                   cu_seqlens_k=bounds, max_seqlen_k=90)  # fmt: skip
+    check(one, solve(kernels, one, plan))
+
+
+@pytest.mark.parametrize("headdims", [(64, 40), (40, 128), (128, 64), (96, 128)])
+@pytest.mark.parametrize("packed", [False, True])
+def test_head_dims_of_v(kernels: Any, headdims: tuple[int, int], packed: bool) -> None:
+    plan = PLANS["d64 group reversed" if max(headdims) <= 64 else "d128 reversed"]
+    plan = plan._replace(housekeeping=False)
+    make = varlen if packed else dense
+    lengths = ([70, 80], [90, 130]) if packed else (2, (70, 130))
+    inputs = make("cpu", FP16, *lengths, (2, 1), headdims[0], causal=True)
+    other = make("cpu", FP16, *lengths, (2, 1), headdims[1], causal=True)
+    inputs = extended(inputs.but(v=other.v, dout=other.dout))
+    check(inputs, solve(kernels, inputs, plan))
+
+
+@pytest.mark.parametrize("name", RAGGED)
+@pytest.mark.parametrize("chunk", [1, 50, 128, 10000])
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window_size": (70, 10)}])
+def test_chunks(kernels: Any, name: str, chunk: int, options: dict[str, Any]) -> None:
+    plan = PLANS[name]._replace(housekeeping=False)
+    inputs = dense("cpu", FP16, 1, (150, 400), (2, 1), plan.block_d, **options)
+    inputs = extended(inputs, attention_chunk=chunk)
+    check(inputs, solve(kernels, inputs, plan))
+    inputs = varlen("cpu", FP16, [90, 130], [300, 70], (2, 1), plan.block_d, **options)
+    inputs = extended(inputs, attention_chunk=chunk, seqused_k=int32(290, 66))
+    got = solve(kernels, inputs, plan)
+    check(inputs, got)
+    unseen = (290 - 90) // chunk * chunk
+    for x in (inputs.k, inputs.v):
+        x[:unseen] = float("nan")
+    again = solve(kernels, inputs, plan, known=got)
+    assert_same_bits(again, got, "NaN in keys before the first chunk")
+    assert not got.dk[:unseen].any()
+
+
+@pytest.mark.parametrize("name", RAGGED)
+@pytest.mark.parametrize("mask", ["full", "causal", "left"])
+@pytest.mark.parametrize("chunk", [0, 50])
+def test_alibi(kernels: Any, name: str, mask: str, chunk: int) -> None:
+    plan = PLANS[name]._replace(housekeeping=False)
+    options = BATCH_MASKS[mask]
+    inputs = dense("cpu", FP16, 2, (150, 200), (4, 2), plan.block_d, **options)
+    inputs = extended(inputs.but(alibi_slopes=alibi_slopes("cpu", 4)), attention_chunk=chunk)
+    if chunk and plan.block_d > 64:
+        assert launch_backward.unsupported_backward(inputs.problem()) != []
+    check(inputs, solve(kernels, inputs, plan))
+    inputs = varlen("cpu", FP16, [90, 0, 130], [70, 10, 200], (4, 2), plan.block_d, 20, **options)
+    slopes = alibi_slopes("cpu", 4, 3)
+    inputs = extended(inputs.but(alibi_slopes=slopes), attention_chunk=chunk)
+    check(inputs, solve(kernels, inputs, plan))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_gradient_of_the_log_sum_exp(kernels: Any, packed: bool) -> None:
+    make: Any = varlen if packed else dense
+    lengths = ([70, 80], [90, 30]) if packed else (2, (70, 130))
+    inputs = make("cpu", FP16, *lengths, (4, 2), 64, causal=True)
+    problem = inputs.problem()
+    forward = reference.attention(problem, torch.float64)
+    grads = tuple(poisoned_like(x) for x in (inputs.q, inputs.k, inputs.v))
+    dlse = torch.randn_like(forward.softmax_lse.float())
+    arguments = BackwardInputs(inputs.dout, forward.out.half(), forward.softmax_lse.float(), *grads,
+                               torch.zeros(2, dtype=torch.int64), dlse)  # fmt: skip
+    for one in gluon_model.record(lambda: launch_backward.backward(problem, arguments)):
+        gluon_model.run_launch(kernels, one)
+    true, owed = exact_answer(problem, inputs.dout, None, arguments.out, dlse)
+    same = plain_answer(problem, inputs.dout, None, dlse)
+    for name, got in zip(("dq", "dk", "dv"), grads, strict=True):
+        check_error(name, got, true[name], same[name], 3.0, 1e-6, owed.get(name))
+
+
+@pytest.mark.parametrize("headdim", [1, 13, 60, 127])
+@pytest.mark.parametrize("packed", [False, True])
+def test_head_dims_that_tma_cannot_address(kernels: Any, headdim: int, packed: bool) -> None:
+    plan = PLANS["d64 group reversed" if headdim <= 64 else "d128 reversed"]
+    plan = plan._replace(housekeeping=False)
+    make: Any = varlen if packed else dense
+    lengths = ([70, 80], [90, 30]) if packed else (2, (70, 130))
+    inputs = make("cpu", FP16, *lengths, (2, 1), headdim, causal=True)
+    pitch = headdim + 8 - headdim % 8
+    wide = [x.new_full((*x.shape[:-1], pitch), float("nan")) for x in inputs.tensors[:3]]
+    check(inputs, solve(kernels, inputs, plan, results=tuple(x[..., :headdim] for x in wide)))
+    for x in wide:
+        assert x[..., headdim:].isnan().all()
 
 
 class Fault(NamedTuple):
@@ -312,3 +560,58 @@ def test_faults_are_noticed(fault: Fault) -> None:
         return False
 
     assert any(is_noticed(seed) for seed in range(60))
+
+
+RAGGED_FAULTS = [
+    Fault(
+        "queries of the next sequence are read",
+        PLANS["d128 ordered"],
+        "queries = rows_from(start_q, count_q)",
+        "queries = rows_from(start_q, count_q + 64)",
+    ),
+    Fault(
+        "keys of the next sequence are read",
+        PLANS["d128 ordered"],
+        "keys = rows_from(start_k, count_k)",
+        "keys = rows_from(start_k, count_k + 64)",
+    ),
+    Fault(
+        "dk of the next sequence is overwritten",
+        PLANS["d128 ordered"],
+        "span = rows_from(start, count)",
+        "span = rows_from(start, count + 64)",
+    ),
+    Fault(
+        "dq of the next sequence is overwritten",
+        PLANS["d128 ordered"],
+        "        mask = gl.expand_dims(rows < count, 1)\n        if BLOCK_D != HEAD_DIM:\n"
+        "            mask = mask & gl.expand_dims(j",
+        "        mask = gl.expand_dims(rows < count + 64, 1)\n        if BLOCK_D != HEAD_DIM:\n"
+        "            mask = mask & gl.expand_dims(j",
+    ),
+]
+
+
+@pytest.mark.parametrize("fault", RAGGED_FAULTS, ids=lambda fault: fault.what)
+def test_faults_with_packed_sequences_are_noticed(fault: Fault) -> None:
+    changed = gluon_model.load_kernels("sm90_backward", (fault.old, fault.new))
+    inputs = varlen("cpu", FP16, [70, 33, 90], [190, 600, 140], (1, 1), 128)
+    inputs = extended(inputs, seqused_q=int32(60, 30, 90), seqused_k=int32(150, 370, 100))
+    poisoned = inputs.but(**{
+        n: x.clone() for n, x in zip(("q", "k", "v", "dout"), inputs.tensors, strict=True)
+    })  # fmt: skip
+    for tensor, begin, end in zip(poisoned.tensors, (60, 150, 150, 60), (70, 190, 190, 70),
+                                  strict=True):  # fmt: skip
+        tensor[begin:end] = float("nan")
+
+    want = solve(gluon_model.load_kernels("sm90_backward"), poisoned, fault.plan)
+    check(inputs, want)
+
+    def is_noticed(seed: int) -> bool:
+        try:
+            assert_same_bits(solve(changed, poisoned, fault.plan, seed), want)
+        except AssertionError:
+            return True
+        return False
+
+    assert any(is_noticed(seed) for seed in range(20))

@@ -79,7 +79,7 @@ _LOCATIONS = {
     "reference": "flash_attn.backends.reference",
 }
 # The families of our own kernels, best first: what "auto" and USE_FLAGGEMS=TRUE choose from. "sm90"
-# computes no gradients yet and is chosen by name alone.
+# is chosen by name alone.
 _OWN = ("triton", "cpu")
 AUTO = "auto"
 

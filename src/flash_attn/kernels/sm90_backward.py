@@ -31,8 +31,11 @@ HOUSEKEEPING moves most of the other two kernels' work into the main kernel, whe
 would have nothing to do carry it out beside the products: see ``Duties``.
 
 Rows past a sequence's end are read as 0 by TMA, with lse +inf, which makes p 0; keys past the end
-are masked. The sums of dq are kept in tiles of 64 x 64 in the order of the registers that hold
-them, so that every thread moves whole 16 bytes and no bank conflicts arise.
+are masked. Where the sequences' lengths are on the device (RAGGED), TMA is told each sequence's end
+too, see ``Span``: a tile never holds, and never writes, anything of the next sequence.
+
+The sums of dq are kept in tiles of 64 x 64 in the order of the registers that hold them, so that
+every thread moves whole 16 bytes and no bank conflicts arise.
 """
 
 import math
@@ -70,6 +73,8 @@ ROWS = gl.constexpr(64)
 CONSUMERS_MEET = gl.constexpr(9)
 HOUSEKEEPERS_MEET = gl.constexpr(10)
 NO_ROW = gl.constexpr(0x3FFFFFFF)
+# The rows that a ragged descriptor claims to have: see Span.
+FAR = gl.constexpr(1 << 30)
 # Housekeeping: its warps; rows of a piece, and of a tile of out and dout.
 HOUSEKEEPERS = gl.constexpr(2)
 PIECE = gl.constexpr(128)
@@ -198,10 +203,14 @@ class Config:
     SOFTCAP: gl.constexpr
     HAS_LEFT: gl.constexpr
     HAS_RIGHT: gl.constexpr
+    HAS_CHUNK: gl.constexpr
+    HAS_ALIBI: gl.constexpr
+    RAGGED: gl.constexpr
 
     @gluon.constexpr_function
     def __init__(self, BLOCK_M, BLOCK_D, EAGER_DV, AHEAD, DQ_GROUP, HOUSEKEEPING, DETERMINISTIC,
-                 SOFTCAP, HAS_LEFT, HAS_RIGHT, BLOCK_N=128):  # fmt: skip
+                 SOFTCAP, HAS_LEFT, HAS_RIGHT, HAS_CHUNK, HAS_ALIBI, RAGGED,
+                 BLOCK_N=128):  # fmt: skip
         self.BLOCK_M = gl.constexpr(BLOCK_M)
         self.BLOCK_N = gl.constexpr(BLOCK_N)
         self.BLOCK_D = gl.constexpr(BLOCK_D)
@@ -213,11 +222,16 @@ class Config:
         self.SOFTCAP = gl.constexpr(SOFTCAP)
         self.HAS_LEFT = gl.constexpr(HAS_LEFT)
         self.HAS_RIGHT = gl.constexpr(HAS_RIGHT)
+        self.HAS_CHUNK = gl.constexpr(HAS_CHUNK)
+        self.HAS_ALIBI = gl.constexpr(HAS_ALIBI)
+        self.RAGGED = gl.constexpr(RAGGED)
 
 
 @aggregate
 class Grid:
     """How programs divide ``key_blocks`` blocks of keys of ``sequences`` key heads.
+
+    Packed, all sequences together count as one.
 
     Heads (of all sequences) are taken in sections. Within a section heads run fastest and blocks
     of keys from the first, which most queries see, to the last; REVERSED from the last.
@@ -253,14 +267,177 @@ class Grid:
 
 
 @aggregate
+class Span:
+    """Rows of one sequence, as TMA finds them: dense ``outer`` is the sequence.
+
+    A ragged descriptor has the dimensions (far, end, head, row, column), where a step of ``end`` is
+    a row, and FAR steps of ``far`` are -FAR rows, because addresses wrap at 2**64. So
+    (FAR, end of the rows, head, FAR - their number + row, column) is a row of the sequence, and
+    those past its end are past the end of the dimension, which has FAR rows.
+    """
+
+    outer: gl.tensor
+    base: gl.tensor
+    RAGGED: gl.constexpr
+
+    @gluon.constexpr_function
+    def __init__(self, outer, base, RAGGED):
+        self.outer = outer
+        self.base = base
+        self.RAGGED = gl.constexpr(RAGGED)
+
+
+@gluon.jit
+def whole_sequence(batch):
+    """All rows of a sequence of a dense tensor."""
+    return Span(batch, batch, False)
+
+
+@gluon.jit
+def rows_from(start, count):
+    """``count`` rows of a packed tensor from ``start`` on."""
+    return Span(start + count, FAR - count, True)
+
+
+@gluon.jit
+def coordinates(span, head, row):
+    """Where TMA finds a row."""
+    if span.RAGGED:
+        at = (gl.to_tensor(FAR), span.outer, head, span.base + row, gl.to_tensor(0))
+    else:
+        at = (span.outer, head, row, gl.to_tensor(0))
+    return at
+
+
+@gluon.jit
+def clamp(x, low, high):
+    """``x`` moved into [low, high]."""
+    return gl.minimum(gl.maximum(x, low), high)
+
+
+@gluon.jit
+def used_rows(used, b, batch, rows):
+    """How many of the ``rows`` of sequence ``b`` are in use."""
+    inside = (b >= 0) & (b < batch)
+    return clamp(gl.load(used + b, mask=inside, other=0), 0, rows)
+
+
+@aggregate
+class Lengths:
+    """Where sequences lie whose lengths are on the device.
+
+    ``bounds_q`` holds (batch + 1,) first rows that never decrease (CU_Q), ``table`` what
+    tiles_sm90 says of ``tiles`` tiles of keys (CU_K), ``used_q`` and ``used_k`` (batch,) numbers
+    of rows in use (USED_Q, USED_K). ``seqlen_q`` and ``seqlen_k`` are rows of a dense sequence or
+    of all packed ones.
+    """
+
+    bounds_q: gl.tensor
+    table: gl.tensor
+    tiles: gl.tensor
+    used_q: gl.tensor
+    used_k: gl.tensor
+    batch: gl.tensor
+    seqlen_q: gl.tensor
+    seqlen_k: gl.tensor
+    window_left: gl.tensor
+    chunk: gl.tensor
+    CU_Q: gl.constexpr
+    CU_K: gl.constexpr
+    USED_Q: gl.constexpr
+    USED_K: gl.constexpr
+    HAS_LEFT: gl.constexpr
+    HAS_CHUNK: gl.constexpr
+
+    @gluon.constexpr_function
+    def __init__(self, bounds_q, table, tiles, used_q, used_k, batch, seqlen_q, seqlen_k,
+                 window_left, chunk, CU_Q, CU_K, USED_Q, USED_K, HAS_LEFT,
+                 HAS_CHUNK):  # fmt: skip
+        self.bounds_q = bounds_q
+        self.table = table
+        self.tiles = tiles
+        self.used_q = used_q
+        self.used_k = used_k
+        self.batch = batch
+        self.seqlen_q = seqlen_q
+        self.seqlen_k = seqlen_k
+        self.window_left = window_left
+        self.chunk = chunk
+        self.CU_Q = gl.constexpr(CU_Q)
+        self.CU_K = gl.constexpr(CU_K)
+        self.USED_Q = gl.constexpr(USED_Q)
+        self.USED_K = gl.constexpr(USED_K)
+        self.HAS_LEFT = gl.constexpr(HAS_LEFT)
+        self.HAS_CHUNK = gl.constexpr(HAS_CHUNK)
+
+    @gluon.jit
+    def queries(self, b):
+        """(first row, rows in use) of sequence ``b``; no rows outside of the batch."""
+        inside = (b >= 0) & (b < self.batch)
+        if self.CU_Q:
+            bounds = self.bounds_q + b
+            start = clamp(gl.load(bounds, mask=inside, other=0), 0, self.seqlen_q)
+            end = clamp(gl.load(bounds + 1, mask=inside, other=0), start, self.seqlen_q)
+            count = end - start
+        else:
+            start = b * self.seqlen_q
+            count = gl.where(inside, self.seqlen_q, 0)
+        if self.USED_Q:
+            count = used_rows(self.used_q, b, self.batch, count)
+        return start, count
+
+    @gluon.jit
+    def keys(self, grid, program):
+        """(sequence, key head, first key of the program, first row, rows, rows in use, unseen).
+
+        The rows are without the ``unseen`` first ones, keys before every query's window, whose
+        gradients the launcher zeroes: they may be anything, and whole tiles are multiplied.
+        """
+        b, head, block = grid.place(program)
+        if self.CU_K:
+            entry = self.table + block
+            b = gl.load(entry)
+            first_key = gl.load(entry + self.tiles)
+            start = gl.load(entry + 2 * self.tiles)
+            rows = gl.load(entry + 3 * self.tiles)
+            used = gl.where((b >= 0) & (b < self.batch), rows, 0)
+        else:
+            first_key = block * 128
+            start = b * self.seqlen_k
+            rows = self.seqlen_k
+            used = self.seqlen_k
+        if self.USED_K:
+            used = used_rows(self.used_k, b, self.batch, used)
+        unseen = gl.to_tensor(0)
+        if self.HAS_LEFT:
+            _, queries = self.queries(b)
+            unseen = used - queries - self.window_left
+            if self.HAS_CHUNK:
+                unseen = gl.maximum(unseen, (used - queries) // self.chunk * self.chunk)
+            unseen = clamp(unseen, 0, used)
+        return b, head, first_key, start + unseen, rows - unseen, used - unseen, unseen
+
+
+@gluon.jit
+def padded_start(start, b):
+    """The first row of packed sequence ``b`` in statistics and sums, where each has its length up
+    to a multiple of 128."""
+    return (start + 128 * b) // 128 * 128
+
+
+@aggregate
 class Work:
     """A program's work: 128 keys of one key head, and the queries that see them.
 
     A query at row r sees the keys [r - reach_left, r + reach_right], as far as there are such
-    bounds, before seqlen_k. In each of ``steps`` steps the program takes BLOCK_M queries: the rows
-    [first_row, end_row) of every query head of the group in turn. ``first_sum`` is the first of
-    these rows in the padded statistics and the sums of dq, and ``to_next_head`` leads from the
-    last step of a head to the first one of the next there.
+    bounds, before seqlen_k; it stands at key r + shift, and with HAS_CHUNK sees only the chunk of
+    that key, where chunks of ``chunk`` keys begin ``phase`` keys before the first one.
+
+    In each of ``steps`` steps the program takes BLOCK_M queries: the rows [first_row, end_row) of
+    every query head of the group in turn. ``first_sum`` is the first of these rows in the padded
+    statistics and the sums of dq, and ``to_next_head`` leads from the last step of a head to the
+    first one of the next there. ``queries`` and ``keys`` are where the sequence's rows lie.
+    ``slopes`` points to the sequence's ALiBi slopes, with HAS_ALIBI.
     """
 
     scale: gl.tensor
@@ -275,12 +452,21 @@ class Work:
     first_sum: gl.tensor
     to_next_head: gl.tensor
     steps: gl.tensor
+    key_head: gl.tensor
+    shift: gl.tensor
+    chunk: gl.tensor
+    phase: gl.tensor
+    slopes: gl.tensor
+    queries: Span
+    keys: Span
     grid: Grid
+    lengths: Lengths
     config: Config
 
     @gluon.constexpr_function
     def __init__(self, scale, scale_log2, cap_log2, seqlen_k, reach_left, reach_right, first_key,
-                 first_row, end_row, first_sum, to_next_head, steps, grid, config):  # fmt: skip
+                 first_row, end_row, first_sum, to_next_head, steps, key_head, shift, chunk, phase,
+                 slopes, queries, keys, grid, lengths, config):  # fmt: skip
         self.scale = scale
         self.scale_log2 = scale_log2
         self.cap_log2 = cap_log2
@@ -293,7 +479,15 @@ class Work:
         self.first_sum = first_sum
         self.to_next_head = to_next_head
         self.steps = steps
+        self.key_head = key_head
+        self.shift = shift
+        self.chunk = chunk
+        self.phase = phase
+        self.slopes = slopes
+        self.queries = queries
+        self.keys = keys
         self.grid = grid
+        self.lengths = lengths
         self.config = config
 
 
@@ -307,7 +501,17 @@ def step_after(work, row, sum_row):
 
 
 @gluon.jit
-def rows_of_queries(first_key, seqlen_q, seqlen_k, reach_left, reach_right, config):
+def chunk_of(key, chunk, phase):
+    """The first key of a key's chunk, either of which may be negative."""
+    place = key + phase
+    start = place // chunk * chunk  # rounded towards 0
+    return gl.where(start > place, start - chunk, start) - phase
+
+
+@gluon.jit
+def rows_of_queries(
+    first_key, seqlen_q, seqlen_k, reach_left, reach_right, shift, chunk, phase, config
+):
     """[first, end) of the queries that see some of BLOCK_N keys, in whole blocks."""
     last_key = gl.minimum(first_key + config.BLOCK_N, seqlen_k) - 1
     first = gl.to_tensor(0)
@@ -316,6 +520,9 @@ def rows_of_queries(first_key, seqlen_q, seqlen_k, reach_left, reach_right, conf
         first = gl.maximum(first_key - reach_right, 0)
     if config.HAS_LEFT:
         end = gl.maximum(gl.minimum(last_key + reach_left + 1, seqlen_q), 0)
+    if config.HAS_CHUNK:
+        first = gl.maximum(first, chunk_of(first_key, chunk, phase) - shift)
+        end = gl.maximum(gl.minimum(chunk_of(last_key, chunk, phase) + chunk - shift, end), 0)
     first = first // config.BLOCK_M * config.BLOCK_M
     end = (end + config.BLOCK_M - 1) // config.BLOCK_M * config.BLOCK_M
     return first, gl.maximum(end, first)
@@ -323,24 +530,22 @@ def rows_of_queries(first_key, seqlen_q, seqlen_k, reach_left, reach_right, conf
 
 # ---------------------------------------------------------------------------------------- producer
 @gluon.jit
-def ask_for(desc, coordinates, ring, use):
+def ask_for(desc, at, ring, use):
     """Start loading one block; nothing else may be expected in this slot."""
     slot = ring.full.index(use % ring.SLOTS)
     mbarrier.expect(slot, bytes_of(desc.block_type))
-    tma_load(desc, coordinates, slot, ring.slot(use))
+    tma_load(desc, at, slot, ring.slot(use))
 
 
 @gluon.jit
-def ask_with_row_values(
-    desc, values_desc, batch, head, row, sum_row, ring, values, use, work, duties
-):
+def ask_with_row_values(desc, values_desc, head, row, sum_row, ring, values, use, work, duties):
     """Start loading a block of rows and one number for each row into the same slot.
 
     Only these numbers come from the launch before or from housekeepers, so only they wait for them.
     """
     slot = ring.full.index(use % ring.SLOTS)
     mbarrier.expect(slot, bytes_of(desc.block_type) + bytes_of(values_desc.block_type))
-    tma_load(desc, [batch, head, row, 0], slot, ring.slot(use))
+    tma_load(desc, coordinates(work.queries, head, row), slot, ring.slot(use))
     if use == 0:
         wait_for_dependencies()
     if work.config.HOUSEKEEPING:  # noqa: SIM102 -- one condition is a constant, the other is not
@@ -352,20 +557,20 @@ def ask_with_row_values(
 @gluon.jit
 def producer(work, shared, duties, group, q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc):
     """Ask for everything that the consumers read, as slots become empty."""
-    batch, key_head, _ = work.grid.place(gl.program_id(0))
-    ask_for(k_desc, [batch, key_head, work.first_key, 0], shared.k, 0)
-    ask_for(v_desc, [batch, key_head, work.first_key, 0], shared.v, 0)
-    head = key_head * group
+    at = coordinates(work.keys, work.key_head, work.first_key)
+    ask_for(k_desc, at, shared.k, 0)
+    ask_for(v_desc, at, shared.v, 0)
+    head = work.key_head * group
     row = work.first_row
     sum_row = work.first_sum
     for i in range(work.steps):
         shared.q.wait_empty(i)
         ask_with_row_values(
-            q_desc, lse_desc, batch, head, row, sum_row, shared.q, shared.lse, i, work, duties
+            q_desc, lse_desc, head, row, sum_row, shared.q, shared.lse, i, work, duties
         )
         shared.do.wait_empty(i)
         ask_with_row_values(
-            do_desc, delta_desc, batch, head, row, sum_row, shared.do, shared.delta, i, work, duties
+            do_desc, delta_desc, head, row, sum_row, shared.do, shared.delta, i, work, duties
         )
         row, sum_row = step_after(work, row, sum_row)
         head = gl.where(row == work.first_row, head + 1, head)
@@ -393,12 +598,19 @@ def mask_weights(work, p, first_key, first_row):
     column = column + gl.arange(0, 2, layout=C)[None, None, None, :]
     origin = gl.arange(0, 4, layout=T)[None, None, :, None] * 2 + first_row
     key = first_key + gl.arange(0, ROWS, layout=K)
-    first = gl.where(key < work.seqlen_k, 0, NO_ROW)
+    first = key * 0
     if work.config.HAS_RIGHT:
-        first = gl.where(key < work.seqlen_k, key - work.reach_right, NO_ROW)
+        first = key - work.reach_right
+    if work.config.HAS_CHUNK:
+        chunk = chunk_of(key, work.chunk, work.phase) - work.shift
+        first = gl.maximum(first, chunk)
+    first = gl.where(key < work.seqlen_k, first, NO_ROW)
     seen = column >= first[:, None, None, None] - origin
     if work.config.HAS_LEFT:
-        seen = seen & (column <= (key + work.reach_left)[:, None, None, None] - origin)
+        last = key + work.reach_left
+        if work.config.HAS_CHUNK:
+            last = gl.minimum(last, chunk + work.chunk - 1)
+        seen = seen & (column <= last[:, None, None, None] - origin)
     parts = gl.where(seen, parts, 0.0)
     return gl.convert_layout(parts.reshape([ROWS, BLOCK_M]), WEIGHTS, assert_trivial=True)
 
@@ -411,9 +623,37 @@ def mask_if_needed(work, p, first_key, first_row):
         outside = outside | (first_row + work.reach_right < first_key + ROWS - 1)
     if work.config.HAS_LEFT:
         outside = outside | (first_row + work.config.BLOCK_M - 1 - work.reach_left > first_key)
+    if work.config.HAS_CHUNK:
+        begin = chunk_of(first_key, work.chunk, work.phase)
+        last = gl.maximum(first_key + ROWS, first_row + work.config.BLOCK_M + work.shift) - 1
+        outside = outside | (first_row + work.shift < begin) | (last >= begin + work.chunk)
     if outside:
         p = mask_weights(work, p, first_key, first_row)
     return p
+
+
+@gluon.jit
+def subtract_alibi(work, s, first_key, first_row, head):
+    """Base-2 exponents less the head's slope times the distance between query and key.
+
+    Taken apart as in mask_weights.
+    """
+    SCORES: gl.constexpr = s.type.layout
+    BLOCK_M: gl.constexpr = work.config.BLOCK_M
+    parts = s.reshape([ROWS, BLOCK_M // 8, 4, 2])
+    PARTS: gl.constexpr = parts.type.layout
+    A: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, PARTS)))
+    T: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, PARTS)))
+    C: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, PARTS)))
+    K: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, PARTS)))
+    slope = gl.load(work.slopes + head).to(gl.float32) * LOG2E
+    column = gl.arange(0, BLOCK_M // 8, layout=A)[None, :, None, None] * 8
+    column = column + gl.arange(0, 2, layout=C)[None, None, None, :]
+    origin = gl.arange(0, 4, layout=T)[None, None, :, None] * 2 + (first_row + work.shift)
+    key = first_key + gl.arange(0, ROWS, layout=K)
+    ahead = (origin - key[:, None, None, None]).to(gl.float32) + column.to(gl.float32)
+    parts = parts - slope * gl.maximum(ahead, -ahead)
+    return gl.convert_layout(parts.reshape([ROWS, BLOCK_M]), SCORES, assert_trivial=True)
 
 
 @gluon.jit
@@ -487,12 +727,18 @@ def turn_of(work, row):
     BLOCK_N: gl.constexpr = work.config.BLOCK_N
     turn = work.first_key // BLOCK_N
     if work.grid.REVERSED:
-        last = work.grid.key_blocks - 1
+        last = (work.seqlen_k - 1) // BLOCK_N
         if work.config.HAS_RIGHT:
             last = gl.minimum(last, (row + work.config.BLOCK_M - 1 + work.reach_right) // BLOCK_N)
+        if work.config.HAS_CHUNK:
+            chunk = chunk_of(row + work.config.BLOCK_M - 1 + work.shift, work.chunk, work.phase)
+            last = gl.minimum(last, (chunk + work.chunk - 1) // BLOCK_N)
         turn = last - turn
     elif work.config.HAS_LEFT:
-        turn -= gl.maximum(row - work.reach_left, 0) // BLOCK_N
+        first = gl.maximum(row - work.reach_left, 0)
+        if work.config.HAS_CHUNK:
+            first = gl.maximum(first, chunk_of(row + work.shift, work.chunk, work.phase))
+        turn -= first // BLOCK_N
     return turn * 4
 
 
@@ -530,12 +776,18 @@ def store_keys(desc, work, ring, values, LANE: gl.constexpr):
 
     Where they go is computed again: held through the loop, it would cost registers.
     """
-    batch, key_head, key_block = work.grid.place(gl.program_id(0) + opaque_zero())
-    row = key_block * work.config.BLOCK_N + LANE * ROWS
+    program = gl.program_id(0) + opaque_zero()
+    if work.config.RAGGED:
+        _, key_head, first_key, start, count, _, _ = work.lengths.keys(work.grid, program)
+        span = rows_from(start, count)
+    else:
+        batch, key_head, key_block = work.grid.place(program)
+        first_key = key_block * work.config.BLOCK_N
+        span = whole_sequence(batch)
     keys_of(ring, LANE, work).store(values.to(desc.dtype))
     fence_async_shared()
-    source = ring.data.index(0).slice(LANE * ROWS, ROWS, 2)
-    tma_store(desc, [batch, key_head, row, 0], source)
+    source = ring.data.index(0).slice(LANE * ROWS, ROWS, 3 if work.config.RAGGED else 2)
+    tma_store(desc, coordinates(span, key_head, first_key + LANE * ROWS), source)
 
 
 @gluon.jit
@@ -586,7 +838,11 @@ def consumer(LANE: gl.constexpr, work, shared, duties, dq_desc, dk_desc, dv_desc
         if AHEAD == 0:
             s = warpgroup_mma_wait(1, deps=[s])
         lse = shared.lse.index(i % shared.q.SLOTS).load(COLUMN)
-        p = gl.exp2(exponents(work, s) - gl.expand_dims(lse, 0))
+        exponent = exponents(work, s)
+        if config.HAS_ALIBI:
+            head = work.key_head * duties.group + i // (work.steps // duties.group)
+            exponent = subtract_alibi(work, exponent, first_key, row, head)
+        p = gl.exp2(exponent - gl.expand_dims(lse, 0))
         p = mask_if_needed(work, p, first_key, row)
         weights = gl.convert_layout(p.to(dtype), OPERAND)
         if config.EAGER_DV:
@@ -917,24 +1173,28 @@ def housekeeper(
 # ------------------------------------------------------------------------------------------ kernel
 _NUMBERS = (
     "nheads_k", "group", "seqlen_q", "seqlen_k", "padded_rows", "window_left", "window_right",
-    "key_blocks", "sequences", "section", "lag",
+    "key_blocks", "sequences", "section", "lag", "stride_lb", "stride_lh", "batch_size",
+    "chunk", "phase", "stride_slope",
 )  # fmt: skip
+_POINTERS = ("bounds_q", "table", "used_q", "used_k", "slopes")
 
 
-@gluon.jit(do_not_specialize=_NUMBERS)
+@gluon.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_POINTERS)
 def attention_backward_sm90(
     q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, dq_desc, dk_desc, dv_desc,
     scale, scale_log2, cap_log2, nheads_k, group, seqlen_q, seqlen_k, padded_rows,
     window_left, window_right, key_blocks, sequences, section,
     out_desc, dout_desc, parts_desc, counters, lse, lse_log2, delta, dq_sums, dq,
     stride_lb, stride_lh, stride_qb, stride_qm, stride_qh, lag,
+    bounds_q, table, used_q, used_k, batch_size, chunk, phase, slopes, stride_slope,
     BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr, Q_SLOTS: gl.constexpr, DO_SLOTS: gl.constexpr,
     DS_SLOTS: gl.constexpr, EAGER_DV: gl.constexpr, AHEAD: gl.constexpr, DQ_GROUP: gl.constexpr,
     REGISTERS: gl.constexpr, DQ_REGISTERS: gl.constexpr, OTHER_REGISTERS: gl.constexpr,
     HOUSEKEEPING: gl.constexpr, DETERMINISTIC: gl.constexpr, REVERSED: gl.constexpr,
     SOFTCAP: gl.constexpr,
     HEAD_DIM: gl.constexpr,
-    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, CU_Q: gl.constexpr, CU_K: gl.constexpr,
+    USED_Q: gl.constexpr, USED_K: gl.constexpr, HAS_CHUNK: gl.constexpr, HAS_ALIBI: gl.constexpr,
 ):  # fmt: skip
     """See the module's docstring; launched with 4 warps, those of one consumer.
 
@@ -950,22 +1210,34 @@ def attention_backward_sm90(
         scale: softmax_scale; scale_log2: softmax_scale * log2(e), with SOFTCAP
             2 * softmax_scale / softcap * log2(e); cap_log2: softcap * log2(e).
         padded_rows: seqlen_q, up to a multiple of 128.
-        key_blocks: blocks of 128 keys in a sequence.
-        sequences: batch * nheads_k; ``section`` of them are worked on at a time.
+        key_blocks: blocks of 128 keys in a sequence, with CU_K the tiles of tiles_sm90.
+        sequences: batch * nheads_k, with CU_K nheads_k; ``section`` of them are worked on at a
+            time.
         out_desc, dout_desc: as do_desc, with blocks of STRIP rows; parts_desc: as dq_desc, with
             blocks (16, 64). These and all up to ``lag`` are only used with HOUSEKEEPING.
         counters: (batch * (nheads + nheads_k),) and with DETERMINISTIC one more for each 64 x 64
             tile of dq_sums; int32, zeros: see Duties.
         lse, lse_log2, delta, dq_sums, dq: what row_statistics_sm90 and finish_dq_sm90 take.
         lag: see Duties; at least the pieces of a section and of one program.
+        bounds_q, table, used_q, used_k: see Lengths; with CU_Q, CU_K, USED_Q, USED_K alone, and
+            with any of these all descriptors of rows are ragged, see Span, and there is no
+            HOUSEKEEPING. seqlen_q and seqlen_k are totals with CU_Q and CU_K, padded_rows with CU_Q
+            too.
+        chunk, phase: with HAS_CHUNK, which needs HAS_LEFT and HAS_RIGHT, keys of a chunk and how
+            many of the first one the descriptors leave out.
+        slopes, stride_slope: ALiBi's (batch, nheads), with HAS_ALIBI and without SOFTCAP.
         DS_SLOTS: buffers of dS; at least 2 without DQ_GROUP.
         REGISTERS, DQ_REGISTERS, OTHER_REGISTERS: of a thread of the consumers (the first one gets
             what is left), of the dq group, and of the producer and the housekeepers.
     """
     gl.static_assert(DQ_GROUP or (BLOCK_M // 64) * (BLOCK_D // 64) == 2)
     gl.static_assert(DQ_GROUP or DS_SLOTS >= 2)
+    RAGGED: gl.constexpr = CU_Q or CU_K or USED_Q or USED_K
+    gl.static_assert(not (RAGGED and HOUSEKEEPING))
+    gl.static_assert(not HAS_CHUNK or (HAS_LEFT and HAS_RIGHT))
+    gl.static_assert(not (HAS_ALIBI and SOFTCAP))
     config = Config(BLOCK_M, BLOCK_D, EAGER_DV, AHEAD, DQ_GROUP, HOUSEKEEPING, DETERMINISTIC,
-                    SOFTCAP, HAS_LEFT, HAS_RIGHT)  # fmt: skip
+                    SOFTCAP, HAS_LEFT, HAS_RIGHT, HAS_CHUNK, HAS_ALIBI, RAGGED)  # fmt: skip
     q = ring_for(q_desc, Q_SLOTS, 2)
     do = ring_for(do_desc, DO_SLOTS, 2)
     k = ring_for(k_desc, 1, 1)
@@ -978,19 +1250,43 @@ def attention_backward_sm90(
     fence_async_shared()
 
     grid = Grid(nheads_k, key_blocks, sequences, section, REVERSED)
-    batch, key_head, key_block = grid.place(gl.program_id(0))
-    first_key = key_block * 128
-    shift = seqlen_k - seqlen_q
+    lengths = Lengths(bounds_q, table, key_blocks, used_q, used_k, batch_size, seqlen_q, seqlen_k,
+                      window_left, chunk, CU_Q, CU_K, USED_Q, USED_K, HAS_LEFT,
+                      HAS_CHUNK)  # fmt: skip
+    if RAGGED:
+        batch, key_head, first_key, start_k, _, count_k, unseen = lengths.keys(
+            grid, gl.program_id(0)
+        )
+        start_q, count_q = lengths.queries(batch)
+        queries = rows_from(start_q, count_q)
+        keys = rows_from(start_k, count_k)
+    else:
+        batch, key_head, key_block = grid.place(gl.program_id(0))
+        first_key = key_block * 128
+        count_q = seqlen_q
+        count_k = seqlen_k
+        queries = whole_sequence(batch)
+        keys = whole_sequence(batch)
+    shift = count_k - count_q
     reach_left = window_left - shift
     reach_right = window_right + shift
+    if RAGGED and HAS_CHUNK:
+        phase = unseen % chunk
+    if RAGGED:  # past the keys in use there is nothing to add, and nobody waits for it
+        count_q = gl.where(first_key < count_k, count_q, 0)
     first_row, end_row = rows_of_queries(
-        first_key, seqlen_q, seqlen_k, reach_left, reach_right, config
+        first_key, count_q, count_k, reach_left, reach_right, shift, chunk, phase, config
     )
     rows = end_row - first_row
-    first_sum = (batch * nheads_k + key_head) * group * padded_rows + first_row
-    work = Work(scale, scale_log2, cap_log2, seqlen_k, reach_left, reach_right, first_key,
+    if CU_Q:
+        first_sum = key_head * group * padded_rows + padded_start(start_q, batch) + first_row
+    else:
+        first_sum = (batch * nheads_k + key_head) * group * padded_rows + first_row
+    work = Work(scale, scale_log2, cap_log2, count_k, reach_left, reach_right, first_key,
                 first_row, end_row, first_sum, padded_rows - rows + BLOCK_M,
-                group * (rows // BLOCK_M), grid, config)  # fmt: skip
+                group * (rows // BLOCK_M), key_head, shift, chunk, phase,
+                slopes + batch * stride_slope, queries, keys, grid, lengths,
+                config)  # fmt: skip
     # Of the pieces, those that belong to this program.
     share = group * (padded_rows // PIECE)
     program = gl.program_id(0).to(gl.int64)
@@ -999,7 +1295,9 @@ def attention_backward_sm90(
         padded_rows, group, nheads_k * group, seqlen_q, lag,
         (program * share // key_blocks).to(gl.int32),
         ((program + 1) * share // key_blocks).to(gl.int32), sequences * share,
-        lse, lse_log2, delta, dq_sums, dq, stride_lb, stride_lh, stride_qb, stride_qm, stride_qh,
+        lse, lse_log2, delta, dq_sums, dq, stride_lb, stride_lh,
+        # A stride of 1 is a constant, which a field cannot hold.
+        gl.to_tensor(stride_qb), gl.to_tensor(stride_qm), gl.to_tensor(stride_qh),
     )  # fmt: skip
     if HOUSEKEEPING:
         strips = ring_for(out_desc, 4, 1)
@@ -1051,14 +1349,73 @@ def base_two(lse):
     return gl.where(sees_none, float("inf"), lse * LOG2E)
 
 
-@gluon.jit(do_not_specialize=("nheads", "seqlen_q", "padded_rows", "tiles", "num_counters"))
+@gluon.jit(do_not_specialize=("batch", "total", "tiles", "steps"))
+def tiles_sm90(bounds, table, batch, total, tiles, steps):
+    """Which rows of packed sequences belong to each of ``tiles`` tiles of 128 rows.
+
+    Segments are the rows before, of, and after the sequences. Segment s starts at tile
+    ``first row // 128 + s``, which leaves each room for all its tiles, so that a search among
+    ``bounds``, (batch + 1,) first rows that never decrease, finds a tile's segment and nobody has
+    to know the lengths. There are ``total // 128 + batch + 2`` tiles.
+
+    Args:
+        table: (4, tiles) int32: the sequence, -1 or ``batch`` for rows of none; the tile's first
+            row within it, which may lie past its end; the sequence's first row; its rows.
+        steps: of the search; 2**steps segments.
+    """
+    FLAT: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    tile = gl.program_id(0) * 128 + gl.arange(0, 128, layout=FLAT)
+    low = tile * 0
+    high = low + (batch + 1)
+    for _ in range(steps):
+        middle = (low + high + 1) // 2
+        is_before = segment_bound(bounds, middle, batch, total) // 128 + middle <= tile
+        low = gl.where(is_before, middle, low)
+        high = gl.where(is_before, high, middle - 1)
+    start = segment_bound(bounds, low, batch, total)
+    end = segment_bound(bounds, low + 1, batch, total)
+    inside = tile < tiles
+    gl.store(table + tile, low - 1, mask=inside)
+    gl.store(table + tiles + tile, (tile - (start // 128 + low)) * 128, mask=inside)
+    gl.store(table + 2 * tiles + tile, start, mask=inside)
+    gl.store(table + 3 * tiles + tile, end - start, mask=inside)
+
+
+@gluon.jit
+def segment_bound(bounds, segment, batch, total):
+    """First row of a segment, see tiles_sm90."""
+    bound = clamp(gl.load(bounds + clamp(segment - 1, 0, batch)), 0, total)
+    return gl.where(segment <= 0, 0, gl.where(segment > batch + 1, total, bound))
+
+
+@gluon.jit
+def entry_of(table, tiles, tile):
+    """(sequence, first row of the tile, first row of the sequence, rows) from tiles_sm90."""
+    entry = table + tile
+    return (
+        gl.load(entry),
+        gl.load(entry + tiles),
+        gl.load(entry + 2 * tiles),
+        gl.load(entry + 3 * tiles),
+    )
+
+
+@gluon.jit(
+    do_not_specialize=(
+        "nheads", "seqlen_q", "padded_rows", "tiles", "num_counters", "batch_size", "table_tiles",
+    ),
+    do_not_specialize_on_alignment=("table", "used_q"),
+)  # fmt: skip
 def row_statistics_sm90(
     out, dout, lse, dlse, lse_log2, delta, dq_sums, counters, num_counters,
     stride_ob, stride_om, stride_oh, stride_gb, stride_gm, stride_gh, stride_lb, stride_lh,
-    nheads, seqlen_q, padded_rows, tiles,
+    nheads, seqlen_q, padded_rows, tiles, table, table_tiles, used_q, batch_size,
     HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_M: gl.constexpr, HAS_DLSE: gl.constexpr,
+    CU_Q: gl.constexpr, USED_Q: gl.constexpr,
 ):  # fmt: skip
     """delta and log-sum-exp in base 2 of BLOCK_M rows; zeroes their sums of dq.
+
+    ``tiles`` of them make up a head of a sequence, with CU_Q one of all packed sequences.
 
     Rows past the end, up to padded_rows, and rows that see no key get 0 and +inf. The gradient of
     the log-sum-exp, dlse (like lse, contiguous), only changes delta. The counters are zeroed too.
@@ -1078,9 +1435,29 @@ def row_statistics_sm90(
     tile = pid - head_batch * tiles
     b = head_batch // nheads
     h = head_batch - b * nheads
-    rows = tile * BLOCK_M + gl.arange(0, BLOCK_M, layout=ROW)
+    first_row = tile * BLOCK_M
+    count = seqlen_q
+    first = head_batch.to(gl.int64) * padded_rows + first_row
+    if CU_Q:
+        # The heads of all sequences are those of one.
+        PARTS: gl.constexpr = 128 // BLOCK_M
+        sequence, first_row, start, count = entry_of(table, table_tiles, tile // PARTS)
+        first_row += tile % PARTS * BLOCK_M
+        # Nobody reads statistics of rows of no sequence, nor of tiles past a sequence's end.
+        if (first_row >= (count + 127) // 128 * 128) | (sequence < 0) | (sequence >= batch_size):
+            return
+        first = head_batch.to(gl.int64) * padded_rows + padded_start(start, sequence) + first_row
+        out += start.to(gl.int64) * stride_om
+        dout += start.to(gl.int64) * stride_gm
+        lse += start
+        dlse += start
+    else:
+        sequence = b
+    if USED_Q:
+        count = used_rows(used_q, sequence, batch_size, count)
+    rows = first_row + gl.arange(0, BLOCK_M, layout=ROW)
     cols = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, ROWS_OF_OUT))
-    inside = rows < seqlen_q
+    inside = rows < count
     mask = gl.expand_dims(inside, 1)
     if WIDTH != HEAD_DIM:
         mask = mask & gl.expand_dims(cols < HEAD_DIM, 0)
@@ -1093,7 +1470,6 @@ def row_statistics_sm90(
     do = gl.load(dout + at * stride_gm + column, mask=mask, other=0.0)
     row_lse = gl.load(lse + b64 * stride_lb + h.to(gl.int64) * stride_lh + rows, mask=inside,
                       other=float("inf"))  # fmt: skip
-    first = head_batch.to(gl.int64) * padded_rows + tile * BLOCK_M
     sums = dq_sums + first * BLOCK_D + gl.arange(0, BLOCK_M * 64, layout=FLAT)
     for j in gl.static_range(BLOCK_D // 64):
         gl.store(sums + j * BLOCK_M * 64, gl.zeros([BLOCK_M * 64], gl.float32, FLAT))
@@ -1119,13 +1495,21 @@ def strip_in_matrix_order(parts):
     return parts.reshape([8, 8, 4, 2, 2]).permute([3, 1, 0, 2, 4]).reshape([16, 64])
 
 
-@gluon.jit(do_not_specialize=("nheads", "seqlen_q", "padded_rows", "tiles", "first_tile"))
+@gluon.jit(
+    do_not_specialize=(
+        "nheads", "seqlen_q", "padded_rows", "tiles", "first_tile", "batch_size", "table_tiles",
+    ),
+    do_not_specialize_on_alignment=("table",),
+)  # fmt: skip
 def finish_dq_sm90(
     dq_sums, dq, stride_b, stride_m, stride_h, scale, nheads, seqlen_q, padded_rows, tiles,
-    first_tile,
-    HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr,
+    first_tile, table, table_tiles, batch_size,
+    HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, CU_Q: gl.constexpr,
 ):  # fmt: skip
-    """dq = scale * sums, for 64 rows of one head, of which ``tiles`` make a padded sequence."""
+    """dq = scale * sums, for 64 rows of one head, of which ``tiles`` make a padded sequence.
+
+    With CU_Q ``tiles`` make all packed ones; rows of no sequence get 0.
+    """
     FLAT: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])
     STORED: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     COLUMNS: gl.constexpr = BLOCK_D // 64
@@ -1134,21 +1518,33 @@ def finish_dq_sm90(
     tile = pid - head_batch * tiles
     b = head_batch // nheads
     h = head_batch - b * nheads
-    rows = tile * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, STORED))
+    first_row = tile * 64
+    count = seqlen_q
+    first = head_batch.to(gl.int64) * padded_rows + first_row
+    if CU_Q:
+        sequence, first_row, start, count = entry_of(table, table_tiles, tile // 2)
+        first_row += tile % 2 * 64
+        has_sums = (first_row < count) & (sequence >= 0) & (sequence < batch_size)
+        first = head_batch.to(gl.int64) * padded_rows + padded_start(start, sequence) + first_row
+        dq += start.to(gl.int64) * stride_m
+    rows = first_row + gl.arange(0, 64, layout=gl.SliceLayout(1, STORED))
     cols = gl.arange(0, 64, layout=gl.SliceLayout(0, STORED))
     flat_rows = gl.arange(0, 64, layout=gl.SliceLayout(1, FLAT)) * 64
     flat = gl.expand_dims(flat_rows, 1) + gl.expand_dims(
         gl.arange(0, 64, layout=gl.SliceLayout(0, FLAT)), 0
     )
-    first = (head_batch.to(gl.int64) * padded_rows + tile * 64) * BLOCK_D
+    first *= BLOCK_D
     dq += b.to(gl.int64) * stride_b + h.to(gl.int64) * stride_h
     target = dq + gl.expand_dims(rows.to(gl.int64) * stride_m, 1) + gl.expand_dims(cols, 0)
     wait_for_dependencies()
     for j in gl.static_range(COLUMNS):
-        parts = gl.load(dq_sums + first + j * 4096 + flat)
+        if CU_Q:
+            parts = gl.load(dq_sums + first + j * 4096 + flat, mask=has_sums, other=0.0)
+        else:
+            parts = gl.load(dq_sums + first + j * 4096 + flat)
         values = (matrix_order(parts) * scale).to(dq.dtype.element_ty)
         values = gl.convert_layout(values, STORED)
-        mask = gl.expand_dims(rows < seqlen_q, 1)
+        mask = gl.expand_dims(rows < count, 1)
         if BLOCK_D != HEAD_DIM:
             mask = mask & gl.expand_dims(j * 64 + cols < HEAD_DIM, 0)
         gl.store(target + j * 64, values, mask=mask)

@@ -48,6 +48,7 @@ from .sm90_backward import (
     ROWS,
     Config,
     Grid,
+    Lengths,
     Ring,
     Work,
     buffers_for,
@@ -59,6 +60,7 @@ from .sm90_backward import (
     step_after,
     tile_of,
     turn_of,
+    whole_sequence,
 )
 
 
@@ -435,7 +437,7 @@ def attention_backward_wide_sm90(
     gl.static_assert(BLOCK_D > 64)  # the turns pass with a step's second tile
     PIECES: gl.constexpr = BLOCK_D // PIECE
     config = Config(64, BLOCK_D, False, AHEAD, True, False, DETERMINISTIC, SOFTCAP, HAS_LEFT,
-                    HAS_RIGHT, 64)  # fmt: skip
+                    HAS_RIGHT, False, False, False, 64)  # fmt: skip
     dtype: gl.constexpr = dk_desc.dtype
     PLAIN: gl.constexpr = gl.NVMMASharedLayout(0, 16, 2)
     WEIGHTS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 64], dtype)
@@ -457,14 +459,19 @@ def attention_backward_wide_sm90(
     shift = seqlen_k - seqlen_q
     reach_left = window_left - shift
     reach_right = window_right + shift
+    zero = gl.to_tensor(0)  # of what there is no such thing here: chunks, slopes, lengths
     first_row, end_row = rows_of_queries(
-        first_key, seqlen_q, seqlen_k, reach_left, reach_right, config
+        first_key, seqlen_q, seqlen_k, reach_left, reach_right, shift, zero, zero, config
     )
     rows = end_row - first_row
     first_sum = (batch * nheads_k + key_head) * group * padded_rows + first_row
+    here = whole_sequence(batch)
+    lengths = Lengths(turns, turns, zero, turns, turns, zero, seqlen_q, seqlen_k, window_left, zero,
+                      False, False, False, False, HAS_LEFT, False)  # fmt: skip
     work = Work(scale, scale_log2, cap_log2, seqlen_k, reach_left, reach_right, first_key,
                 first_row, end_row, first_sum, padded_rows - rows + ROWS, group * (rows // ROWS),
-                grid, config)  # fmt: skip
+                key_head, shift, zero, zero, turns, here, here, grid, lengths,
+                config)  # fmt: skip
     # The lists have to be spelled out: in tuples bound to a name, constants become tensors.
     gl.warp_specialize([
         (value_consumer, (work, shared, dv_desc)),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 from torch import Tensor
 
 from ...core.device import arch_of
 from ...core.problem import AttentionProblem, AttentionResult, BackwardInputs, is_half
-from . import launch
+from . import launch, launch_backward
 from .plans import MAX_HEADDIM
 
 # Up to here the portable kernels, which divide the keys among programs, keep more of a GPU busy.
@@ -14,28 +16,30 @@ _FEW_QUERIES = 64
 
 
 class Sm90Backend:
-    """Forward passes of float16 and bfloat16 with dense and packed layouts."""
+    """Float16 and bfloat16 with dense and packed layouts; see the reasons for what is left out."""
 
     name = "sm90"
 
     def unsupported(self, problem: AttentionProblem, backward: bool) -> list[str]:
         q = problem.q
-        if backward:
-            return [
-                "computes no gradients: run the backward pass outside of this choice, where "
-                "another backend takes the results"
-            ]
         if not q.is_cuda:
             return [f"needs tensors on a GPU of compute capability 9.0, `q` is on {q.device}"]
         if arch_of(q.device.index) != "sm90":
             return [f"needs a GPU of compute capability 9.0, this one is {arch_of(q.device.index)}"]
+        if backward:
+            return _gradients_of(problem).unsupported_backward(problem)
         return [*_tensor_reasons(problem), *_feature_reasons(problem)]
 
     def forward(self, problem: AttentionProblem, out: Tensor | None = None) -> AttentionResult:
         return launch.forward(problem, out)
 
     def backward(self, problem: AttentionProblem, inputs: BackwardInputs) -> Tensor:
-        raise NotImplementedError("the sm90 backend computes no gradients")
+        return _gradients_of(problem).backward(problem, inputs)
+
+
+def _gradients_of(problem: AttentionProblem) -> ModuleType:
+    """What computes the gradients, by head dim; for now there is one."""
+    return launch_backward
 
 
 def _tensor_reasons(problem: AttentionProblem) -> list[str]:

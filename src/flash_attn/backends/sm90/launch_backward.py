@@ -1,4 +1,4 @@
-"""Launching the Hopper backward kernels."""
+"""Launching the Hopper backward kernels for head dims up to 128."""
 
 from __future__ import annotations
 
@@ -11,24 +11,58 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ...core.device import guard
 from ...core.outputs import round_multiple, softmax_d_shape
-from ...core.problem import AttentionProblem, BackwardInputs, is_half
+from ...core.problem import FULL, AttentionProblem, BackwardInputs, is_half
 from ...kernels.sm90_backward import (
     attention_backward_sm90,
     finish_dq_sm90,
     row_statistics_sm90,
+    tiles_sm90,
 )
-from .plans_backward import MAX_HEADDIM, MAX_HEADDIM_SOFTCAP, BackwardPlan, plan_backward
+from .plans_backward import (
+    MAX_HEADDIM,
+    MAX_HEADDIM_NARROW,
+    MAX_HEADDIM_SOFTCAP,
+    BackwardPlan,
+    plan_backward,
+)
 
 # What the kernels call PIECE and STRIP.
 _BLOCK_N, _PIECE, _STRIP = 128, 128, 8
 _LOG2E = 1.4426950408889634
+# See Span of the kernels: rows that a ragged descriptor claims to have, and steps in its other two
+# dimensions of rows. 2**30 * 2**34 is 0 for 64-bit addresses.
+_FAR, _BEYOND, _AROUND = 2**30, 2**31 - 2**16, 2**34
+
+
+class Tiles(NamedTuple):
+    """Where packed sequences lie, on the device.
+
+    Attributes:
+        bounds: (batch + 1,) int32, cu_seqlens made to never decrease.
+        table: (4, tiles) int32, see tiles_sm90.
+    """
+
+    bounds: Tensor
+    table: Tensor
+
+    @property
+    def number(self) -> int:
+        return self.table.shape[1]
+
+
+class Packing(NamedTuple):
+    """The tiles of packed queries and keys; None where they are dense."""
+
+    q: Tiles | None = None
+    k: Tiles | None = None
 
 
 class Workspace(NamedTuple):
     """What the kernels hand to each other.
 
     Attributes:
-        lse_log2: (batch, nheads, padded rows) float32; ``delta`` likewise.
+        lse_log2: (batch, nheads, padded rows) float32; ``delta`` likewise. Packed sequences are
+            one, in which each begins where softmax_d_shape says.
         dq_sums: (batch * nheads * padded rows * headdim / 64, 64) float32, the head dim padded.
         counters: (batch * (nheads + nheads_k),), deterministic: and dq_sums.shape[0] / 64; int32.
     """
@@ -42,34 +76,60 @@ class Workspace(NamedTuple):
 def unsupported_backward(problem: AttentionProblem) -> list[str]:
     """Why :func:`backward` cannot serve the problem; empty if it can. The GPU is not looked at."""
     layout, transform, q = problem.layout, problem.transform, problem.q
+    served = ("s_aux", "seqused_q", "a head dim of v of its own", "attention_chunk")
     features = {
-        "packed sequences": layout.cu_seqlens_q is not None or layout.cu_seqlens_k is not None,
-        "seqused_k": layout.seqused_k is not None,
         "leftpad_k": layout.leftpad_k is not None,
         "pages": layout.page_table is not None,
         "cache_batch_idx": layout.cache_batch_idx is not None,
-        "ALiBi": transform.alibi_slopes is not None,
+        "ALiBi and softcap": transform.alibi_slopes is not None and transform.softcap > 0.0,
         "dropout": problem.dropout_p > 0.0,
     }
-    features.update(dict.fromkeys((n for n in problem.extensions() if n != "s_aux"), True))
+    features.update(dict.fromkeys((n for n in problem.extensions() if n not in served), True))
     reasons = [
         f"computes no gradients with {name}" for name, is_used in features.items() if is_used
     ]
     if not is_half(q.dtype):
         reasons.append(f"computes gradients of float16 and bfloat16, `q` is {q.dtype}")
-    if q.shape[-1] > MAX_HEADDIM or q.shape[-1] % 8:
+    widest = max(problem.headdim, problem.headdim_v)
+    if widest > MAX_HEADDIM:
+        reasons.append(f"computes gradients for head dims up to {MAX_HEADDIM}, found {widest}")
+    scores = transform.softcap > 0.0 or transform.alibi_slopes is not None
+    if problem.visibility.attention_chunk and scores and widest > 64:
+        # The compiler of Triton 3.9 runs out of registers.
         reasons.append(
-            f"computes gradients for head dims up to {MAX_HEADDIM} that are multiples of 8, found "
-            f"{q.shape[-1]}"
+            "computes gradients with attention_chunk and ALiBi or softcap for head dims up to 64, "
+            f"found {widest}"
         )
-    if transform.softcap > 0.0 and q.shape[-1] > MAX_HEADDIM_SOFTCAP:
-        reasons.append(
-            f"computes gradients with softcap for head dims up to {MAX_HEADDIM_SOFTCAP}, where "
-            f"registers suffice, found {q.shape[-1]}"
-        )
+    reasons += _wide_reasons(problem, widest)
     if not transform.softmax_scale > 0.0:
         reasons.append(f"needs softmax_scale > 0, found {transform.softmax_scale}")
+    rows = max(x.shape[-3] * (x.shape[0] if x.dim() == 4 else 1) for x in (q, problem.k))
+    if is_ragged(problem) and rows >= _FAR // 2:
+        reasons.append(f"serves packed tensors of fewer than {_FAR // 2} rows, found {rows}")
     return reasons
+
+
+def _wide_reasons(problem: AttentionProblem, widest: int) -> list[str]:
+    """What the kernel for head dims above MAX_HEADDIM_NARROW lacks."""
+    transform = problem.transform
+    limits = {
+        "packed sequences or numbers of rows in use": (is_ragged(problem), MAX_HEADDIM_NARROW),
+        "attention_chunk": (bool(problem.visibility.attention_chunk), MAX_HEADDIM_NARROW),
+        "ALiBi": (transform.alibi_slopes is not None, MAX_HEADDIM_NARROW),
+        "softcap": (transform.softcap > 0.0, MAX_HEADDIM_SOFTCAP),
+    }
+    return [
+        f"computes gradients with {name} for head dims up to {limit}, found {widest}"
+        for name, (is_used, limit) in limits.items()
+        if is_used and widest > limit
+    ]
+
+
+def is_ragged(problem: AttentionProblem) -> bool:
+    """Whether the lengths of sequences are on the device."""
+    layout = problem.layout
+    tensors = (layout.cu_seqlens_q, layout.cu_seqlens_k, layout.seqused_q, layout.seqused_k)
+    return any(x is not None for x in tensors)
 
 
 def backward(
@@ -84,63 +144,101 @@ def backward(
             grad.zero_()
         shape = softmax_d_shape(problem)
         return torch.zeros(shape, dtype=torch.float32, device=problem.q.device)
-    problem, inputs = _without_unseen_keys(problem, inputs)
+    ragged, unseen = is_ragged(problem), 0
+    if not ragged:
+        problem, inputs, unseen = _without_unseen_keys(problem, inputs)
     visibility = problem.visibility
     if plan is None:
-        is_masked = visibility.window_left is not None or visibility.window_right is not None
-        plan = plan_backward(problem.headdim, is_masked, problem.max_seqlen_q)
-    if inputs.dlse is not None:
+        is_masked = visibility != FULL
+        widest = max(problem.headdim, problem.headdim_v)
+        plan = plan_backward(widest, is_masked, problem.max_seqlen_q)
+    if inputs.dlse is not None or ragged:
         plan = plan._replace(housekeeping=False)
-    dk, dv = (x if is_for_tma(x) else torch.empty_like(x, memory_format=torch.contiguous_format)
-              for x in (inputs.dk, inputs.dv))  # fmt: skip
+    fits, fit = (is_for_ragged_tma, for_ragged_tma) if ragged else (is_for_tma, for_tma)
+    dk, dv = (x if fits(x) else _new_for_tma(x) for x in (inputs.dk, inputs.dv))
+    if ragged and (visibility.window_left is not None or visibility.attention_chunk):
+        # The kernel leaves out the keys before every query's window.
+        dk.zero_()
+        dv.zero_()
     lse = inputs.softmax_lse
     direct = inputs._replace(
-        dout=for_tma(inputs.dout),
+        dout=fit(inputs.dout),
         out=for_tma(inputs.out),
         softmax_lse=lse if lse.stride(-1) == 1 or lse.shape[-1] == 1 else lse.contiguous(),
-        dq=inputs.dq if inputs.dq.stride(-1) == 1 else torch.empty_like(problem.q),
+        dq=inputs.dq if inputs.dq.stride(-1) == 1 else _new_for_tma(inputs.dq),
         dk=dk,
         dv=dv,
     )
-    problem = problem._replace(q=for_tma(problem.q), k=for_tma(problem.k), v=for_tma(problem.v))
-    workspace = allocate(problem, plan)
+    problem = problem._replace(q=fit(problem.q), k=fit(problem.k), v=fit(problem.v))
     with guard(problem.q):
-        launch_statistics(problem, direct, workspace, plan)
-        launch_main(problem, direct, workspace, plan)
-        launch_finish(problem, direct, workspace, plan)
+        packing = locate(problem)
+        workspace = allocate(problem, packing, plan)
+        launch_statistics(problem, direct, packing, workspace, plan)
+        launch_main(problem, direct, packing, workspace, plan, unseen)
+        launch_finish(problem, direct, packing, workspace, plan)
     for wanted, written in zip(inputs[3:6], direct[3:6], strict=True):
         if wanted is not written:
             wanted.copy_(written)
-    return workspace.delta
+    if packing.q is None:
+        return workspace.delta
+    return workspace.delta[0, :, : softmax_d_shape(problem)[1]].contiguous()
 
 
 def _without_unseen_keys(
     problem: AttentionProblem, inputs: BackwardInputs
-) -> tuple[AttentionProblem, BackwardInputs]:
-    """The same problem without the keys before every query's window, whose gradients are 0.
+) -> tuple[AttentionProblem, BackwardInputs, int]:
+    """The same problem without the keys before every query's window, whose gradients are 0, and
+    their number.
 
     They may be anything, also NaN, and the kernels multiply whole tiles.
     """
-    left = problem.visibility.window_left
-    unseen = problem.max_seqlen_k - problem.max_seqlen_q - left if left is not None else 0
+    left, _, chunk = problem.visibility
+    first = problem.max_seqlen_k - problem.max_seqlen_q  # where the first query stands
+    unseen = max(first // chunk * chunk if chunk else 0, 0 if left is None else first - left)
     if unseen <= 0:
-        return problem, inputs
+        return problem, inputs, 0
     inputs.dk[:, :unseen].zero_()
     inputs.dv[:, :unseen].zero_()
     return (
         problem._replace(k=problem.k[:, unseen:], v=problem.v[:, unseen:]),
         inputs._replace(dk=inputs.dk[:, unseen:], dv=inputs.dv[:, unseen:]),
+        unseen,
     )
 
 
-def allocate(problem: AttentionProblem, plan: BackwardPlan) -> Workspace:
-    """Uninitialised workspace on the device of q."""
-    batch, seqlen_q, nheads, _ = problem.q.shape
-    rows = round_multiple(seqlen_q, 128)
-    device = problem.q.device
-    lse_log2, delta = torch.empty((2, batch, nheads, rows), dtype=torch.float32, device=device)
+def locate(problem: AttentionProblem) -> Packing:
+    """Find the tiles of packed rows; nothing to do for dense ones."""
+    layout = problem.layout
+    cu_q, cu_k = layout.cu_seqlens_q, layout.cu_seqlens_k
+    q = None if cu_q is None else _tiles_of(cu_q, problem.q.shape[0])
+    if q is not None and cu_k is cu_q and problem.k.shape[0] == problem.q.shape[0]:
+        return Packing(q, q)
+    return Packing(q, None if cu_k is None else _tiles_of(cu_k, problem.k.shape[0]))
+
+
+def _tiles_of(cu_seqlens: Tensor, total: int) -> Tiles:
+    # Programs wait for each other by number. With bounds that decrease some would not exist.
+    bounds = cu_seqlens.cummax(0).values
+    batch = bounds.shape[0] - 1
+    tiles = total // 128 + batch + 2
+    table = bounds.new_empty(4, tiles)
+    tiles_sm90[(-(-tiles // 128),)](
+        bounds, table, batch, total, tiles, (batch + 1).bit_length(), num_warps=4
+    )
+    return Tiles(bounds, table)
+
+
+def allocate(problem: AttentionProblem, packing: Packing, plan: BackwardPlan) -> Workspace:
+    """Workspace on the device of q; of packed queries zeros where no sequence's delta will be."""
+    nheads, device = problem.nheads, problem.q.device
+    if packing.q is None:
+        batch, rows = problem.batch_size, round_multiple(problem.q.shape[1], 128)
+    else:
+        batch, rows = 1, round_multiple(softmax_d_shape(problem)[1], 128)
+    new = torch.empty if packing.q is None else torch.zeros
+    lse_log2, delta = new((2, batch, nheads, rows), dtype=torch.float32, device=device)
     sums = (batch * nheads * rows * (plan.block_d // 64), 64)
-    counters = batch * (nheads + problem.nheads_k)
+    counters = _key_heads(problem, packing) * (nheads // problem.nheads_k + 1)
     if plan.deterministic:
         counters += sums[0] // 64
     return Workspace(
@@ -149,6 +247,11 @@ def allocate(problem: AttentionProblem, plan: BackwardPlan) -> Workspace:
         torch.empty(sums, dtype=torch.float32, device=device),
         torch.empty(counters, dtype=torch.int32, device=device),
     )
+
+
+def _key_heads(problem: AttentionProblem, packing: Packing) -> int:
+    """Key heads of all sequences; packed ones count as one."""
+    return problem.nheads_k * (problem.batch_size if packing.k is None else 1)
 
 
 class _Sharing(NamedTuple):
@@ -166,13 +269,15 @@ class _Sharing(NamedTuple):
     section: int
 
 
-def _sharing(problem: AttentionProblem, plan: BackwardPlan) -> _Sharing:
-    batch, seqlen_q, nheads, headdim = problem.q.shape
-    nheads_k, group = problem.nheads_k, nheads // problem.nheads_k
-    bytes_of_head = group * seqlen_q * headdim * 8
-    section = max(1, min(batch * nheads_k, plan.section_bytes // bytes_of_head))
-    in_head = round_multiple(seqlen_q, 128) // 128
-    pieces = batch * nheads * in_head
+def _sharing(problem: AttentionProblem, packing: Packing, plan: BackwardPlan) -> _Sharing:
+    group = problem.nheads // problem.nheads_k
+    bytes_of_head = max(1, group * problem.max_seqlen_q * problem.headdim * 8)
+    section = max(1, min(_key_heads(problem, packing), plan.section_bytes // bytes_of_head))
+    if packing.q is not None:
+        pieces = packing.q.number * problem.nheads
+        return _Sharing(pieces, pieces, section)
+    in_head = round_multiple(problem.q.shape[1], 128) // 128
+    pieces = problem.batch_size * problem.nheads * in_head
     if not plan.housekeeping:
         return _Sharing(pieces, pieces, section)
     key_blocks = -(-problem.k.shape[1] // _BLOCK_N)
@@ -181,90 +286,138 @@ def _sharing(problem: AttentionProblem, plan: BackwardPlan) -> _Sharing:
 
 
 def launch_statistics(
-    problem: AttentionProblem, inputs: BackwardInputs, workspace: Workspace, plan: BackwardPlan
+    problem: AttentionProblem,
+    inputs: BackwardInputs,
+    packing: Packing,
+    workspace: Workspace,
+    plan: BackwardPlan,
 ) -> None:
     """Row statistics, and zeros for the sums of dq, of the first pieces."""
     out, dout, lse, dlse = inputs.out, inputs.dout, inputs.softmax_lse, inputs.dlse
-    _, seqlen_q, nheads, headdim = problem.q.shape
-    rows = workspace.delta.shape[-1]
+    rows, used = workspace.delta.shape[-1], problem.layout.seqused_q
     tiles_in_piece = _PIECE // plan.statistics_rows
-    row_statistics_sm90[(_sharing(problem, plan).lag * tiles_in_piece,)](
-        out, dout, lse, lse if dlse is None else dlse.contiguous(),
+    pieces_of_head = rows // _PIECE if packing.q is None else packing.q.number
+    row_statistics_sm90[(_sharing(problem, packing, plan).lag * tiles_in_piece,)](
+        out, dout, lse, lse if dlse is None else dlse.float().contiguous(),
         workspace.lse_log2, workspace.delta, workspace.dq_sums,
         workspace.counters, workspace.counters.numel(),
-        *out.stride()[:3], *dout.stride()[:3], *lse.stride()[:2],
-        nheads, seqlen_q, rows, rows // plan.statistics_rows,
-        HEAD_DIM=headdim, BLOCK_D=plan.block_d, BLOCK_M=plan.statistics_rows,
-        HAS_DLSE=dlse is not None,
+        *_strides(out), *_strides(dout), *_lse_strides(lse),
+        problem.nheads, problem.q.shape[-3], rows, pieces_of_head * tiles_in_piece,
+        *_table(packing.q, workspace), workspace.counters if used is None else used,
+        problem.batch_size,
+        HEAD_DIM=problem.headdim_v, BLOCK_D=plan.block_d, BLOCK_M=plan.statistics_rows,
+        HAS_DLSE=dlse is not None, CU_Q=packing.q is not None, USED_Q=used is not None,
         num_warps=4,
     )  # fmt: skip
 
 
+def _table(tiles: Tiles | None, workspace: Workspace) -> tuple[Tensor, int]:
+    """A table of tiles and how many; without one, something that is not read."""
+    return (workspace.counters, 0) if tiles is None else (tiles.table, tiles.number)
+
+
+def _strides(x: Tensor) -> tuple[int, int, int]:
+    """Of (batch, seqlen, nheads, headdim); a packed tensor is one long sequence."""
+    batch, row, head = (0, *x.stride()[:2]) if x.dim() == 3 else x.stride()[:3]
+    return batch, row, head
+
+
+def _lse_strides(lse: Tensor) -> tuple[int, int]:
+    """Of (batch, nheads, seqlen)."""
+    return (0, lse.stride(0)) if lse.dim() == 2 else (lse.stride(0), lse.stride(1))
+
+
 def launch_main(
-    problem: AttentionProblem, inputs: BackwardInputs, workspace: Workspace, plan: BackwardPlan
+    problem: AttentionProblem,
+    inputs: BackwardInputs,
+    packing: Packing,
+    workspace: Workspace,
+    plan: BackwardPlan,
+    unseen: int = 0,
 ) -> None:
-    """dk, dv, the sums of dq, and with housekeeping most of what comes before and after."""
+    """dk, dv, the sums of dq, and with housekeeping most of what comes before and after.
+
+    ``unseen`` keys are left out before the first one of dense sequences.
+    """
     if plan.piece:
         from .launch_backward_wide import launch_main_wide  # which imports this module
 
         launch_main_wide(problem, inputs, workspace, plan)
         return
-    q, k, v = problem.q, problem.k, problem.v
-    batch, seqlen_q, nheads, headdim = q.shape
-    seqlen_k, nheads_k = k.shape[1:3]
-    group = nheads // nheads_k
+    q, k, v, layout = problem.q, problem.k, problem.v, problem.layout
+    seqlen_q, seqlen_k, nheads_k = q.shape[-3], k.shape[-3], problem.nheads_k
     block_m, block_d = plan.block_m, plan.block_d
-    left, right = problem.visibility.window_left, problem.visibility.window_right
+    left, right, chunk = problem.visibility
     longest = seqlen_q + seqlen_k
-    key_blocks = -(-seqlen_k // _BLOCK_N)
-    sharing = _sharing(problem, plan)
-    lse, dq = inputs.softmax_lse, inputs.dq
+    if chunk:  # is between two bounds anyway
+        left, right = (longest if x is None else x for x in (left, right))
+    key_blocks = -(-seqlen_k // _BLOCK_N) if packing.k is None else packing.k.number
+    key_heads = _key_heads(problem, packing)
+    sharing = _sharing(problem, packing, plan)
+    lse, dq, unread = inputs.softmax_lse, inputs.dq, workspace.counters
     strip = _STRIP if plan.housekeeping else block_m
     scale, softcap = problem.transform.softmax_scale, problem.transform.softcap
     factor = scale if softcap == 0.0 else 2.0 * scale / softcap
-    attention_backward_sm90[(key_blocks * batch * nheads_k,)](
-        rows_descriptor(q, block_m, block_d),
-        rows_descriptor(k, _BLOCK_N, block_d),
-        rows_descriptor(v, _BLOCK_N, block_d),
-        rows_descriptor(inputs.dout, block_m, block_d),
+    slopes = problem.transform.alibi_slopes
+    describe = ragged_descriptor if is_ragged(problem) else rows_descriptor
+    attention_backward_sm90[(key_blocks * key_heads,)](
+        describe(q, block_m, block_d),
+        describe(k, _BLOCK_N, block_d),
+        describe(v, _BLOCK_N, block_d),
+        describe(inputs.dout, block_m, block_d),
         _numbers_descriptor(workspace.lse_log2, block_m),
         _numbers_descriptor(workspace.delta, block_m),
         _sums_descriptor(workspace.dq_sums, 64),
-        rows_descriptor(inputs.dk, 64, block_d),
-        rows_descriptor(inputs.dv, 64, block_d),
+        describe(inputs.dk, 64, block_d),
+        describe(inputs.dv, 64, block_d),
         scale, factor * _LOG2E,
-        softcap * _LOG2E, nheads_k, group, seqlen_q, seqlen_k,
+        softcap * _LOG2E, nheads_k, problem.nheads // nheads_k, seqlen_q, seqlen_k,
         workspace.delta.shape[-1],
         min(left, longest) if left is not None else 0,
         min(right, longest) if right is not None else 0,
-        key_blocks, batch * nheads_k, sharing.section,
-        rows_descriptor(inputs.out if plan.housekeeping else q, strip, block_d),
-        rows_descriptor(inputs.dout, strip, block_d),
+        key_blocks, key_heads, sharing.section,
+        describe(inputs.out if plan.housekeeping else q, strip, block_d),
+        describe(inputs.dout, strip, block_d),
         _sums_descriptor(workspace.dq_sums, 16),
         workspace.counters, lse, workspace.lse_log2, workspace.delta, workspace.dq_sums, dq,
-        *lse.stride()[:2], *dq.stride()[:3], sharing.lag,
+        *_lse_strides(lse), *_strides(dq), sharing.lag,
+        unread if packing.q is None else packing.q.bounds, _table(packing.k, workspace)[0],
+        unread if layout.seqused_q is None else layout.seqused_q,
+        unread if layout.seqused_k is None else layout.seqused_k, problem.batch_size,
+        min(chunk, _FAR // 2), unseen % chunk if chunk else 0,
+        unread if slopes is None else slopes,
+        slopes.stride(0) if slopes is not None and slopes.dim() == 2 else 0,
         BLOCK_M=block_m, BLOCK_D=block_d, Q_SLOTS=plan.q_slots, DO_SLOTS=plan.do_slots,
         DS_SLOTS=plan.ds_slots, EAGER_DV=plan.eager_dv, AHEAD=plan.ahead, DQ_GROUP=plan.dq_group,
         REGISTERS=plan.registers, DQ_REGISTERS=plan.dq_registers,
         OTHER_REGISTERS=plan.other_registers, HOUSEKEEPING=plan.housekeeping,
         DETERMINISTIC=plan.deterministic, REVERSED=plan.is_reversed, SOFTCAP=softcap > 0.0,
-        HEAD_DIM=headdim, HAS_LEFT=left is not None, HAS_RIGHT=right is not None,
+        HEAD_DIM=problem.headdim, HAS_LEFT=left is not None, HAS_RIGHT=right is not None,
+        CU_Q=packing.q is not None, CU_K=packing.k is not None,
+        USED_Q=layout.seqused_q is not None, USED_K=layout.seqused_k is not None,
+        HAS_CHUNK=chunk > 0, HAS_ALIBI=slopes is not None,
         num_warps=4, launch_pdl=True,
     )  # fmt: skip
 
 
 def launch_finish(
-    problem: AttentionProblem, inputs: BackwardInputs, workspace: Workspace, plan: BackwardPlan
+    problem: AttentionProblem,
+    inputs: BackwardInputs,
+    packing: Packing,
+    workspace: Workspace,
+    plan: BackwardPlan,
 ) -> None:
     """dq from its sums, of the last pieces."""
     dq = inputs.dq
-    _, seqlen_q, nheads, headdim = dq.shape
     rows = workspace.delta.shape[-1]
-    sharing = _sharing(problem, plan)
+    sharing = _sharing(problem, packing, plan)
+    pieces_of_head = rows // _PIECE if packing.q is None else packing.q.number
     finish_dq_sm90[(sharing.lag * (_PIECE // 64),)](
-        workspace.dq_sums, dq, *dq.stride()[:3], problem.transform.softmax_scale,
-        nheads, seqlen_q, rows, rows // 64, (sharing.pieces - sharing.lag) * (_PIECE // 64),
-        HEAD_DIM=headdim, BLOCK_D=plan.block_d,
+        workspace.dq_sums, dq, *_strides(dq), problem.transform.softmax_scale,
+        problem.nheads, dq.shape[-3], rows, pieces_of_head * (_PIECE // 64),
+        (sharing.pieces - sharing.lag) * (_PIECE // 64),
+        *_table(packing.q, workspace), problem.batch_size,
+        HEAD_DIM=problem.headdim, BLOCK_D=plan.block_d, CU_Q=packing.q is not None,
         num_warps=4, launch_pdl=True,
     )  # fmt: skip
 
@@ -278,6 +431,27 @@ def rows_descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
     strides = [s if n > 1 else 8 * headdim for s, n in zip(given, sizes, strict=True)]
     layout = gl.NVMMASharedLayout(128, 16, 4)
     return TensorDescriptor(x, [*sizes, headdim], [*strides, 1], [1, 1, rows, columns], layout)
+
+
+def ragged_descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """Packed (total, heads, headdim), or dense where all rows are equally far apart, for TMA that
+    ends where a sequence ends: see ``Span`` of the kernels."""
+    headdim = x.shape[-1]
+    row, head = _row_step(x), x.stride(-2) if x.shape[-2] > 1 else 8 * headdim
+    return TensorDescriptor(
+        x,
+        [_BEYOND, _BEYOND, x.shape[-2], _FAR, headdim],
+        [_AROUND - row, row, head, row, 1],
+        [1, 1, 1, rows, columns],
+        gl.NVMMASharedLayout(128, 16, 5),
+    )
+
+
+def _row_step(x: Tensor) -> int:
+    """From one row of (total, heads, headdim), or (batch, seqlen, heads, headdim), to the next."""
+    if x.shape[-3] > 1:
+        return x.stride(-3)
+    return x.stride(0) if x.dim() == 4 and x.shape[0] > 1 else 8 * x.shape[-1]
 
 
 def _numbers_descriptor(x: Tensor, rows: int) -> TensorDescriptor:
@@ -300,4 +474,21 @@ def is_for_tma(x: Tensor) -> bool:
 
 def for_tma(x: Tensor) -> Tensor:
     """``x``, copied if TMA cannot address it."""
-    return x if is_for_tma(x) else x.contiguous()
+    return x if is_for_tma(x) else _new_for_tma(x).copy_(x)
+
+
+def _new_for_tma(x: Tensor) -> Tensor:
+    """A tensor like ``x`` in memory that TMA can address: its rows start at 16 bytes."""
+    headdim = x.shape[-1]
+    return x.new_empty(*x.shape[:-1], round_multiple(headdim, 8))[..., :headdim]
+
+
+def is_for_ragged_tma(x: Tensor) -> bool:
+    """Whether, besides, the rows of all sequences are equally far apart."""
+    evenly = x.dim() == 3 or 1 in x.shape[:2] or x.stride(0) == x.shape[1] * x.stride(1)
+    return evenly and is_for_tma(x)
+
+
+def for_ragged_tma(x: Tensor) -> Tensor:
+    """``x``, copied if TMA cannot address it as one packed tensor."""
+    return x if is_for_ragged_tma(x) else _new_for_tma(x).copy_(x)

@@ -7,10 +7,12 @@ from torch import Tensor
 from ...core.problem import AttentionProblem, BackwardInputs
 from ...kernels.sm90_backward_wide import attention_backward_wide_sm90
 from .launch_backward import (
+    Packing,
     Workspace,
     _numbers_descriptor,
     _sharing,
     _sums_descriptor,
+    is_ragged,
     rows_descriptor,
 )
 from .plans_backward import BackwardPlan
@@ -30,6 +32,8 @@ def launch_main_wide(
     wanted = (plan.block_m, plan.eager_dv, plan.housekeeping, plan.dq_group)
     if wanted != (_BLOCK, False, False, True) or plan.ahead not in (0, 1):
         raise ValueError(f"no plan for head dims above 128: {plan}")
+    if is_ragged(problem) or problem.visibility.attention_chunk:
+        raise ValueError("plans with pieces serve neither lengths on the device nor chunks")
     q, k, v = problem.q, problem.k, problem.v
     batch, seqlen_q, nheads, _ = q.shape
     seqlen_k, nheads_k = k.shape[1:3]
@@ -52,7 +56,7 @@ def launch_main_wide(
         nheads_k, nheads // nheads_k, seqlen_q, seqlen_k, workspace.delta.shape[-1],
         min(left, longest) if left is not None else 0,
         min(right, longest) if right is not None else 0,
-        key_blocks, batch * nheads_k, _sharing(problem, plan).section,
+        key_blocks, batch * nheads_k, _sharing(problem, Packing(), plan).section,
         workspace.counters,
         BLOCK_D=plan.block_d, PIECE=plan.piece, Q_SLOTS=plan.q_slots, DO_SLOTS=plan.do_slots,
         P_SLOTS=plan.p_slots, DS_SLOTS=plan.ds_slots, DQ_SLOTS=plan.dq_slots,

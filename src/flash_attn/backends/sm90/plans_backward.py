@@ -46,6 +46,8 @@ class BackwardPlan(NamedTuple):
 
 
 MAX_HEADDIM = 256
+# Of attention_backward_sm90, which serves more features.
+MAX_HEADDIM_NARROW = 128
 # Above it the registers do not suffice for softcap.
 MAX_HEADDIM_SOFTCAP = 192
 
@@ -70,7 +72,7 @@ def plan_backward(headdim: int, is_masked: bool, seqlen_q: int) -> BackwardPlan:
     # Where each block of keys is seen by later queries than the one before it, the programs of a
     # head can all go on at once only if the last block adds first.
     section = 32 << 20 if is_masked and seqlen_q >= 2048 else 4 << 20
-    if headdim > 128:
+    if headdim > MAX_HEADDIM_NARROW:
         plan = _D192 if headdim <= 192 else _D256
         return plan._replace(is_reversed=is_masked, section_bytes=section)
     plan = _D64 if headdim <= 64 else _D128
