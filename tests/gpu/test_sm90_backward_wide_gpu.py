@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton exists on Linux only")
 
-from support import Inputs, Solution, assert_same_bits, check, dense, poisoned_like
+from support import Inputs, Solution, assert_same_bits, check, dense, extended, poisoned_like
 
 from flash_attn.backends.sm90 import launch_backward
 from flash_attn.backends.sm90.plans_backward import (
@@ -81,6 +81,17 @@ def test_gradients(dtype: torch.dtype, headdim: int, mask: str, seqlens: tuple[i
 def test_softcap(headdim: int, mask: str, softcap: float) -> None:
     inputs = dense("cuda", BF16, 2, (230, 190), (4, 2), headdim, softcap=softcap, **MASKS[mask])
     for plan in plans(headdim, mask != "full"):
+        check(inputs, solve(inputs, plan))
+
+
+@pytest.mark.parametrize("headdims", [(192, 128), (128, 192), (72, 256), (130, 130), (256, 251)])
+@pytest.mark.parametrize("mask", ["full", "causal", "both"])
+def test_head_dims_of_their_own(headdims: tuple[int, int], mask: str) -> None:
+    """Of q and k, and of v; also such as TMA cannot address."""
+    inputs = dense("cuda", BF16, 2, (230, 190), (4, 2), headdims[0], **MASKS[mask])
+    of_v = dense("cuda", BF16, 2, (230, 190), (4, 2), headdims[1])
+    inputs = extended(inputs.but(v=of_v.v, dout=of_v.dout))
+    for plan in plans(max(headdims), mask != "full"):
         check(inputs, solve(inputs, plan))
 
 

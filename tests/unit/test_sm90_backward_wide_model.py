@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("triton", reason="Triton exists on Linux only")
 
 import gluon_model
-from support import Inputs, assert_same_bits, check, dense, poisoned_like
+from support import Inputs, assert_same_bits, check, dense, extended, poisoned_like
 from test_sm90_backward_model import Fault, _inside_nan, solve
 
 from flash_attn.backends.sm90 import launch_backward
@@ -99,7 +99,7 @@ def test_every_interleaving_gives_the_same(kernels: Any, name: str) -> None:
 def test_head_dims_of_their_own(kernels: Any, headdim: int, headdim_v: int) -> None:
     inputs = dense("cpu", FP16, 1, (100, 130), (2, 1), headdim, causal=True)
     of_v = dense("cpu", FP16, 1, (100, 130), (2, 1), headdim_v)
-    inputs = inputs.but(v=of_v.v, dout=of_v.dout)
+    inputs = extended(inputs.but(v=of_v.v, dout=of_v.dout))
     # Results that TMA can address: the model runs after the launcher has copied others.
     wide = [x.new_full((*x.shape[:-1], 256), float("nan")) for x in inputs.tensors[:3]]
     results = tuple(x[..., :n] for x, n in zip(wide, (headdim, headdim, headdim_v), strict=True))
