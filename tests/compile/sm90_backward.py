@@ -99,7 +99,8 @@ def main() -> None:
     knobs.nvidia.dump_ptxas_log = True
     knobs.compilation.always_compile = True
     for headdim in map(int, sys.argv[1:]):
-        for case in CASES:
+        # Other head dims differ in the number of columns alone.
+        for case in CASES if headdim in (64, 128) else CASES[:5]:
             for one in launches(case, headdim):
                 found = aot.compile_launch(one, "sm90")
                 facts = {"kernel": one.name, "headdim": headdim, **case._asdict()}
