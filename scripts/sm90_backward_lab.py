@@ -2,6 +2,7 @@
 
     PYTHONPATH=src python scripts/sm90_backward_lab.py --deadline 460 --json lab.json
     PYTHONPATH=src python scripts/sm90_backward_lab.py --match d128 --seqlens 1024,4096
+    PYTHONPATH=src python scripts/sm90_backward_lab.py --headdims 192,256
     PYTHONPATH=src python scripts/sm90_backward_lab.py --compile-only      # no GPU needed
 
 1. All kernels are compiled in parallel. 2. Every variant is checked in a process of its own, so
@@ -77,6 +78,32 @@ def variants() -> list[Variant]:
         Variant("d64 eager house reversed", 64, {**eager, **house64, **last_first}),
         Variant("d128", 128, d128),
         Variant("d64", 64, d64),
+        *wide_variants(),
+    ]
+
+
+def wide_variants() -> list[Variant]:
+    """Head dims above 128. "late": S and dP of the next step after dv and dk; "one do": one slot of
+    do, and two of tiles of dq."""
+    both: dict[str, Any] = {"block_m": 64, "dq_group": True, "registers": 208}
+    d256 = {**both, "block_d": 256, "piece": 128, "p_slots": 1, "ds_slots": 1, "dq_slots": 1,
+            "dq_registers": 64}  # fmt: skip
+    d192 = {**both, "block_d": 192, "piece": 64, "p_slots": 2, "ds_slots": 2, "dq_slots": 2,
+            "dq_registers": 72}  # fmt: skip
+    one_do = {"do_slots": 1, "dq_slots": 2}
+    ordered = {"deterministic": True}
+    last_first = {"deterministic": True, "is_reversed": True}
+    return [
+        Variant("d256 late ordered", 256, {**d256, **ordered}),
+        Variant("d256 late reversed", 256, {**d256, **last_first}),
+        Variant("d256 late", 256, d256),
+        Variant("d256", 256, {**d256, "ahead": 1}),
+        Variant("d256 reversed", 256, {**d256, "ahead": 1, **last_first}),
+        Variant("d256 late one do reversed", 256, {**d256, **one_do, **last_first}),
+        Variant("d192 ordered", 192, {**d192, "ahead": 1, **ordered}),
+        Variant("d192 reversed", 192, {**d192, "ahead": 1, **last_first}),
+        Variant("d192", 192, {**d192, "ahead": 1}),
+        Variant("d192 late reversed", 192, {**d192, **last_first}),
     ]
 
 
@@ -393,8 +420,13 @@ class Cell:
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
         leaves = [x.detach().requires_grad_() for x in turned]
-        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            out = torch.nn.functional.scaled_dot_product_attention(*leaves, is_causal=is_causal)
+        try:
+            with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+                out = torch.nn.functional.scaled_dot_product_attention(*leaves, is_causal=is_causal)
+            torch.autograd.grad(out, leaves, dout, retain_graph=True)
+        except RuntimeError as refusal:  # not every release serves every head dim
+            emit(event="note", text=f"no cuDNN backward: {refusal}"[:200])
+            return
         self.torch_backward = lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True)
 
 
@@ -410,7 +442,9 @@ def run_time(job: dict[str, Any]) -> None:
         for is_causal in (False, True):
             emit(event="stage", at=f"prepare {seqlen} causal {is_causal}")
             cell = Cell(job["headdim"], seqlen, is_causal, with_torch=True)
-            runs: dict[str, Callable[[], object]] = {"cudnn": cell.torch_backward or _nothing}
+            runs: dict[str, Callable[[], object]] = {}
+            if cell.torch_backward is not None:
+                runs["cudnn"] = cell.torch_backward
             for variant in chosen:
                 for megabytes in job["sections"]:
                     plan = variant.make(section_bytes=megabytes << 20)
@@ -440,10 +474,6 @@ def run_time(job: dict[str, Any]) -> None:
                      flops=cell.flops)  # fmt: skip
 
 
-def _nothing() -> None:
-    return None
-
-
 def parts_of(
     launch_backward: Any, cell: Cell, plan: Any, name: str, megabytes: int
 ) -> dict[str, Callable[[], object]]:
@@ -461,7 +491,7 @@ def parts_of(
         launch_backward.launch_main(*arguments)
 
     packed = {}
-    if not plan.housekeeping:
+    if not plan.housekeeping and not plan.piece:
         flat = as_packed(problem, inputs)
         packed[whole + "|packed"] = lambda: launch_backward.backward(*flat, plan)
     around = f"{whole}|" if plan.housekeeping else f"d{problem.headdim}||"
@@ -538,7 +568,11 @@ class Parent:
         self.found: dict[str, Any] = {
             "argv": sys.argv[1:], "compiled": [], "checks": {}, "times": [], "notes": [],
         }  # fmt: skip
-        self.chosen = [v for v in variants() if options.match in v.name]
+        wanted = options.headdims
+        self.chosen = [
+            v for v in variants()
+            if options.match in v.name and (not wanted or v.headdim in wanted)
+        ]  # fmt: skip
         self.spare: Process | None = None
 
     def left(self) -> float:
@@ -696,12 +730,14 @@ def main() -> None:
     parser.add_argument("--seqlens", default="512,1024,2048,4096,8192,16384")
     parser.add_argument("--sections", default="4,32,128", help="megabytes of L2 for heads together")
     parser.add_argument("--match", default="", help="only variants whose name contains this")
+    parser.add_argument("--headdims", default="", help="only these; all if empty")
     parser.add_argument("--json", default="")
     parser.add_argument("--processes", type=int, default=0)
     parser.add_argument("--compile-only", action="store_true")
     parser.add_argument("--role", choices=("parent", "compile", "gpu"), default="parent")
     options = parser.parse_args()
     options.seqlens = [int(x) for x in options.seqlens.split(",")]
+    options.headdims = [int(x) for x in options.headdims.split(",") if x]
     options.sections = [int(x) for x in options.sections.split(",")]
     os.environ.setdefault(
         "TRITON_CACHE_DIR", os.path.join(tempfile.gettempdir(), "sm90_backward_lab")

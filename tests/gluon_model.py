@@ -521,7 +521,9 @@ def _store_wait(pendings: int) -> None:
     agent = here()
     agent.pause(lambda: sum(not one.is_done for one in agent.stores[: len(agent.stores)
                             - pendings]) == 0)  # fmt: skip
-    agent.stores = [one for one in agent.stores if not one.is_done]
+    # A later one counts among the last ``pendings`` also when it is done before an earlier one.
+    while agent.stores and agent.stores[0].is_done:
+        agent.stores.pop(0)
 
 
 def _wait(barrier: Barrier, phase: int) -> None:

@@ -87,7 +87,8 @@ def solve(
     told = lse.masked_fill(lse == float("inf"), empty_lse)
     arguments = BackwardInputs(inputs.dout, out, told, *grads, state)
     launches = gluon_model.record(lambda: launch_backward.backward(problem, arguments, plan))
-    assert [one.name for one in launches][-3:] == KERNELS
+    # For head dims above 128 the main kernel is another one.
+    assert [one.name.replace("_wide", "") for one in launches][-3:] == KERNELS
     for one in launches:
         gluon_model.run_launch(kernels, one, seed=seed, resident=8 if plan.housekeeping else 3)
     return Solution(out, lse, *grads)

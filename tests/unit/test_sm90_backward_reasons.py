@@ -40,6 +40,8 @@ SERVED = {
     "few columns": {"headdim": 1},
     "no multiple of 8": {"headdim": 60},
     "128 columns": {"headdim": 128},
+    "256 columns": {"headdim": 256, "v": torch.zeros(2, 10, 4, 130)},
+    "softcap of 192 columns": {"headdim": 192, "softcap": 3.0},
     "float16": {"dtype": torch.float16},
     "seqused_q": {"seqused_q": INTEGERS},
     "attention_chunk": {"attention_chunk": 5, "headdim": 128},
@@ -75,8 +77,14 @@ REFUSED = {
     "qv": {"qv": torch.zeros(2, 10, 4, 64)},
     "out_dtype": {"out_dtype": torch.float32},
     "softmax_scale > 0": {"softmax_scale": 0.0},
-    "found 136": {"headdim": 136, "v": torch.zeros(2, 10, 4, 128)},
-    "found 132": {"v": torch.zeros(2, 10, 4, 132)},
+    "found 264": {"headdim": 264, "v": torch.zeros(2, 10, 4, 128)},
+    "found 260": {"v": torch.zeros(2, 10, 4, 260)},
+    "rows in use for head dims up to 128, found 136": {"headdim": 136, "seqused_k": INTEGERS},
+    "ALiBi for head dims up to 128, found 130": {
+        "alibi_slopes": torch.zeros(4),
+        "v": torch.zeros(2, 10, 4, 130),
+    },
+    "softcap for head dims up to 192, found 200": {"softcap": 3.0, "headdim": 200},
     "torch.float32": {"dtype": torch.float32},
 }
 

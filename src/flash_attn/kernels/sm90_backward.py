@@ -209,9 +209,10 @@ class Config:
 
     @gluon.constexpr_function
     def __init__(self, BLOCK_M, BLOCK_D, EAGER_DV, AHEAD, DQ_GROUP, HOUSEKEEPING, DETERMINISTIC,
-                 SOFTCAP, HAS_LEFT, HAS_RIGHT, HAS_CHUNK, HAS_ALIBI, RAGGED):  # fmt: skip
+                 SOFTCAP, HAS_LEFT, HAS_RIGHT, HAS_CHUNK, HAS_ALIBI, RAGGED,
+                 BLOCK_N=128):  # fmt: skip
         self.BLOCK_M = gl.constexpr(BLOCK_M)
-        self.BLOCK_N = gl.constexpr(128)
+        self.BLOCK_N = gl.constexpr(BLOCK_N)
         self.BLOCK_D = gl.constexpr(BLOCK_D)
         self.EAGER_DV = gl.constexpr(EAGER_DV)
         self.AHEAD = gl.constexpr(AHEAD)
@@ -1420,7 +1421,9 @@ def row_statistics_sm90(
     the log-sum-exp, dlse (like lse, contiguous), only changes delta. The counters are zeroed too.
     """
     allow_dependents()
-    THREADS: gl.constexpr = BLOCK_D // 8
+    # 192 columns are no tensor's.
+    WIDTH: gl.constexpr = 256 if BLOCK_D > 128 else BLOCK_D
+    THREADS: gl.constexpr = WIDTH // 8
     ROWS_OF_OUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 // THREADS, THREADS], [4, 1], [1, 0])
     FLAT: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
     ROW: gl.constexpr = gl.SliceLayout(1, ROWS_OF_OUT)
@@ -1453,10 +1456,10 @@ def row_statistics_sm90(
     if USED_Q:
         count = used_rows(used_q, sequence, batch_size, count)
     rows = first_row + gl.arange(0, BLOCK_M, layout=ROW)
-    cols = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, ROWS_OF_OUT))
+    cols = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, ROWS_OF_OUT))
     inside = rows < count
     mask = gl.expand_dims(inside, 1)
-    if BLOCK_D != HEAD_DIM:
+    if WIDTH != HEAD_DIM:
         mask = mask & gl.expand_dims(cols < HEAD_DIM, 0)
     at = gl.expand_dims(rows.to(gl.int64), 1)
     column = gl.expand_dims(cols, 0)
@@ -1467,8 +1470,9 @@ def row_statistics_sm90(
     do = gl.load(dout + at * stride_gm + column, mask=mask, other=0.0)
     row_lse = gl.load(lse + b64 * stride_lb + h.to(gl.int64) * stride_lh + rows, mask=inside,
                       other=float("inf"))  # fmt: skip
-    sums = dq_sums + first * BLOCK_D + gl.arange(0, BLOCK_M * BLOCK_D, layout=FLAT)
-    gl.store(sums, gl.zeros([BLOCK_M * BLOCK_D], gl.float32, FLAT))
+    sums = dq_sums + first * BLOCK_D + gl.arange(0, BLOCK_M * 64, layout=FLAT)
+    for j in gl.static_range(BLOCK_D // 64):
+        gl.store(sums + j * BLOCK_M * 64, gl.zeros([BLOCK_M * 64], gl.float32, FLAT))
     row_delta = gl.sum(o.to(gl.float32) * do.to(gl.float32), 1)
     if HAS_DLSE:
         row_delta -= gl.load(dlse + head_batch.to(gl.int64) * seqlen_q + rows, mask=inside,

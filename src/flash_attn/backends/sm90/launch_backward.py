@@ -15,7 +15,13 @@ from ...core.plan import report
 from ...core.problem import FULL, AttentionProblem, BackwardInputs, is_half
 from ...kernels import sm90_backward
 from .._launcher import Launcher, scratch
-from .plans_backward import MAX_HEADDIM, BackwardPlan, plan_backward
+from .plans_backward import (
+    MAX_HEADDIM,
+    MAX_HEADDIM_NARROW,
+    MAX_HEADDIM_SOFTCAP,
+    BackwardPlan,
+    plan_backward,
+)
 
 attention_backward_sm90 = Launcher(sm90_backward.attention_backward_sm90)
 finish_dq_sm90 = Launcher(sm90_backward.finish_dq_sm90)
@@ -96,12 +102,29 @@ def unsupported_backward(problem: AttentionProblem) -> list[str]:
             "computes gradients with attention_chunk and ALiBi or softcap for head dims up to 64, "
             f"found {widest}"
         )
+    reasons += _wide_reasons(problem, widest)
     if not transform.softmax_scale > 0.0:
         reasons.append(f"needs softmax_scale > 0, found {transform.softmax_scale}")
     rows = max(x.shape[-3] * (x.shape[0] if x.dim() == 4 else 1) for x in (q, problem.k))
     if is_ragged(problem) and rows >= _FAR // 2:
         reasons.append(f"serves packed tensors of fewer than {_FAR // 2} rows, found {rows}")
     return reasons
+
+
+def _wide_reasons(problem: AttentionProblem, widest: int) -> list[str]:
+    """What the kernel for head dims above MAX_HEADDIM_NARROW lacks."""
+    transform = problem.transform
+    limits = {
+        "packed sequences or numbers of rows in use": (is_ragged(problem), MAX_HEADDIM_NARROW),
+        "attention_chunk": (bool(problem.visibility.attention_chunk), MAX_HEADDIM_NARROW),
+        "ALiBi": (transform.alibi_slopes is not None, MAX_HEADDIM_NARROW),
+        "softcap": (transform.softcap > 0.0, MAX_HEADDIM_SOFTCAP),
+    }
+    return [
+        f"computes gradients with {name} for head dims up to {limit}, found {widest}"
+        for name, (is_used, limit) in limits.items()
+        if is_used and widest > limit
+    ]
 
 
 def is_ragged(problem: AttentionProblem) -> bool:
@@ -323,6 +346,11 @@ def launch_main(
 
     ``unseen`` keys are left out before the first one of dense sequences.
     """
+    if plan.piece:
+        from .launch_backward_wide import launch_main_wide  # which imports this module
+
+        launch_main_wide(problem, inputs, workspace, plan)
+        return
     q, k, v, layout = problem.q, problem.k, problem.v, problem.layout
     seqlen_q, seqlen_k, nheads_k = q.shape[-3], k.shape[-3], problem.nheads_k
     block_m, block_d = plan.block_m, plan.block_d

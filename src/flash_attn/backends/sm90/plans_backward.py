@@ -8,6 +8,9 @@ from typing import NamedTuple
 class BackwardPlan(NamedTuple):
     """How ``attention_backward_sm90`` is compiled; see its docstring.
 
+    With ``piece`` it is ``attention_backward_wide_sm90``, which has neither eager_dv, ahead nor
+    housekeeping, always 64 queries in a block and always a dq group.
+
     Attributes:
         section_bytes: heads are worked on together as long as q, do and the sums of dq of their
             query heads fit into so many bytes of L2 cache.
@@ -31,14 +34,22 @@ class BackwardPlan(NamedTuple):
     is_reversed: bool = False
     other_registers: int = 24
     distance: int = 168
+    # Of head dims above 128: columns of a buffer, and slots for P and for tiles of dq.
+    piece: int = 0
+    p_slots: int = 0
+    dq_slots: int = 0
 
     @property
     def statistics_rows(self) -> int:
         """Rows of a program of ``row_statistics_sm90``."""
-        return 32
+        return 16 if self.piece else 32
 
 
-MAX_HEADDIM = 128
+MAX_HEADDIM = 256
+# Of attention_backward_sm90, which serves more features.
+MAX_HEADDIM_NARROW = 128
+# Above it the registers do not suffice for softcap.
+MAX_HEADDIM_SOFTCAP = 192
 
 
 _D64 = BackwardPlan(
@@ -46,13 +57,24 @@ _D64 = BackwardPlan(
     registers=208, dq_registers=72,
 )  # fmt: skip
 _D128 = BackwardPlan(64, 128, ahead=2, deterministic=True)
+_D192 = BackwardPlan(
+    64, 192, piece=64, p_slots=2, ds_slots=2, dq_slots=2, ahead=1, dq_group=True,
+    deterministic=True, registers=208, dq_registers=72,
+)  # fmt: skip
+_D256 = BackwardPlan(
+    64, 256, piece=128, p_slots=1, ds_slots=1, dq_slots=1, dq_group=True, deterministic=True,
+    registers=208, dq_registers=64,
+)  # fmt: skip
 
 
 def plan_backward(headdim: int, is_masked: bool, seqlen_q: int) -> BackwardPlan:
-    """The plan for head dims up to 128; ``is_masked`` is whether there is a window or causality."""
+    """The plan for a head dim; ``is_masked`` is whether there is a window or causality."""
     # Where each block of keys is seen by later queries than the one before it, the programs of a
     # head can all go on at once only if the last block adds first.
     section = 32 << 20 if is_masked and seqlen_q >= 2048 else 4 << 20
+    if headdim > MAX_HEADDIM_NARROW:
+        plan = _D192 if headdim <= 192 else _D256
+        return plan._replace(is_reversed=is_masked, section_bytes=section)
     plan = _D64 if headdim <= 64 else _D128
     return plan._replace(
         eager_dv=is_masked == (headdim <= 64), is_reversed=is_masked, section_bytes=section

@@ -1,0 +1,71 @@
+"""Launching the Hopper backward's main kernel for head dims above 128."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ...core.problem import AttentionProblem, BackwardInputs
+from ...kernels import sm90_backward_wide
+from .._launcher import Launcher
+from .launch_backward import (
+    Packing,
+    Workspace,
+    _numbers_descriptor,
+    _sharing,
+    _sums_descriptor,
+    is_ragged,
+    rows_descriptor,
+)
+from .plans_backward import BackwardPlan
+
+attention_backward_wide_sm90 = Launcher(sm90_backward_wide.attention_backward_wide_sm90)
+
+_BLOCK = 64  # keys of a program, and queries of a step
+_LOG2E = 1.4426950408889634
+
+
+def launch_main_wide(
+    problem: AttentionProblem, inputs: BackwardInputs, workspace: Workspace, plan: BackwardPlan
+) -> None:
+    """dk, dv and the sums of dq.
+
+    Raises:
+        ValueError: the plan asks for what this kernel does not have.
+    """
+    wanted = (plan.block_m, plan.eager_dv, plan.housekeeping, plan.dq_group)
+    if wanted != (_BLOCK, False, False, True) or plan.ahead not in (0, 1):
+        raise ValueError(f"no plan for head dims above 128: {plan}")
+    if is_ragged(problem) or problem.visibility.attention_chunk:
+        raise ValueError("plans with pieces serve neither lengths on the device nor chunks")
+    q, k, v = problem.q, problem.k, problem.v
+    batch, seqlen_q, nheads, _ = q.shape
+    seqlen_k, nheads_k = k.shape[1:3]
+    left, right = problem.visibility.window_left, problem.visibility.window_right
+    longest = seqlen_q + seqlen_k
+    key_blocks = -(-seqlen_k // _BLOCK)
+    scale, softcap = problem.transform.softmax_scale, problem.transform.softcap
+    factor = scale if softcap == 0.0 else 2.0 * scale / softcap
+
+    def rows(x: Tensor) -> object:
+        return rows_descriptor(x, _BLOCK, plan.piece)
+
+    attention_backward_wide_sm90[(key_blocks * batch * nheads_k,)](
+        rows(q), rows(k), rows(v), rows(inputs.dout),
+        _numbers_descriptor(workspace.lse_log2, _BLOCK),
+        _numbers_descriptor(workspace.delta, _BLOCK),
+        _sums_descriptor(workspace.dq_sums, 64),
+        rows(inputs.dk), rows(inputs.dv),
+        scale, factor * _LOG2E, softcap * _LOG2E,
+        nheads_k, nheads // nheads_k, seqlen_q, seqlen_k, workspace.delta.shape[-1],
+        min(left, longest) if left is not None else 0,
+        min(right, longest) if right is not None else 0,
+        key_blocks, batch * nheads_k, _sharing(problem, Packing(), plan).section,
+        workspace.counters,
+        BLOCK_D=plan.block_d, PIECE=plan.piece, Q_SLOTS=plan.q_slots, DO_SLOTS=plan.do_slots,
+        P_SLOTS=plan.p_slots, DS_SLOTS=plan.ds_slots, DQ_SLOTS=plan.dq_slots,
+        AHEAD=plan.ahead, REGISTERS=plan.registers, DQ_REGISTERS=plan.dq_registers,
+        OTHER_REGISTERS=plan.other_registers, DETERMINISTIC=plan.deterministic,
+        REVERSED=plan.is_reversed, SOFTCAP=softcap > 0.0,
+        HAS_LEFT=left is not None, HAS_RIGHT=right is not None,
+        num_warps=4, launch_pdl=True,
+    )  # fmt: skip

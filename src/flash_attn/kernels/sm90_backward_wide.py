@@ -1,0 +1,481 @@
+"""Attention backward for Hopper and head dims above 128; the formulas are ``sm90_backward``'s.
+
+A program owns 64 keys of one key head and walks over the blocks of 64 queries that see them. Sums
+of 64 keys and 256 columns are all that a warpgroup's registers hold, so each gradient has one:
+
+* the value consumer: S = k q^T, P = exp2(S - lse), dV += P do;
+* the key consumer:   dP = v do^T, dS = P (dP - delta), dK += dS q;
+* the dq group:       dQ = dS^T k, a tile of 64 x 64 at a time, added to the sums by TMA.
+
+P goes from the first to the second and dS from the second to the third through shared memory, in
+the inputs' type; nobody waits for anybody else. The products of the next step, S and dP, are
+started before those of this one are waited for. A producer warp asks for all tiles.
+
+Rows of BLOCK_D columns lie in shared memory as BLOCK_D / PIECE buffers, because 192 columns are no
+tensor's: dv and dk are tuples of as many tensors.
+
+With SOFTCAP the slope of tanh is multiplied into what the key consumer gets in P's place.
+DETERMINISTIC: programs add to each block of dq in the order of their keys, see ``sm90_backward``.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from .gluon_async import (
+    aggregate,
+    allow_dependents,
+    count_up,
+    fence_async,
+    meet,
+    opaque_zero,
+    peek,
+    tma_add,
+    tma_complete,
+    tma_load,
+    tma_store,
+    wait_for_dependencies,
+    wait_until,
+)
+from .sm90_backward import (
+    CONSUMERS_MEET,
+    ROWS,
+    Config,
+    Grid,
+    Lengths,
+    Ring,
+    Work,
+    buffers_for,
+    bytes_of,
+    mask_if_needed,
+    new_ring,
+    register_order,
+    rows_of_queries,
+    step_after,
+    tile_of,
+    turn_of,
+    whole_sequence,
+)
+
+
+@aggregate
+class Shared:
+    """All shared memory. A slot of q, do, k and v is PIECES buffers of 64 rows and PIECE columns;
+    ``lse`` comes with ``q`` and ``delta`` with ``do``, slot by slot."""
+
+    q: Ring
+    do: Ring
+    k: Ring
+    v: Ring
+    p: Ring
+    ds: Ring
+    lse: gl.shared_memory_descriptor
+    delta: gl.shared_memory_descriptor
+    dq: gl.shared_memory_descriptor
+    PIECE: gl.constexpr
+    PIECES: gl.constexpr
+    DQ_SLOTS: gl.constexpr
+
+    @gluon.constexpr_function
+    def __init__(self, q, do, k, v, p, ds, lse, delta, dq, PIECE, PIECES, DQ_SLOTS):
+        self.q = q
+        self.do = do
+        self.k = k
+        self.v = v
+        self.p = p
+        self.ds = ds
+        self.lse = lse
+        self.delta = delta
+        self.dq = dq
+        self.PIECE = gl.constexpr(PIECE)
+        self.PIECES = gl.constexpr(PIECES)
+        self.DQ_SLOTS = gl.constexpr(DQ_SLOTS)
+
+    @gluon.jit
+    def piece(self, ring, use, NUMBER: gl.constexpr):
+        """(ROWS, PIECE) of q, do, k or v: some of the columns of the block in use."""
+        buffer = ring.data.index(use % ring.SLOTS * self.PIECES + NUMBER)
+        return buffer.reshape([ROWS, self.PIECE])
+
+
+# ---------------------------------------------------------------------------------------- producer
+@gluon.jit
+def ask_for_pieces(desc, batch, head, row, shared, ring, use):
+    """Start loading a block of rows; its bytes are expected already."""
+    full = ring.full.index(use % ring.SLOTS)
+    for j in gl.static_range(shared.PIECES):
+        buffer = ring.data.index(use % ring.SLOTS * shared.PIECES + j)
+        tma_load(desc, [batch, head, row, j * shared.PIECE], full, buffer)
+
+
+@gluon.jit
+def ask_for_keys(desc, batch, head, row, shared, ring):
+    """Start loading k or v."""
+    mbarrier.expect(ring.full.index(0), shared.PIECES * bytes_of(desc.block_type))
+    ask_for_pieces(desc, batch, head, row, shared, ring, 0)
+
+
+@gluon.jit
+def ask_for_rows(desc, values_desc, batch, head, row, sum_row, shared, ring, values, use):
+    """Start loading a block of q or do and one number for each row.
+
+    Only these numbers come from the launch before, so only they wait for it.
+    """
+    full = ring.full.index(use % ring.SLOTS)
+    size: gl.constexpr = shared.PIECES * bytes_of(desc.block_type)
+    mbarrier.expect(full, size + bytes_of(values_desc.block_type))
+    ask_for_pieces(desc, batch, head, row, shared, ring, use)
+    if use == 0:
+        wait_for_dependencies()
+    tma_load(values_desc, [sum_row], full, values.index(use % ring.SLOTS))
+
+
+@gluon.jit
+def producer(work, shared, group, q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc):
+    """Ask for everything that the others read, as slots become empty."""
+    batch, key_head, _ = work.grid.place(gl.program_id(0))
+    ask_for_keys(k_desc, batch, key_head, work.first_key, shared, shared.k)
+    ask_for_keys(v_desc, batch, key_head, work.first_key, shared, shared.v)
+    head = key_head * group
+    row = work.first_row
+    sum_row = work.first_sum
+    for i in range(work.steps):
+        shared.q.wait_empty(i)
+        ask_for_rows(q_desc, lse_desc, batch, head, row, sum_row, shared, shared.q, shared.lse, i)
+        shared.do.wait_empty(i)
+        ask_for_rows(
+            do_desc, delta_desc, batch, head, row, sum_row, shared, shared.do, shared.delta, i
+        )
+        row, sum_row = step_after(work, row, sum_row)
+        head = gl.where(row == work.first_row, head + 1, head)
+    allow_dependents()
+
+
+# --------------------------------------------------------------------------------------- consumers
+@gluon.jit
+def start_keys_by_rows(shared, keys, rows, use, zeros):
+    """Start keys rows^T, (ROWS, ROWS), of all columns: as many products as there are pieces."""
+    product = zeros
+    for j in gl.static_range(shared.PIECES):
+        a = shared.piece(keys, opaque_zero(), j)
+        b = shared.piece(rows, use, j).permute([1, 0])
+        product = warpgroup_mma(a, b, product, use_acc=j > 0, is_async=True)
+    return product
+
+
+@gluon.jit
+def add_by_rows(shared, weights, rows, use, sums):
+    """Start sums += weights rows, piece by piece."""
+    added = ()
+    for j in gl.static_range(shared.PIECES):
+        piece = shared.piece(rows, use, j)
+        added += (warpgroup_mma(weights, piece, sums[j], is_async=True),)
+    return added
+
+
+@gluon.jit
+def wait_for_sums(shared, sums, PENDING: gl.constexpr):
+    """The sums, when at most PENDING later products run."""
+    done = warpgroup_mma_wait(PENDING, deps=sums)
+    if shared.PIECES == 1:
+        done = (done,)
+    return done
+
+
+@gluon.jit
+def capped(work, s, row):
+    """u = 1 + 1 / (exp(2 x) + 1), where softcap makes of a score cap tanh(x): tanh(x) = 3 - 2 u and
+    its slope 4 (u - 1) (2 - u), so that no score has to be kept beside its weight. 0 is masked."""
+    u = 1.0 + 1.0 / (gl.exp2(s * work.scale_log2) + 1.0)
+    return mask_if_needed(work, u, work.first_key + opaque_zero(), row)
+
+
+@gluon.jit
+def weights_of_capped(work, u, lse):
+    """The weights of scores that softcap has been applied to."""
+    p = gl.exp2(3.0 * work.cap_log2 - 2.0 * work.cap_log2 * u - lse)
+    return gl.where(u > 0.5, p, 0.0)
+
+
+@gluon.jit
+def handing_order(p):
+    """A tile of weights with the eight neighbours that a thread holds next to each other, so that
+    it moves whole 16 bytes."""
+    return p.reshape([4, 2, 8, 4, 2, 4, 2]).permute([0, 3, 2, 5, 4, 1, 6]).reshape([ROWS, ROWS])
+
+
+@gluon.jit
+def undo_handing_order(p):
+    """The tile of weights."""
+    return p.reshape([4, 4, 8, 4, 2, 2, 2]).permute([0, 5, 2, 1, 4, 3, 6]).reshape([ROWS, ROWS])
+
+
+@gluon.jit
+def place_again(grid):
+    """This program's place, computed from numbers that the compiler takes for others than those at
+    the kernel's begin: what it could use again would be held, or spilled, all through the loop."""
+    zero = opaque_zero()
+    again = Grid(grid.nheads_k + zero, grid.key_blocks + zero, grid.sequences + zero,
+                 grid.section + zero, grid.REVERSED)  # fmt: skip
+    return again.place(gl.program_id(0))
+
+
+@gluon.jit
+def store_sums(desc, work, shared, ring, sums, factor):
+    """Write ``factor`` times dv or dk by TMA, through the buffers of v or k."""
+    batch, key_head, key_block = place_again(work.grid)
+    for j in gl.static_range(shared.PIECES):
+        shared.piece(ring, 0, j).store((sums[j] * factor).to(desc.dtype))
+    fence_async_shared()
+    for j in gl.static_range(shared.PIECES):
+        at = [batch, key_head, key_block * ROWS, j * shared.PIECE]
+        tma_store(desc, at, ring.data.index(j))
+    tma.store_wait(0)
+
+
+@gluon.jit
+def value_consumer(work, shared, dv_desc):
+    """P of every step, handed to the key consumer, and dv."""
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, shared.PIECE, 16])
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
+    COLUMN: gl.constexpr = gl.SliceLayout(0, SCORES)
+    dtype: gl.constexpr = dv_desc.dtype
+
+    dv = (gl.zeros([ROWS, shared.PIECE], gl.float32, SUMS),) * shared.PIECES
+    zeros = gl.zeros([ROWS, ROWS], gl.float32, SCORES)
+    row = work.first_row
+    sum_row = work.first_sum
+    shared.k.wait_full(0)
+    if work.steps > 0:  # otherwise it multiplies what lies in shared memory, for nobody
+        shared.q.wait_full(0)
+    s = start_keys_by_rows(shared, shared.k, shared.q, 0, zeros)
+    s = warpgroup_mma_wait(0, deps=[s])
+    for i in range(work.steps):
+        if work.config.SOFTCAP:
+            u = capped(work, s, row)
+            lse = gl.expand_dims(shared.lse.index(i % shared.q.SLOTS).load(COLUMN), 0)
+            shared.q.release(i)
+            p = weights_of_capped(work, u, lse)
+            weights = p.to(dtype)
+            handed = (p * (4.0 * (u - 1.0) * (2.0 - u))).to(dtype)  # times the slope of tanh
+        else:
+            lse = gl.expand_dims(shared.lse.index(i % shared.q.SLOTS).load(COLUMN), 0)
+            shared.q.release(i)
+            p = gl.exp2(s * work.scale_log2 - lse)
+            weights = mask_if_needed(work, p, work.first_key + opaque_zero(), row).to(dtype)
+            handed = weights
+        shared.p.wait_empty(i)
+        shared.p.slot(i).store(handing_order(handed))
+        shared.p.announce(i)
+
+        shared.do.wait_full(i)
+        weights = gl.convert_layout(weights, OPERAND)
+        dv = add_by_rows(shared, weights, shared.do, i, dv)
+        # The last step has no next one and starts its own S again, for nobody.
+        following = gl.minimum(i + 1, work.steps - 1)
+        if work.config.AHEAD == 0:
+            dv = wait_for_sums(shared, dv, 0)
+            shared.do.release(i)
+        shared.q.wait_full(following)
+        s = start_keys_by_rows(shared, shared.k, shared.q, following, zeros)
+        if work.config.AHEAD == 1:
+            dv = wait_for_sums(shared, dv, shared.PIECES)
+            shared.do.release(i)
+        s = warpgroup_mma_wait(0, deps=[s])
+        row, sum_row = step_after(work, row, sum_row)
+
+    meet(CONSUMERS_MEET, 256)  # v is read no more, and k only by the dq group
+    store_sums(dv_desc, work, shared, shared.v, dv, 1.0)
+
+
+@gluon.jit
+def key_consumer(work, shared, dk_desc):
+    """dS of every step, handed to the dq group, and dk."""
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, shared.PIECE, 16])
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
+    COLUMN: gl.constexpr = gl.SliceLayout(0, SCORES)
+    dtype: gl.constexpr = dk_desc.dtype
+
+    dk = (gl.zeros([ROWS, shared.PIECE], gl.float32, SUMS),) * shared.PIECES
+    zeros = gl.zeros([ROWS, ROWS], gl.float32, SCORES)
+    shared.v.wait_full(0)
+    if work.steps > 0:
+        shared.do.wait_full(0)
+    dp = start_keys_by_rows(shared, shared.v, shared.do, 0, zeros)
+    dp = warpgroup_mma_wait(0, deps=[dp])
+    for i in range(work.steps):
+        delta = shared.delta.index(i % shared.do.SLOTS).load(COLUMN)
+        dp -= gl.expand_dims(delta, 0)
+        shared.do.release(i)
+        shared.p.wait_full(i)
+        p = undo_handing_order(shared.p.slot(i).load(handing_order(zeros).type.layout))
+        p = gl.convert_layout(p, SCORES, assert_trivial=True)
+        shared.p.release(i)
+        ds = (p.to(gl.float32) * dp).to(dtype)
+        shared.ds.wait_empty(i)
+        shared.ds.slot(i).store(ds)
+        fence_async_shared()
+        shared.ds.announce(i)
+
+        shared.q.wait_full(i)
+        dk = add_by_rows(shared, gl.convert_layout(ds, OPERAND), shared.q, i, dk)
+        following = gl.minimum(i + 1, work.steps - 1)
+        if work.config.AHEAD == 0:
+            dk = wait_for_sums(shared, dk, 0)
+            shared.q.release(i)
+        shared.do.wait_full(following)
+        dp = start_keys_by_rows(shared, shared.v, shared.do, following, zeros)
+        if work.config.AHEAD == 1:
+            dk = wait_for_sums(shared, dk, shared.PIECES)
+            shared.q.release(i)
+        dp = warpgroup_mma_wait(0, deps=[dp])
+
+    meet(CONSUMERS_MEET, 256)
+    if work.steps > 0:  # the dq group is done with k
+        shared.ds.wait_empty(work.steps - 1 + shared.ds.SLOTS)
+    store_sums(dk_desc, work, shared, shared.k, dk, work.scale)
+
+
+@gluon.jit
+def dq_group(work, shared, turns, dq_desc):
+    """dq of every step.
+
+    ``turns`` counts, for each block of 64 rows of the sums, the warps that have added to it.
+    """
+    TILES: gl.constexpr = work.config.BLOCK_D // 64
+    IN_PIECE: gl.constexpr = shared.PIECE // 64
+    DQ: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    zeros = gl.zeros([ROWS, 64], gl.float32, DQ)
+    row = work.first_row
+    sum_row = work.first_sum
+    before = sum_row
+    shared.k.wait_full(0)
+    for i in range(work.steps):
+        shared.ds.wait_full(i)
+        seen = gl.to_tensor(0)
+        if work.config.DETERMINISTIC:
+            seen = peek(turns + sum_row // ROWS)
+        for tile in gl.static_range(TILES):
+            k = shared.piece(shared.k, opaque_zero(), tile // IN_PIECE)
+            if IN_PIECE > 1:
+                k = k.slice(tile % IN_PIECE * 64, 64, 1)
+            ds_turned = shared.ds.slot(i).permute([1, 0])
+            dq = warpgroup_mma(ds_turned, k, zeros, use_acc=False, is_async=True)
+            tma.store_wait(shared.DQ_SLOTS - 1)  # of the buffers in turn, the oldest one is free
+            dq = warpgroup_mma_wait(0, deps=[dq])
+            if tile == TILES - 1:
+                shared.ds.release(i)
+            buffer = shared.dq.index((i * TILES + tile) % shared.DQ_SLOTS)
+            buffer.store(register_order(dq))
+            fence_async_shared()
+            if work.config.DETERMINISTIC and tile == 0:
+                turn = turn_of(work, row)
+                if seen < turn:
+                    wait_until(turns + sum_row // ROWS, turn)
+            tma_add(dq_desc, [tile_of(work, sum_row, tile) * 64, 0], buffer)
+            if work.config.DETERMINISTIC and tile == 1:
+                # All but this step's tiles are in memory; by now that is no wait.
+                if i > 0:
+                    tma_complete(2)
+                    fence_async()
+                    count_up(turns + before // ROWS)
+        before = sum_row
+        row, sum_row = step_after(work, row, sum_row)
+    tma.store_wait(0)
+    if work.config.DETERMINISTIC:  # noqa: SIM102 -- one condition is a constant, the other is not
+        if work.steps > 0:
+            tma_complete(0)
+            fence_async()
+            count_up(turns + before // ROWS)
+
+
+# ------------------------------------------------------------------------------------------ kernel
+_NUMBERS = (
+    "nheads_k", "group", "seqlen_q", "seqlen_k", "padded_rows", "window_left", "window_right",
+    "key_blocks", "sequences", "section",
+)  # fmt: skip
+
+
+@gluon.jit(do_not_specialize=_NUMBERS)
+def attention_backward_wide_sm90(
+    q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, dq_desc, dk_desc, dv_desc,
+    scale, scale_log2, cap_log2, nheads_k, group, seqlen_q, seqlen_k, padded_rows,
+    window_left, window_right, key_blocks, sequences, section, turns,
+    BLOCK_D: gl.constexpr, PIECE: gl.constexpr, Q_SLOTS: gl.constexpr, DO_SLOTS: gl.constexpr,
+    P_SLOTS: gl.constexpr, DS_SLOTS: gl.constexpr, DQ_SLOTS: gl.constexpr, AHEAD: gl.constexpr,
+    REGISTERS: gl.constexpr, DQ_REGISTERS: gl.constexpr, OTHER_REGISTERS: gl.constexpr,
+    DETERMINISTIC: gl.constexpr, REVERSED: gl.constexpr, SOFTCAP: gl.constexpr,
+    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+):  # fmt: skip
+    """See the module's docstring; launched with 4 warps, those of the value consumer.
+
+    Args:
+        q_desc, do_desc: TMA descriptors of (batch, nheads, seqlen_q, headdim) with blocks
+            (1, 1, 64, PIECE); columns past headdim are read as 0.
+        k_desc, v_desc, dk_desc, dv_desc: of (batch, nheads_k, seqlen_k, headdim) with the same
+            blocks; columns past headdim are read as 0 and not written.
+        lse_desc, delta_desc: of (batch * nheads * padded_rows,) float32 with blocks (64,).
+        dq_desc: of the sums of dq, (batch * nheads * padded_rows * BLOCK_D / 64, 64) float32 with
+            blocks (64, 64).
+        scale, scale_log2, cap_log2, padded_rows, sequences, section: as in
+            attention_backward_sm90.
+        key_blocks: blocks of 64 keys in a sequence.
+        turns: (batch * nheads * padded_rows / 64,) int32, zeros: see dq_group.
+        BLOCK_D: columns that are computed, a multiple of PIECE; PIECE: 64, 128 or 256.
+        REGISTERS, DQ_REGISTERS, OTHER_REGISTERS: of a thread of the key consumer (the value
+            consumer gets what is left), of the dq group and of the producer.
+    """
+    gl.static_assert(BLOCK_D % PIECE == 0)
+    gl.static_assert(BLOCK_D > 64)  # the turns pass with a step's second tile
+    PIECES: gl.constexpr = BLOCK_D // PIECE
+    config = Config(64, BLOCK_D, False, AHEAD, True, False, DETERMINISTIC, SOFTCAP, HAS_LEFT,
+                    HAS_RIGHT, False, False, False, 64)  # fmt: skip
+    dtype: gl.constexpr = dk_desc.dtype
+    PLAIN: gl.constexpr = gl.NVMMASharedLayout(0, 16, 2)
+    WEIGHTS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 64], dtype)
+    shared = Shared(
+        new_ring(buffers_for(q_desc, Q_SLOTS * PIECES), Q_SLOTS, 1, 2),
+        new_ring(buffers_for(do_desc, DO_SLOTS * PIECES), DO_SLOTS, 1, 2),
+        new_ring(buffers_for(k_desc, PIECES), 1, 1, 1),
+        new_ring(buffers_for(v_desc, PIECES), 1, 1, 1),
+        new_ring(gl.allocate_shared_memory(dtype, [P_SLOTS, 64, 64], PLAIN), P_SLOTS, 1, 1),
+        new_ring(gl.allocate_shared_memory(dtype, [DS_SLOTS, 64, 64], WEIGHTS), DS_SLOTS, 1, 1),
+        buffers_for(lse_desc, Q_SLOTS), buffers_for(delta_desc, DO_SLOTS),
+        buffers_for(dq_desc, DQ_SLOTS), PIECE, PIECES, DQ_SLOTS,
+    )  # fmt: skip
+    fence_async_shared()
+
+    grid = Grid(nheads_k, key_blocks, sequences, section, REVERSED)
+    batch, key_head, key_block = grid.place(gl.program_id(0))
+    first_key = key_block * ROWS
+    shift = seqlen_k - seqlen_q
+    reach_left = window_left - shift
+    reach_right = window_right + shift
+    zero = gl.to_tensor(0)  # of what there is no such thing here: chunks, slopes, lengths
+    first_row, end_row = rows_of_queries(
+        first_key, seqlen_q, seqlen_k, reach_left, reach_right, shift, zero, zero, config
+    )
+    rows = end_row - first_row
+    first_sum = (batch * nheads_k + key_head) * group * padded_rows + first_row
+    here = whole_sequence(batch)
+    lengths = Lengths(turns, turns, zero, turns, turns, zero, seqlen_q, seqlen_k, window_left, zero,
+                      False, False, False, False, HAS_LEFT, False)  # fmt: skip
+    work = Work(scale, scale_log2, cap_log2, seqlen_k, reach_left, reach_right, first_key,
+                first_row, end_row, first_sum, padded_rows - rows + ROWS, group * (rows // ROWS),
+                key_head, shift, zero, zero, turns, here, here, grid, lengths,
+                config)  # fmt: skip
+    # The lists have to be spelled out: in tuples bound to a name, constants become tensors.
+    gl.warp_specialize([
+        (value_consumer, (work, shared, dv_desc)),
+        (key_consumer, (work, shared, dk_desc)),
+        (dq_group, (work, shared, turns, dq_desc)),
+        (producer, (work, shared, group, q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc)),
+    ], [4, 4, 1], [REGISTERS, DQ_REGISTERS, OTHER_REGISTERS])  # fmt: skip

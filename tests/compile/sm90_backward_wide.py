@@ -1,0 +1,69 @@
+"""Compiles the Hopper backward for head dims above 128, like ``sm90_backward``.
+
+PYTHONPATH=src python tests/compile/sm90_backward_wide.py 192 256
+"""
+# ruff: noqa: T201
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import NamedTuple
+
+import aot
+import torch
+from sm90_backward import VISIBILITIES
+from triton import knobs
+
+from flash_attn.backends.sm90 import launch_backward
+from flash_attn.core.problem import AttentionProblem, BackwardInputs, make_transform
+
+
+class Case(NamedTuple):
+    """What is compiled; ``shape`` is (batch, seqlen, nheads): a 1 could become a constant."""
+
+    mask: str
+    softcap: float = 0.0
+    dtype: torch.dtype = torch.bfloat16
+    shape: tuple[int, int, int] = (2, 2048, 4)
+
+
+CASES = [
+    Case("full"),
+    Case("causal"),
+    Case("window", dtype=torch.float16),
+    Case("window", softcap=20.0),
+    Case("causal", shape=(1, 1, 1)),
+    Case("full", shape=(3, 77, 3)),
+]
+
+
+def launches(headdim: int, case: Case) -> list[aot.Launch]:
+    """The kernel calls of one backward; none if the package refuses it."""
+    batch, seqlen, nheads = case.shape
+    x = torch.empty(batch, seqlen, nheads, headdim, dtype=case.dtype, device="meta")
+    transform = make_transform(headdim, softcap=case.softcap)
+    problem = AttentionProblem(x, x, x, transform, VISIBILITIES[case.mask])
+    if launch_backward.unsupported_backward(problem):
+        return []
+    lse = torch.empty(batch, nheads, seqlen, device="meta")
+    state = torch.empty(2, dtype=torch.int64, device="meta")
+    inputs = BackwardInputs(x, x, lse, x, x, x, state)
+    return aot.record(lambda: launch_backward.backward(problem, inputs), "sm90")
+
+
+def main() -> None:
+    """Compile for the head dims named on the command line."""
+    knobs.nvidia.dump_ptxas_log = True
+    knobs.compilation.always_compile = True
+    for headdim in map(int, sys.argv[1:]):
+        for case in CASES:
+            for one in launches(headdim, case):
+                found = aot.compile_launch(one, "sm90")
+                facts = {"kernel": one.name, "headdim": headdim, "case": str(case)}
+                failures = found.failures("sm90")
+                print(json.dumps({**facts, **found.as_dict(), "failures": failures}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
