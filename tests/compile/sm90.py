@@ -207,15 +207,25 @@ def _opcodes(cubin: bytes) -> Counter[str]:
     return Counter(_OPCODE.findall(done.stdout))
 
 
+def plans_in_use() -> list[tuple[int, bool, plans.ForwardPlan]]:
+    """The table of plans, without those of tiles that are padded instead."""
+    rows = plans.forward_plans()
+    return [
+        (block_d, masked, plan)
+        for block_d, masked, plan in rows
+        if launch.columns_of(Case(plan, block_d, "full").problem)[0] == block_d
+    ]
+
+
 def all_cases() -> list[Case]:
     """Every plan with the masks it is chosen for; float16 and other head dims where it differs."""
     cases = []
-    for block_d, masked, plan in plans.forward_plans():
+    for block_d, masked, plan in plans_in_use():
         cases.append(Case(plan, block_d, "causal" if masked else "full"))
         if masked:
             window_plan = plans.windowed(plan, block_d)
             cases += [Case(window_plan, block_d, mask) for mask in ("left", "window")]
-    longest = {(block_d, masked): plan for block_d, masked, plan in plans.forward_plans()}
+    longest = {(block_d, masked): plan for block_d, masked, plan in plans_in_use()}
     cases += [
         Case(plan, block_d, "causal" if masked else "full", torch.float16)
         for (block_d, masked), plan in longest.items()
@@ -262,12 +272,13 @@ def feature_cases() -> list[Case]:
 def selection() -> list[Case]:
     """A part of :func:`all_cases` that compiles in a minute or two."""
     cases = []
-    for block_d, masked, plan in plans.forward_plans():
+    for block_d, masked, plan in plans_in_use():
         cases.append(Case(plan, block_d, "causal" if masked else "full"))
     cases += [planned(headdim, "window", "packed sinks") for headdim in plans.BLOCK_DS]
     cases += [
         planned(256, "window", ""),
         planned(192, "window", ""),
+        planned(96, "causal", ""),
         planned(192, "causal", "", headdim_v=128),
         planned(128, "window", "packed softcap"),
         planned(128, "chunk", "packed"),

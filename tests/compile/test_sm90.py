@@ -138,3 +138,13 @@ def test_alibi_with_softcap_is_refused_where_it_spills(monkeypatch: pytest.Monke
         reasons = launch.register_reasons(AttentionProblem(q, q, q, transform))
         assert len(reasons) == count
         assert all("ALiBi with softcap at head dims up to 64" in reason for reason in reasons)
+
+
+def test_tiles_are_in_pieces_or_padded(monkeypatch: pytest.MonkeyPatch) -> None:
+    for triton, columns in (((3, 6), [64, 96, 192, 256]), ((3, 9), [64, 128, 256, 256])):
+        monkeypatch.setattr(launch, "_TRITON", triton)
+        for headdim, expected in zip((8, 72, 160, 200), columns, strict=True):
+            q = torch.empty(1, 300, 2, headdim, dtype=torch.bfloat16)
+            v = torch.empty(1, 300, 2, 128, dtype=torch.bfloat16)
+            problem = AttentionProblem(q, q, v, make_transform(headdim))
+            assert launch.columns_of(problem) == (expected, 128)

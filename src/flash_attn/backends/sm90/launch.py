@@ -74,14 +74,13 @@ def describe(x: Tensor, rows: int, columns: int, heads: int = 1) -> TensorDescri
 def columns_of(problem: AttentionProblem) -> tuple[int, int]:
     """Columns of the tiles of q and k, and of those of v.
 
-    With lengths that only the device knows, the compiler of Triton 3.9 runs out of registers for
-    tiles of 192 columns in pieces: padding costs less than spilling.
+    The compiler of Triton 3.9 runs out of registers for tiles in pieces, with windows and with
+    packed sequences: there they are padded to a power of two, which costs less than spilling.
     """
-    columns = padded_headdim(problem.headdim), padded_headdim(problem.headdim_v)
-    if lengths_of(problem) != SHAPES and _TRITON > (3, 6):
-        block_d, block_dv = (MAX_HEADDIM if x == 192 else x for x in columns)
-        return block_d, block_dv
-    return columns
+    block_d, block_dv = padded_headdim(problem.headdim), padded_headdim(problem.headdim_v)
+    if _TRITON > (3, 6):
+        return triton.next_power_of_2(block_d), triton.next_power_of_2(block_dv)
+    return block_d, block_dv
 
 
 def binding_window(problem: AttentionProblem) -> tuple[int | None, int | None]:
