@@ -20,7 +20,9 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- figures:begin -->", "<!-- figures:end -->"
 SCHEMA = 1
-OURS, RIVAL = "ours", "flex"
+OURS = "ours"
+# Whom the tables compare with: the first that was timed.
+RIVALS = ("flex", "cudnn", "flash")
 PASS_TITLES = {"fwd": "Forward", "bwd": "Backward"}
 LABELS = {
     "ours": "flash_attn",
@@ -47,8 +49,15 @@ def providers_of(data: dict[str, Any], which: str) -> list[str]:
     return [x for x in LABELS if x in seen] + sorted(seen - set(LABELS))
 
 
-def ratios(data: dict[str, Any], which: str, rival: str = RIVAL) -> dict[str, float]:
+def rival_of(data: dict[str, Any], which: str) -> str:
+    """Whom the tables of a pass compare with."""
+    timed = providers_of(data, which)
+    return next((name for name in RIVALS if name in timed), RIVALS[0])
+
+
+def ratios(data: dict[str, Any], which: str, rival: str | None = None) -> dict[str, float]:
     """Speed of ours over ``rival`` by cell name, where both were timed."""
+    rival = rival or rival_of(data, which)
     found = {}
     for cell in data["cells"]:
         rows = cell["passes"].get(which, {})
@@ -62,8 +71,9 @@ def passes_of(data: dict[str, Any]) -> list[str]:
     return [x for x in PASS_TITLES if any(x in cell["passes"] for cell in data["cells"])]
 
 
-def rival_sentence(data: dict[str, Any], which: str, rival: str = RIVAL) -> str:
+def rival_sentence(data: dict[str, Any], which: str, rival: str | None = None) -> str:
     """Geometric mean and worst cell of ours against ``rival``."""
+    rival = rival or rival_of(data, which)
     found = ratios(data, which, rival)
     if not found:
         return f"{PASS_TITLES[which]}: no cell has both {LABELS[OURS]} and {LABELS[rival]}."
@@ -109,7 +119,7 @@ def pass_table(data: dict[str, Any], which: str) -> list[str]:
         ratio = f"{found[cell['name']]:.2f}" if cell["name"] in found else "–"
         rows.append([_cell_label(cell), *figures, ratio])
     heads = [LABELS.get(name, name) for name in names]
-    ratio_head = f"{LABELS[OURS]} / {LABELS[RIVAL]}"
+    ratio_head = f"{LABELS[OURS]} / {LABELS[rival_of(data, which)]}"
     return markdown_table(
         [f"{PASS_TITLES[which]} (head dim, mask, length)", *heads, ratio_head], rows
     )
@@ -126,9 +136,16 @@ def environment_sentence(data: dict[str, Any]) -> str:
     )
 
 
+def _chosen(data: dict[str, Any]) -> str:
+    """Which kernels of ours were timed, where a backend was named."""
+    name = data["settings"].get("backend")
+    named = {None: "", "auto": ", automatic choice", "triton": ", portable kernels"}
+    return named.get(name, f", backend {name}")
+
+
 def attention_block(data: dict[str, Any]) -> list[str]:
     """The README's section on one attention result file."""
-    lines = [f"#### {data['environment']['gpu']}", "", environment_sentence(data)]
+    lines = [f"#### {data['environment']['gpu']}{_chosen(data)}", "", environment_sentence(data)]
     lines += [
         f"TFLOP/s in {data['settings']['dtype']}, higher is better: the median of "
         f"{data['settings']['rounds']} interleaved rounds. Operations are counted as "
@@ -222,14 +239,15 @@ def summary_lines(data: dict[str, Any]) -> list[str]:
     """A short table for the terminal: ours over the rival by cell, means and worst cells."""
     passes = passes_of(data)
     by_pass = {which: ratios(data, which) for which in passes}
-    lines = [f"{LABELS[OURS]} / {LABELS[RIVAL]}  " + "".join(f"{which:>7}" for which in passes)]
+    rivals = ", ".join(sorted({LABELS[rival_of(data, which)] for which in passes}))
+    lines = [f"{LABELS[OURS]} / {rivals}  " + "".join(f"{which:>7}" for which in passes)]
     for cell in data["cells"]:
         values = [by_pass[which].get(cell["name"]) for which in passes]
         figures = "".join(f"{'-' if value is None else f'{value:.2f}':>7}" for value in values)
         lines.append(f"{cell['name']:<26}{figures}")
     for which in passes:
-        rivals = [x for x in providers_of(data, which) if ratios(data, which, x) and x != OURS]
-        lines += [rival_sentence(data, which, rival) for rival in rivals]
+        others = [x for x in providers_of(data, which) if ratios(data, which, x) and x != OURS]
+        lines += [rival_sentence(data, which, other) for other in others]
     return lines + ["!! " + line for line in failure_lines(data)]
 
 

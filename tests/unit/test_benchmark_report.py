@@ -76,6 +76,26 @@ def results() -> dict[str, Any]:
 
 
 # ------------------------------------------------------------------------------------ report
+def test_without_flex_the_tables_compare_with_cudnn(results: dict[str, Any]) -> None:
+    for cell in results["cells"]:
+        for timed in cell["passes"].values():
+            timed.pop("flex", None)
+    assert report.ratios(results, "fwd") == {"d128-full-s4096": 0.25}
+    assert "flash_attn / SDPA cuDNN" in "\n".join(report.pass_table(results, "fwd"))
+    assert "SDPA cuDNN" in report.rival_sentence(results, "fwd")
+
+
+@pytest.mark.parametrize(
+    ("backend", "title"),
+    [("auto", ", automatic choice"), ("triton", ", portable kernels"), ("cuda", ", backend cuda")],
+)
+def test_the_title_names_the_kernels(results: dict[str, Any], backend: str, title: str) -> None:
+    gpu = results["environment"]["gpu"]
+    assert report.attention_block(results)[0] == f"#### {gpu}"
+    results["settings"]["backend"] = backend
+    assert report.attention_block(results)[0] == f"#### {gpu}{title}"
+
+
 def test_ratio_is_the_speed_of_ours(results: dict[str, Any]) -> None:
     assert report.ratios(results, "fwd") == {"d64-causal-s4096": 2.0, "d128-full-s4096": 0.5}
     assert report.ratios(results, "bwd") == {"d64-causal-s4096": 0.75}

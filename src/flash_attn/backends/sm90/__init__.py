@@ -86,7 +86,7 @@ class Sm90Backend:
 
 
 def _gradients_of(problem: AttentionProblem) -> ModuleType:
-    """What computes the gradients, by head dim; for now there is one."""
+    """What computes the gradients; it chooses the kernel by head dim itself."""
     return launch_backward
 
 
