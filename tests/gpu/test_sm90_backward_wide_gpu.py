@@ -12,6 +12,7 @@ pytest.importorskip("triton", reason="Triton exists on Linux only")
 
 from support import Inputs, Solution, assert_same_bits, check, dense, extended, poisoned_like
 
+from flash_attn.backends import sm90
 from flash_attn.backends.sm90 import launch_backward
 from flash_attn.backends.sm90.plans_backward import (
     MAX_HEADDIM_SOFTCAP,
@@ -35,9 +36,10 @@ MASKS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(autouse=True)
-def hopper() -> None:
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     if torch.version.hip is not None or torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs a GPU of compute capability 9.0")
+    monkeypatch.setattr(sm90, "OFFERS_GRADIENTS", True)
 
 
 def arguments_of(inputs: Inputs, results: Any = None) -> tuple[Any, BackwardInputs]:

@@ -44,6 +44,7 @@ def gpu(monkeypatch) -> StubDriver:
     monkeypatch.delenv("FLASH_ATTENTION_USE_FLAGGEMS", raising=False)
     monkeypatch.setattr(registry, "own_families", lambda device: ("sm90", "triton"))
     monkeypatch.setattr(sm90, "_place_reasons", lambda q: [])
+    monkeypatch.setattr(sm90, "OFFERS_GRADIENTS", True)
     monkeypatch.setattr(launch, "multiprocessors_of", lambda index: 132)
     monkeypatch.setattr(triton.BACKEND, "unsupported", lambda problem, backward: [])
     monkeypatch.setattr(_launcher, "_counters", {})
@@ -321,6 +322,16 @@ def test_one_pass_by_each(gpu):
         out.sum().backward()
     names = kernels(gpu)
     assert names[0] == "attention_forward_sm90"
+    assert not any("sm90" in name for name in names[1:])
+
+
+def test_gradients_on_trial_are_the_portable_kernels(gpu, monkeypatch):
+    monkeypatch.setattr(sm90, "OFFERS_GRADIENTS", False)
+    q, k, v = (x.requires_grad_() for x in qkv().values())
+    flash_attn_func(q, k, v).sum().backward()
+    names = kernels(gpu)
+    assert names[0] == "attention_forward_sm90"
+    assert len(names) > 1
     assert not any("sm90" in name for name in names[1:])
 
 
