@@ -143,8 +143,14 @@ def float8_product(key: PlanKey) -> bool:
     return key.arch in ("sm89", "sm90") or key.arch.startswith(("sm10", "sm12"))
 
 
-def converts_float8_ahead(rows: int) -> bool:
-    """Whether float8 is converted before the kernel, once, where each key meets ``rows`` rows."""
+def converts_float8_ahead(key: PlanKey, rows: int) -> bool:
+    """Whether float8 is converted before the kernel, once, where each key meets ``rows`` rows.
+
+    Where float8 is multiplied as it is, that is the values alone, and reading them twice as wide
+    costs more than it saves up to some thousand rows, at wide heads always (measured on an H100).
+    """
+    if float8_product(key):
+        return rows >= 8192 and key.block_d <= 128
     return rows >= 1024
 
 

@@ -232,7 +232,7 @@ def float8_operands(problem: AttentionProblem) -> AttentionProblem:
     group = problem.nheads // problem.nheads_k
     rows = problem.q.shape[0] // max(1, problem.batch_size)
     rows = group * (rows if problem.is_varlen_q else problem.q.shape[1])
-    if converts_float8_ahead(rows) and not problem.is_paged and not float8_weights(key):
+    if converts_float8_ahead(key, rows) and not problem.is_paged and not float8_weights(key):
         v, qv = v.to(torch.float16), None if qv is None else qv.to(torch.float16)
         if not native:
             q, k = q.to(torch.float16), k.to(torch.float16)
