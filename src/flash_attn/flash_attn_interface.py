@@ -12,7 +12,8 @@ Common to all of them:
 * ``softcap > 0``: scores are ``softcap * tanh(scale * qk / softcap)``. ``alibi_slopes``: float32,
   (nheads,) or (batch_size, nheads), adds ``-slope * |i + seqlen_k - seqlen_q - j|``.
 * ``dropout_p`` in [0, 1) acts on the attention weights, kept ones are scaled by 1 / (1 - p).
-* ``deterministic`` is accepted; the backward pass is always bitwise repeatable.
+* ``deterministic`` makes all gradients bitwise repeatable, as torch.use_deterministic_algorithms
+  does; those of k and v always are.
 * ``attn_mask`` and ``s_aux``, by keyword only, are beyond FlashAttention-2. ``attn_mask``:
   (1 or batch_size, 1 or nheads, 1 or seqlen_q, 1 or seqlen_k), bool (True where a key may be seen)
   or floating, added to the scores after softcap (-inf hides, like False); it joins the other masks.
@@ -166,7 +167,8 @@ def flash_attn_func(
         window_size: (left, right) keys that are seen besides; (-1, -1) is no window.
         softcap: bound of the scores; 0 is none.
         alibi_slopes: (nheads,) or (batch_size, nheads) float32.
-        deterministic: accepted; always so.
+        deterministic: whether all gradients are the same bits every time. Those of k and v always
+            are, and the portable kernels' all are; the Hopper kernels sum dq in any order.
         return_attn_probs: return ``(out, softmax_lse, S_dmask)``.
         s_aux: (nheads,) floating attention sinks, logits of a key without value.
         attn_mask: (1 or batch_size, 1 or nheads, 1 or seqlen_q, 1 or seqlen_k), bool (True: may be

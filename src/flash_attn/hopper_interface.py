@@ -21,7 +21,8 @@ Common to all of them:
   (1 or batch_size, 1 or nheads, 1 or seqlen_q, 1 or seqlen_k). Both have gradients.
 * ``num_splits`` (0 chooses, at most 256), ``pack_gqa`` and ``sm_margin`` are hints: they change no
   result beyond rounding.
-* ``deterministic`` is accepted; the backward pass is always bitwise repeatable.
+* ``deterministic`` makes all gradients bitwise repeatable, as torch.use_deterministic_algorithms
+  does; those of k and v always are.
 * Rows that see no key give 0 and an LSE of -inf, or their sink. Where there is no key at all (k
   has no elements), the LSE is +inf.
 
@@ -191,6 +192,7 @@ def flash_attn_func(
         q, k, v, SequenceLayout(), softmax_scale, causal, qv, (q_descale, k_descale, v_descale),
         window_size, attention_chunk, softcap, num_splits, pack_gqa, sm_margin, s_aux, attn_mask,
     )  # fmt: skip
+    problem = problem._replace(deterministic=bool(deterministic))
     return _solve(problem, return_attn_probs)
 
 
@@ -267,6 +269,7 @@ def flash_attn_varlen_func(
         q, k, v, layout, softmax_scale, causal, qv, (q_descale, k_descale, v_descale), window_size,
         attention_chunk, softcap, num_splits, pack_gqa, sm_margin, s_aux, attn_mask,
     )  # fmt: skip
+    problem = problem._replace(deterministic=bool(deterministic))
     return _solve(problem, return_attn_probs)
 
 
@@ -308,6 +311,7 @@ def flash_attn_qkvpacked_func(
         q, k, v, SequenceLayout(), softmax_scale, causal, None, (q_descale, k_descale, v_descale),
         window_size, attention_chunk, softcap, sm_margin=sm_margin,
     )  # fmt: skip
+    problem = problem._replace(deterministic=bool(deterministic))
     return _solve(problem, return_attn_probs)
 
 

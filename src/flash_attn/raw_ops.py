@@ -137,12 +137,13 @@ def bwd(
     gen: object = None,
     rng_state: Tensor | None = None,
 ) -> list[Tensor]:
-    """Dense backward: [dq, dk, dv, softmax_d]. Always deterministic, whatever is asked."""
+    """Dense backward: [dq, dk, dv, softmax_d]."""
     _no_generator(gen)
     problem = ops.dense_problem(
         q, k, v, p_dropout, softmax_scale, is_causal, window_size_left, window_size_right,
         softcap, alibi_slopes,
     )  # fmt: skip
+    problem = problem._replace(deterministic=deterministic)
     return _solve_backward(problem, dout, out, softmax_lse, (dq, dk, dv), rng_state)
 
 
@@ -172,13 +173,14 @@ def varlen_bwd(
     gen: object = None,
     rng_state: Tensor | None = None,
 ) -> list[Tensor]:
-    """Packed backward: [dq, dk, dv, softmax_d]. Always deterministic, whatever is asked."""
+    """Packed backward: [dq, dk, dv, softmax_d]."""
     _no_generator(gen)
     problem = ops.varlen_problem(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, p_dropout, softmax_scale,
         is_causal, window_size_left, window_size_right, softcap, alibi_slopes,
         zero_tensors=zero_tensors,
     )  # fmt: skip
+    problem = problem._replace(deterministic=deterministic)
     return _solve_backward(problem, dout, out, softmax_lse, (dq, dk, dv), rng_state)
 
 

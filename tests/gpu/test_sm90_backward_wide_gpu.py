@@ -61,10 +61,9 @@ def solve(inputs: Inputs, plan: BackwardPlan | None = None, results: Any = None)
 
 
 def plans(headdim: int, is_masked: bool) -> list[BackwardPlan]:
-    """The plan in use, the other order of programs, and no order."""
+    """The plan in use, and the other order of programs."""
     plan = plan_backward(headdim, is_masked, 512)
-    other = plan._replace(is_reversed=not plan.is_reversed)
-    return [plan, other, plan._replace(deterministic=False)]
+    return [plan, plan._replace(is_reversed=True)]
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16])

@@ -76,6 +76,7 @@ REFUSED = {
     "attn_mask": {"attn_mask": torch.zeros(1, 1, 10, 10)},
     "qv": {"qv": torch.zeros(2, 10, 4, 64)},
     "out_dtype": {"out_dtype": torch.float32},
+    "deterministic=True": {"deterministic": True},
     "softmax_scale > 0": {"softmax_scale": 0.0},
     "found 264": {"headdim": 264, "v": torch.zeros(2, 10, 4, 128)},
     "found 260": {"v": torch.zeros(2, 10, 4, 260)},

@@ -77,10 +77,14 @@ def operator_outputs(problem: AttentionProblem) -> tuple[Tensor, ...]:
 def attend_backward(problem: AttentionProblem, inputs: BackwardInputs) -> Tensor:
     """Write the gradients of ``problem`` in place; returns softmax_d, rowsum(out * dout) - dlse.
 
+    ``torch.use_deterministic_algorithms`` makes every problem a deterministic one.
+
     Raises:
         ConstraintError: an argument is wrong.
         UnsupportedProblemError: no permitted backend computes it.
     """
+    if torch.are_deterministic_algorithms_enabled() and not problem.deterministic:
+        problem = problem._replace(deterministic=True)
     grads = (inputs.dq, inputs.dk, inputs.dv)
     call = None
     if inputs.dlse is None and inputs.dmask is None and inputs.dsinks is None:

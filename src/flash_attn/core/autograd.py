@@ -282,7 +282,8 @@ def extended_attention(
         tail = (*options.lengths, *tail, options.block_table)
         problem = ops.varlen_problem(q, k, v, *tail)
     transform = problem.transform._replace(attn_mask=attn_mask, sinks=sinks)
-    return problem_ops.solve(problem._replace(transform=transform))
+    problem = problem._replace(transform=transform, deterministic=options.deterministic)
+    return problem_ops.solve(problem)
 
 
 def packed_attention(

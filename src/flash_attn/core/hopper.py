@@ -310,10 +310,7 @@ class BackwardArguments(NamedTuple):
     sm_margin: int = 0
 
     def problem(self) -> AttentionProblem:
-        """The problem whose gradients are asked for.
-
-        ``deterministic`` asks for what every backend gives: no accumulation depends on timing.
-        """
+        """The problem whose gradients are asked for."""
         forward = ForwardArguments(
             self.q,
             self.k,
@@ -331,4 +328,4 @@ class BackwardArguments(NamedTuple):
             softcap=self.softcap,
             sm_margin=self.sm_margin,
         )
-        return forward.problem()
+        return forward.problem()._replace(deterministic=self.deterministic)

@@ -216,11 +216,11 @@ def solve_backward(
     rng_state: Tensor | None = None,
 ) -> Tensor:
     """What the dense backward operator computes, past the dispatcher."""
-    # `deterministic` asks for what every backend gives: no accumulation depends on timing.
     problem = dense_problem(
         q, k, v, dropout_p, softmax_scale, causal, window_size_left, window_size_right,
         softcap, alibi_slopes,
     )  # fmt: skip
+    problem = problem._replace(deterministic=deterministic)
     return _solve_backward(problem, dout, out, softmax_lse, dq, dk, dv, rng_state)
 
 
@@ -267,6 +267,7 @@ def solve_varlen_backward(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale,
         causal, window_size_left, window_size_right, softcap, alibi_slopes,
     )  # fmt: skip
+    problem = problem._replace(deterministic=deterministic)
     return _solve_backward(problem, dout, out, softmax_lse, dq, dk, dv, rng_state)
 
 

@@ -116,6 +116,8 @@ class AttentionProblem(NamedTuple):
             A hint.
         sm_margin: multiprocessors to leave to others. A hint: kernels without a persistent grid
             have no use for it.
+        deterministic: whether the gradients must have the same bits every time. Gradients of k and
+            v always have; others may be summed in any order where this is False.
     """
 
     q: Tensor
@@ -132,6 +134,7 @@ class AttentionProblem(NamedTuple):
     out_dtype: torch.dtype | None = None
     pack_gqa: bool | None = None
     sm_margin: int = 0
+    deterministic: bool = False
 
     @property
     def is_varlen_q(self) -> bool:

@@ -42,7 +42,7 @@ _ARGUMENTS = (
     "Tensor? seqused_q, "
     # the rest of AttentionProblem
     "float dropout_p, SymInt num_splits, float empty_lse, bool return_softmax, Tensor? qv, "
-    "ScalarType? out_dtype, bool? pack_gqa, SymInt sm_margin"
+    "ScalarType? out_dtype, bool? pack_gqa, SymInt sm_margin, bool deterministic"
 )
 _FORWARD_SCHEMA = f"({_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)"
 _SCHEMAS = {

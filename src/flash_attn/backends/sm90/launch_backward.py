@@ -85,6 +85,7 @@ def unsupported_backward(problem: AttentionProblem) -> list[str]:
         "cache_batch_idx": layout.cache_batch_idx is not None,
         "ALiBi and softcap": transform.alibi_slopes is not None and transform.softcap > 0.0,
         "dropout": problem.dropout_p > 0.0,
+        "deterministic=True: it sums dq in any order": problem.deterministic,
     }
     features.update(dict.fromkeys((n for n in problem.extensions() if n not in served), True))
     reasons = [

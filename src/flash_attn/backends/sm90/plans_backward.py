@@ -53,29 +53,25 @@ MAX_HEADDIM_SOFTCAP = 192
 
 
 _D64 = BackwardPlan(
-    64, 64, q_slots=3, do_slots=3, ds_slots=3, ahead=1, dq_group=True, deterministic=True,
+    64, 64, q_slots=3, do_slots=3, ds_slots=3, ahead=1, dq_group=True,
     registers=208, dq_registers=72,
 )  # fmt: skip
-_D128 = BackwardPlan(64, 128, ahead=2, deterministic=True)
+_D128 = BackwardPlan(64, 128, ahead=2)
 _D192 = BackwardPlan(
     64, 192, piece=64, p_slots=2, ds_slots=2, dq_slots=2, ahead=1, dq_group=True,
-    deterministic=True, registers=208, dq_registers=72,
+    registers=208, dq_registers=72,
 )  # fmt: skip
 _D256 = BackwardPlan(
-    64, 256, piece=128, p_slots=1, ds_slots=1, dq_slots=1, dq_group=True, deterministic=True,
+    64, 256, piece=128, p_slots=1, ds_slots=1, dq_slots=1, dq_group=True,
     registers=208, dq_registers=64,
 )  # fmt: skip
 
 
 def plan_backward(headdim: int, is_masked: bool, seqlen_q: int) -> BackwardPlan:
     """The plan for a head dim; ``is_masked`` is whether there is a window or causality."""
-    # Where each block of keys is seen by later queries than the one before it, the programs of a
-    # head can all go on at once only if the last block adds first.
     section = 32 << 20 if is_masked and seqlen_q >= 2048 else 4 << 20
     if headdim > MAX_HEADDIM_NARROW:
         plan = _D192 if headdim <= 192 else _D256
-        return plan._replace(is_reversed=is_masked, section_bytes=section)
+        return plan._replace(section_bytes=section)
     plan = _D64 if headdim <= 64 else _D128
-    return plan._replace(
-        eager_dv=is_masked == (headdim <= 64), is_reversed=is_masked, section_bytes=section
-    )
+    return plan._replace(eager_dv=is_masked == (headdim <= 64), section_bytes=section)
