@@ -37,7 +37,7 @@ FORWARD_FEATURES = (
 # (head dim of q, of v); with a second product only those of v that are larger.
 HEADDIMS_V = ((64, 512), (192, 128), (64, 32), (16, 256), (256, 512))
 # Strides that are no multiple of 16: keys and values are not loaded ahead but take turns in memory.
-UNEVEN_HEADDIMS_V = ((40, 24), (17, 12), (100, 20))
+UNEVEN_HEADDIMS_V = ((40, 24), (17, 12))
 # Bytes that spill: (architecture, kernel, label) under Triton 3.6. A product of 256-wide float32
 # rows, which tensor cores do not serve, keeps whole rows in a thread's registers, and dropout's
 # random numbers come on top. Tried: 16x16, 16x32 and 32x16 with 4 and 8 warps and 1 to 3 stages. Of

@@ -369,7 +369,7 @@ def test_head_dims_of_v(headdims: tuple[int, int], packed: bool) -> None:
     check(inputs, solve(inputs))
 
 
-@pytest.mark.parametrize("headdim", [64, 128])
+@pytest.mark.parametrize("headdim", [40, 64])
 @pytest.mark.parametrize("chunk", [1, 100, 128, 1000])
 @pytest.mark.parametrize("mask", ["full", "causal", "both"])
 @pytest.mark.parametrize("packed", [False, True])

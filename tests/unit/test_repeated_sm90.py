@@ -325,6 +325,17 @@ def test_one_pass_by_each(gpu):
     assert not any("sm90" in name for name in names[1:])
 
 
+@pytest.mark.parametrize("window", [(30, 0), (30, -1), (30, 20)])
+def test_windows_with_a_left_bound_come_here_by_name_alone(gpu, window):
+    flash_attn_func(**qkv(), window_size=window)
+    assert kernels(gpu) == ["attention_forward"]
+    with use_backend("sm90"):
+        flash_attn_func(**qkv(), window_size=window)
+    assert kernels(gpu) == ["attention_forward_sm90"]
+    flash_attn_func(**qkv(), window_size=(-1, 20))
+    assert kernels(gpu) == ["attention_forward_sm90"]
+
+
 def test_gradients_on_trial_are_the_portable_kernels(gpu, monkeypatch):
     monkeypatch.setattr(sm90, "OFFERS_GRADIENTS", False)
     q, k, v = (x.requires_grad_() for x in qkv().values())

@@ -37,9 +37,9 @@ def length_bound(max_seqlen: int | Tensor, rows: int) -> int:
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under torch.autocast, float32 tensors become the autocast dtype, like a matrix product's."""
     device_type = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device_type):
-        return tensors  # meta tensors
-    if not torch.is_autocast_enabled(device_type):
+    # Meta tensors have no autocast. (torch.amp.is_autocast_available is nothing that PyTorch 2.11
+    # can trace.)
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(x.to(dtype) if x.dtype == torch.float32 else x for x in tensors)

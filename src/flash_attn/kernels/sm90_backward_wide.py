@@ -356,7 +356,8 @@ def dq_group(work, shared, turns, dq_desc):
     zeros = gl.zeros([ROWS, 64], gl.float32, DQ)
     row = work.first_row
     sum_row = work.first_sum
-    before = sum_row
+    # Not the same value under two names: Triton would take the assignment in the loop for none.
+    before = sum_row + opaque_zero()
     shared.k.wait_full(0)
     for i in range(work.steps):
         shared.ds.wait_full(i)

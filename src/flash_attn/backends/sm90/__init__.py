@@ -53,6 +53,11 @@ class Sm90Backend:
 
     def better_elsewhere(self, problem: AttentionProblem) -> list[str]:
         """Why the automatic choice leaves a problem to the portable kernels, both passes of it."""
+        left, _, chunk = problem.visibility
+        if left is not None or chunk:
+            # Seen at head dim 24 with a window of 30 and packed heads: two runs within the error
+            # budget and not equal bit for bit. Not understood.
+            return ["leaves windows with a left bound and chunks to kernels whose bits repeat"]
         if problem.is_varlen_q:
             # Bounds and neighbours do not change a sequence's bits, so they choose no backend.
             return []

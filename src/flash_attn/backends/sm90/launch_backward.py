@@ -17,6 +17,7 @@ from ...kernels import sm90_backward
 from .._launcher import Launcher, scratch
 from .plans_backward import (
     MAX_HEADDIM,
+    MAX_HEADDIM_CHUNK,
     MAX_HEADDIM_NARROW,
     MAX_HEADDIM_SOFTCAP,
     BackwardPlan,
@@ -96,14 +97,7 @@ def unsupported_backward(problem: AttentionProblem) -> list[str]:
     widest = max(problem.headdim, problem.headdim_v)
     if widest > MAX_HEADDIM:
         reasons.append(f"computes gradients for head dims up to {MAX_HEADDIM}, found {widest}")
-    scores = transform.softcap > 0.0 or transform.alibi_slopes is not None
-    if problem.visibility.attention_chunk and scores and widest > 64:
-        # The compiler of Triton 3.9 runs out of registers.
-        reasons.append(
-            "computes gradients with attention_chunk and ALiBi or softcap for head dims up to 64, "
-            f"found {widest}"
-        )
-    reasons += _wide_reasons(problem, widest)
+    reasons += _width_reasons(problem, widest)
     if not transform.softmax_scale > 0.0:
         reasons.append(f"needs softmax_scale > 0, found {transform.softmax_scale}")
     rows = max(x.shape[-3] * (x.shape[0] if x.dim() == 4 else 1) for x in (q, problem.k))
@@ -112,12 +106,13 @@ def unsupported_backward(problem: AttentionProblem) -> list[str]:
     return reasons
 
 
-def _wide_reasons(problem: AttentionProblem, widest: int) -> list[str]:
-    """What the kernel for head dims above MAX_HEADDIM_NARROW lacks."""
+def _width_reasons(problem: AttentionProblem, widest: int) -> list[str]:
+    """What is served for some head dims alone."""
     transform = problem.transform
     limits = {
         "packed sequences or numbers of rows in use": (is_ragged(problem), MAX_HEADDIM_NARROW),
-        "attention_chunk": (bool(problem.visibility.attention_chunk), MAX_HEADDIM_NARROW),
+        # With wider heads the compiler of Triton 3.9 runs out of registers.
+        "attention_chunk": (bool(problem.visibility.attention_chunk), MAX_HEADDIM_CHUNK),
         "ALiBi": (transform.alibi_slopes is not None, MAX_HEADDIM_NARROW),
         "softcap": (transform.softcap > 0.0, MAX_HEADDIM_SOFTCAP),
     }

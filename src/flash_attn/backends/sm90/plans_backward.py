@@ -48,7 +48,8 @@ class BackwardPlan(NamedTuple):
 MAX_HEADDIM = 256
 # Of attention_backward_sm90, which serves more features.
 MAX_HEADDIM_NARROW = 128
-# Above it the registers do not suffice for softcap.
+# Above these the registers do not suffice for chunks and for softcap.
+MAX_HEADDIM_CHUNK = 64
 MAX_HEADDIM_SOFTCAP = 192
 
 
