@@ -388,6 +388,8 @@ def test_chunks(headdim: int, chunk: int, mask: str, packed: bool) -> None:
 @pytest.mark.parametrize("mask", ["full", "causal", "left", "both"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_alibi(headdim: int, mask: str, packed: bool) -> None:
+    if packed and headdim > 64:
+        pytest.skip("refused by reason, see tests/unit/test_sm90_backward_reasons.py")
     make: Any = varlen if packed else dense
     lengths = ([190, 0, 430], [600, 60, 370]) if packed else (3, (350, 300))
     inputs = make("cuda", BF16, *lengths, (4, 2), headdim, **MASKS[mask])

@@ -72,6 +72,11 @@ REFUSED = {
     "cache_batch_idx": {"cache_batch_idx": INTEGERS},
     "dropout": {"dropout_p": 0.1},
     "ALiBi and softcap": {"alibi_slopes": torch.zeros(4), "softcap": 3.0},
+    "ALiBi and lengths on the device for head dims up to 64, found 72": {
+        "alibi_slopes": torch.zeros(4),
+        "headdim": 72,
+        "seqused_k": INTEGERS,
+    },
     "attention_chunk for head dims up to 64, found 72": {"attention_chunk": 5, "headdim": 72},
     "attn_mask": {"attn_mask": torch.zeros(1, 1, 10, 10)},
     "qv": {"qv": torch.zeros(2, 10, 4, 64)},

@@ -113,6 +113,10 @@ def _width_reasons(problem: AttentionProblem, widest: int) -> list[str]:
         "packed sequences or numbers of rows in use": (is_ragged(problem), MAX_HEADDIM_NARROW),
         # With wider heads the compiler of Triton 3.9 runs out of registers.
         "attention_chunk": (bool(problem.visibility.attention_chunk), MAX_HEADDIM_CHUNK),
+        "ALiBi and lengths on the device": (
+            transform.alibi_slopes is not None and is_ragged(problem),
+            MAX_HEADDIM_CHUNK,
+        ),
         "ALiBi": (transform.alibi_slopes is not None, MAX_HEADDIM_NARROW),
         "softcap": (transform.softcap > 0.0, MAX_HEADDIM_SOFTCAP),
     }
