@@ -48,7 +48,7 @@ class BackwardPlan(NamedTuple):
 MAX_HEADDIM = 256
 # Of attention_backward_sm90, which serves more features.
 MAX_HEADDIM_NARROW = 128
-# Above these the registers do not suffice for chunks (and ALiBi with lengths on the device), and for
+# Above these the registers do not suffice: for chunks, and ALiBi with lengths on the device; for
 # softcap.
 MAX_HEADDIM_CHUNK = 64
 MAX_HEADDIM_SOFTCAP = 192
