@@ -33,7 +33,9 @@ def test_compiles_within_the_limits(headdim: int, tmp_path: Path) -> None:
     kernels = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     found = {kernel["features"] for kernel in kernels}
     if headdim in (64, 128):
-        assert found >= {"", "packed", "packed used softcap", "used", "packed alibi"}
+        assert found >= {"", "packed", "packed used softcap", "used", "alibi"}
+    if headdim == 64:  # what wider heads are refused with
+        assert found >= {"packed alibi", "used alibi"}
     assert "" in found
     for kernel in kernels:
         assert not kernel["failures"], kernel
