@@ -10,18 +10,17 @@ import torch
 
 pytest.importorskip("triton", reason="Triton exists on Linux only")
 
-from support import Inputs, Solution, assert_same_bits, check, dense, extended, poisoned_like
+from support import Solution, assert_same_bits, check, dense, extended
+from test_sm90_backward_gpu import arguments_of, hopper, solve
 
-from flash_attn.backends import sm90
 from flash_attn.backends.sm90 import launch_backward
 from flash_attn.backends.sm90.plans_backward import (
     MAX_HEADDIM_SOFTCAP,
     BackwardPlan,
     plan_backward,
 )
-from flash_attn.core import reference
-from flash_attn.core.problem import BackwardInputs
 
+__all__ = ["hopper"]  # a fixture of these tests too
 pytestmark = pytest.mark.gpu
 
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -33,31 +32,6 @@ MASKS: dict[str, dict[str, Any]] = {
     "both": {"window_size": (30, 20)},
     "right": {"window_size": (-1, 15)},
 }
-
-
-@pytest.fixture(autouse=True)
-def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    if torch.version.hip is not None or torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("needs a GPU of compute capability 9.0")
-    monkeypatch.setattr(sm90, "OFFERS_GRADIENTS", True)
-
-
-def arguments_of(inputs: Inputs, results: Any = None) -> tuple[Any, BackwardInputs]:
-    """(problem, inputs of the backward pass); forward is the reference's."""
-    problem = inputs.problem()
-    forward = reference.attention(problem, torch.float64)
-    out, lse = forward.out.to(inputs.q.dtype), forward.softmax_lse.float()
-    grads = results or tuple(poisoned_like(x) for x in (inputs.q, inputs.k, inputs.v))
-    state = torch.zeros(2, dtype=torch.int64, device=inputs.q.device)
-    return problem, BackwardInputs(inputs.dout, out, lse, *grads, state)
-
-
-def solve(inputs: Inputs, plan: BackwardPlan | None = None, results: Any = None) -> Solution:
-    """Gradients by the kernels."""
-    problem, arguments = arguments_of(inputs, results)
-    assert launch_backward.unsupported_backward(problem) == []
-    launch_backward.backward(problem, arguments, plan)
-    return Solution(arguments.out, arguments.softmax_lse, *arguments[3:6])
 
 
 def plans(headdim: int, is_masked: bool) -> list[BackwardPlan]:

@@ -28,9 +28,7 @@ from .refusal import reports_refusal
 _FEW_QUERIES = 64
 _INTERPRETED = bool(knobs.runtime.interpret)
 
-
-# Whether the backward kernels are offered. Their sums of dq in a fixed order cost up to 40 percent
-# (the portable kernels are faster then), and a run of head dim 64 did not end: see the lab notes.
+# Whether the backward kernels are offered. In their present state they ran in the CPU model alone.
 OFFERS_GRADIENTS = False
 
 
@@ -55,8 +53,8 @@ class Sm90Backend:
         """Why the automatic choice leaves a problem to the portable kernels, both passes of it."""
         left, _, chunk = problem.visibility
         if left is not None or chunk:
-            # Seen at head dim 24 with a window of 30 and packed heads: two runs within the error
-            # budget and not equal bit for bit. Not understood.
+            # Seen at head dim 24 with a window of 30 and grouped heads: the outputs of two layouts
+            # are within the error budget and not equal bit for bit. Not understood.
             return ["leaves windows with a left bound and chunks to kernels whose bits repeat"]
         if problem.is_varlen_q:
             # Bounds and neighbours do not change a sequence's bits, so they choose no backend.
