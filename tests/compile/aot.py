@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
+import barriers
 import descriptors
 import triton
 from triton.backends.compiler import GPUTarget
@@ -85,6 +86,7 @@ class Resources:
         shared: bytes of shared memory of a block.
         seconds: how long the compilation took.
         lost: products of Hopper's that may read through something that is no descriptor.
+        unused: barriers whose memory the compiler gives to other data.
     """
 
     registers: int
@@ -92,6 +94,7 @@ class Resources:
     shared: int
     seconds: float
     lost: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
 
     def failures(self, arch: str) -> list[str]:
         """What makes the kernel unfit for ``arch``."""
@@ -101,6 +104,7 @@ class Resources:
         if self.shared > SHARED_LIMIT[arch]:
             found.append(f"{self.shared} bytes of shared memory, limit {SHARED_LIMIT[arch]}")
         found += [f"lost descriptor: {one}" for one in self.lost]
+        found += [f"unused barrier: {one}" for one in self.unused]
         return found
 
     def as_dict(self) -> dict[str, Any]:
@@ -158,10 +162,13 @@ def resources_of(compiled: Any, arch: str, seconds: float = 0.0) -> Resources:
         registers, spilled = _usage_amd(compiled.asm["amdgcn"])
     else:
         registers, spilled = _usage_nvidia(compiled.asm["cubin"])
-    lost = []
+    lost, unused = [], []
     if arch == "sm90":
         lost = descriptors.lost(descriptors.disassemble(compiled.asm["cubin"]))
-    return Resources(registers, spilled, compiled.metadata.shared, seconds, tuple(lost))
+        unused = barriers.unused(compiled.asm["ttgir"])
+    return Resources(
+        registers, spilled, compiled.metadata.shared, seconds, tuple(lost), tuple(unused)
+    )
 
 
 def compile_launch(one: Launch, arch: str) -> Resources:

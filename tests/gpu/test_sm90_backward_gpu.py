@@ -75,17 +75,13 @@ def solve(inputs: Inputs, plan: BackwardPlan | None = None, results: Any = None)
 
 
 def plans(headdim: int, is_masked: bool) -> list[BackwardPlan]:
-    """The plan in use, the other order of programs, with housekeeping, and sums in order.
-
-    The last not with a dq group, of which one launch in order did not end.
-    """
+    """The plan in use, the other order of programs, with housekeeping, and sums in order."""
     plan = plan_backward(headdim, is_masked, 512)
     house = {"housekeeping": True, "distance": 4, "section_bytes": 1 << 18}
     if headdim <= 64:
         house |= {"registers": 200, "other_registers": 40}
     ordered = plan._replace(deterministic=True, is_reversed=is_masked)
-    kinds = [plan, plan._replace(is_reversed=True), plan._replace(**house)]
-    return kinds if plan.dq_group else [*kinds, ordered]
+    return [plan, plan._replace(is_reversed=True), plan._replace(**house), ordered]
 
 
 def ragged_plans(headdim: int, is_masked: bool) -> list[BackwardPlan]:

@@ -127,13 +127,21 @@ class Ring:
 
 @gluon.jit
 def new_ring(data, SLOTS: gl.constexpr, WRITERS: gl.constexpr, READERS: gl.constexpr):
-    """A ring over SLOTS buffers; TMA counts as one writer."""
+    """A ring over SLOTS buffers; TMA counts as one writer.
+
+    Without READERS nobody says, or asks, whether a slot is empty. There are no barriers for that
+    then: the compiler would put other data in the place of barriers that nobody uses, and the
+    hardware may write an initialised barrier back to memory later.
+    """
     BARRIERS: gl.constexpr = mbarrier.MBarrierLayout()
     full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], BARRIERS)
-    empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], BARRIERS)
+    empty = full
+    if READERS > 0:
+        empty = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], BARRIERS)
     for i in gl.static_range(SLOTS):
         mbarrier.init(full.index(i), count=WRITERS)
-        mbarrier.init(empty.index(i), count=READERS)
+        if READERS > 0:
+            mbarrier.init(empty.index(i), count=READERS)
     return Ring(data, full, empty, SLOTS)
 
 
@@ -1241,11 +1249,14 @@ def attention_backward_sm90(
                     SOFTCAP, HAS_LEFT, HAS_RIGHT, HAS_CHUNK, HAS_ALIBI, RAGGED)  # fmt: skip
     q = ring_for(q_desc, Q_SLOTS, 2)
     do = ring_for(do_desc, DO_SLOTS, 2)
-    k = ring_for(k_desc, 1, 1)
-    v = ring_for(v_desc, 1, 1)
+    k = ring_for(k_desc, 1, 0)
+    v = ring_for(v_desc, 1, 0)
     DS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([128, BLOCK_M], dk_desc.dtype)
     ds_data = gl.allocate_shared_memory(dk_desc.dtype, [DS_SLOTS, 128, BLOCK_M], DS)
-    ds = new_ring(ds_data, DS_SLOTS, 2, 1)
+    if DQ_GROUP:
+        ds = new_ring(ds_data, DS_SLOTS, 2, 1)
+    else:
+        ds = Ring(ds_data, k.full, k.full, DS_SLOTS)  # the consumers meet: nobody asks its barriers
     shared = Shared(q, do, k, v, ds, buffers_for(lse_desc, Q_SLOTS),
                     buffers_for(delta_desc, DO_SLOTS), buffers_for(dq_desc, 2))  # fmt: skip
     fence_async_shared()
@@ -1301,9 +1312,9 @@ def attention_backward_sm90(
         gl.to_tensor(stride_qb), gl.to_tensor(stride_qm), gl.to_tensor(stride_qh),
     )  # fmt: skip
     if HOUSEKEEPING:
-        strips = ring_for(out_desc, 4, 1)
+        strips = ring_for(out_desc, 4, 0)
         dout_strips = buffers_for(dout_desc, 4)
-        parts = ring_for(parts_desc, 2, 1)
+        parts = ring_for(parts_desc, 2, 0)
         fence_async_shared()
     # The lists have to be spelled out: in tuples bound to a name, constants become tensors.
     if HOUSEKEEPING and DQ_GROUP:

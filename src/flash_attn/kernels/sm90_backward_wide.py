@@ -445,8 +445,8 @@ def attention_backward_wide_sm90(
     shared = Shared(
         new_ring(buffers_for(q_desc, Q_SLOTS * PIECES), Q_SLOTS, 1, 2),
         new_ring(buffers_for(do_desc, DO_SLOTS * PIECES), DO_SLOTS, 1, 2),
-        new_ring(buffers_for(k_desc, PIECES), 1, 1, 1),
-        new_ring(buffers_for(v_desc, PIECES), 1, 1, 1),
+        new_ring(buffers_for(k_desc, PIECES), 1, 1, 0),
+        new_ring(buffers_for(v_desc, PIECES), 1, 1, 0),
         new_ring(gl.allocate_shared_memory(dtype, [P_SLOTS, 64, 64], PLAIN), P_SLOTS, 1, 1),
         new_ring(gl.allocate_shared_memory(dtype, [DS_SLOTS, 64, 64], WEIGHTS), DS_SLOTS, 1, 1),
         buffers_for(lse_desc, Q_SLOTS), buffers_for(delta_desc, DO_SLOTS),
