@@ -14,7 +14,7 @@ from unittest import mock
 import pytest
 import support
 import torch
-from support import INTERPRETED, pick, some
+from support import INTERPRETED, cumulative, pick, some
 from test_extensions import FLOAT8, Call, check, dense, ints, paged, run_forward, varlen
 from torch import Tensor
 
@@ -148,8 +148,12 @@ def test_from_the_helper(device: str, headdim: int, hadamard: bool, per_head: bo
     """What it returns is attended to under the same bound, dense and packed."""
     seqlens = pick(device, (40, 72), (300, 1100))
     given = dense(device, torch.float32, seqlens, headdim=headdim, family="outlier_channels")
-    eight = quantize_fp8(*given.problem[:3], hadamard=hadamard, per_head=per_head)
-    factors = dict(zip(("q_descale", "k_descale", "v_descale"), eight[3:], strict=True))
-    call = dense(device, FLOAT8, seqlens, headdim=headdim)
+    options = {"hadamard": hadamard, "per_head": per_head}
     out_dtype = torch.float16 if INTERPRETED else None
-    run_and_check(call.but(q=eight.q, k=eight.k, v=eight.v, out_dtype=out_dtype, **factors))
+    call = dense(device, FLOAT8, seqlens, headdim=headdim, out_dtype=out_dtype)
+    run_and_check(call.but(**quantize_fp8(*given.problem[:3], **options)._asdict()))
+    lengths = [[n, n] for n in seqlens]
+    bounds = {f"cu_seqlens_{x}": cumulative(n, device) for x, n in zip("qk", lengths, strict=True)}
+    rows = [x.flatten(0, 1) for x in given.problem[:3]]
+    call = varlen(device, FLOAT8, *lengths, 0, headdim=headdim, out_dtype=out_dtype)
+    run_and_check(call.but(**quantize_fp8(*rows, **options, **bounds)._asdict()))
