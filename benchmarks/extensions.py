@@ -1,19 +1,24 @@
 """Times what goes beyond FlashAttention-2's arguments: ways to compute the same thing, in turns.
 
     python benchmarks/extensions.py --out result.json
-    python benchmarks/extensions.py --match float8 --rounds 3
+    python benchmarks/extensions.py --match float8 --rounds 3 --ways bfloat16,float8
 
 Cells: float8 beside bfloat16, and its ways to multiply values; decoding with and without heads
 packed into rows; masks, chunks, sinks; head dims of v and second products. All on the portable
 kernels. Each way's error is that of one head against float32 arithmetic.
+
+The run ends with a line for each cell of whole sequences, bfloat16's time over float8's, and PASS
+if none is below 1: only then is the exit code 0, where there are such cells.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from flash_attn import use_backend
 from flash_attn.backends.triton import launch
-from flash_attn.core import reference
+from flash_attn.core import reference, repeated
 from flash_attn.core.attend import attend, attend_backward
 from flash_attn.core.problem import (
     AttentionProblem,
@@ -169,6 +174,8 @@ def caller(way: Way) -> Callable[[], object]:
 
     def patched() -> object:
         with ExitStack() as stack:
+            # Else calls of the same shapes would be repeated as they were without the patches.
+            stack.enter_context(mock.patch.object(repeated, "identify", return_value=None))
             for name, replacement in way.patches.items():
                 stack.enter_context(mock.patch.object(launch, name, replacement))
             return forward()
@@ -229,24 +236,73 @@ def measure(name: str, cell: Cell, clock: CudaClock, rounds: int) -> dict[str, A
     return {"cell": name, "median_ms": medians, "errors": errors, "failures": failures}
 
 
-def main() -> int:
-    """Parse the command line and run."""
+def verdict(rows: Sequence[dict[str, Any]], left_out: Sequence[str]) -> tuple[list[str], bool]:
+    """The closing lines on float8 beside bfloat16, and whether it is slower or missing nowhere.
+
+    Of no interest, and no failure, where no cell has both.
+    """
+    lines, ratios, missing = [], [], list(left_out)
+    for row in rows:
+        known = {*row["median_ms"], *row["failures"]}
+        if not {"bfloat16", "float8"} <= known:
+            continue
+        times, name = row["median_ms"], row["cell"]
+        if not {"bfloat16", "float8"} <= set(times):
+            lines.append(f"{name:<32} no figure: {row['failures']}")
+            missing.append(name)
+            continue
+        ratio = times["bfloat16"] / times["float8"]
+        ratios.append(ratio)
+        figures = f"{times['bfloat16']:.3f} / {times['float8']:.3f} ms = {ratio:.3f}"
+        lines.append(f"{name:<32} {figures} {'ok' if ratio >= 1.0 else 'SLOWER'}")
+    if not ratios and not missing:
+        return [], True
+    passed = bool(ratios) and min(ratios) >= 1.0 and not missing
+    worst = f"{min(ratios):.3f} at worst in {len(ratios)} cells" if ratios else "no cell"
+    lines.append(f"{'PASS' if passed else 'FAIL'}: bfloat16's time over float8's, {worst}")
+    if missing:
+        lines.append("without a figure: " + ", ".join(missing))
+    return lines, passed
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--match", default="", help="only cells whose name contains this")
+    parser.add_argument("--ways", default="", help="only these, separated by commas")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--max-seconds", type=float, default=math.inf, help="no new cell after it")
     parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    clock, rows = CudaClock(0.02), []
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run; 1 if float8 is slower than bfloat16 in a cell that has both, or a cell is left out."""
+    options = parse_arguments(arguments)
+    wanted = set(filter(None, options.ways.split(",")))
+    until = time.monotonic() + options.max_seconds
+    clock, rows, left_out = CudaClock(0.02), [], []
     for name, cell in cells():
         if options.match not in name:
             continue
+        if time.monotonic() > until:
+            left_out.append(name)
+            continue
+        chosen = {key: way for key, way in cell.items() if not wanted or key in wanted}
+        if not chosen:
+            continue
         with use_backend("triton"):
-            rows.append(measure(name, cell, clock, options.rounds))
+            rows.append(measure(name, chosen, clock, options.rounds))
         print(rows[-1], flush=True)
         if options.out:
             write_json(options.out, {"environment": environment(), "rows": rows})
-    return 0
+    lines, passed = verdict(rows, left_out)
+    print("\n".join(lines), flush=True)
+    if options.out:
+        data = {"rows": rows, "left_out": left_out, "verdict": lines, "passed": passed}
+        write_json(options.out, {"environment": environment(), **data})
+    return 0 if passed else 1
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

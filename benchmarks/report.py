@@ -192,7 +192,79 @@ def memory_block(data: dict[str, Any]) -> list[str]:
     return [*lines, "Without a figure:", "", *failed, ""] if failed else lines
 
 
-BLOCKS = {"attention": attention_block, "memory": memory_block}
+# What the table of float8 errors shows, of rows with one factor for each tensor.
+FLOAT8_COLUMNS = {
+    "Gaussian": ("gaussian", False),
+    "outliers": ("outliers", False),
+    "outliers, rotated": ("outliers", True),
+}
+FLOAT8_NAMES = {"ours": "flash_attn", "cudnn": "cuDNN"}
+
+
+def _float8_error(row: dict[str, Any] | None, name: str, target: str) -> float | None:
+    """A relative error in the Frobenius norm, in percent."""
+    found = None if row is None else row[name]
+    return None if found is None else 100.0 * float(found[target]["frobenius"])
+
+
+def _figure(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
+
+
+def float8_table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Errors by shape and kind of inputs, and the worst ratio of a shape."""
+    table = []
+    for label in dict.fromkeys(_cell_label(row) for row in rows):
+        of_shape = [row for row in rows if _cell_label(row) == label]
+        found = {(row["inputs"], row["hadamard"]): row for row in of_shape}
+        errors = [
+            _float8_error(found.get(key), name, "inputs")
+            for key in FLOAT8_COLUMNS.values()
+            for name in FLOAT8_NAMES
+        ]
+        known = [row["ratio"] for row in of_shape if row["ratio"] is not None]
+        table.append([label, *map(_figure, [*errors, max(known, default=None)])])
+    heads = [f"{kind}: {who}" for kind in FLOAT8_COLUMNS for who in FLOAT8_NAMES.values()]
+    return markdown_table(["Head dim, mask, length", *heads, "worst ratio"], table)
+
+
+def float8_failure_lines(data: dict[str, Any]) -> list[str]:
+    """Everything that has no error, and why, each once."""
+    lines = []
+    for row in data["rows"]:
+        if "cudnn_refused" in row:
+            lines.append(f"{_cell_label(row)}, cuDNN: {row['cudnn_refused']}")
+        lines += [f"{row['cell']}, {FLOAT8_NAMES[x]}: {y}" for x, y in row["failures"].items()]
+    lines += [f"not run: {name}" for name in data["left_out"]]
+    return list(dict.fromkeys(lines))
+
+
+def float8_block(data: dict[str, Any]) -> list[str]:
+    """The README's section on one file of float8 errors."""
+    env, rows = data["environment"], [row for row in data["rows"] if not row["per_head"]]
+    lines = [
+        f"#### Float8 errors, {env['gpu']}",
+        "",
+        environment_sentence(data),
+        "Percent, in the Frobenius norm, against attention in float64 on the inputs before they "
+        "were quantised with one factor for each tensor. Both are given the same numbers; cuDNN is "
+        f"{env['cudnn']}, its frontend {env['cudnn_frontend']}. The ratio is of our error over "
+        "cuDNN's, the worst of both norms and all inputs, rotated or not.",
+        "",
+        *float8_table(rows),
+        "",
+    ]
+    for name, who in FLOAT8_NAMES.items():
+        added = [_float8_error(row, name, "float8") for row in rows]
+        worst = max((x for x in added if x is not None), default=None)
+        if worst is not None:
+            lines.append(f"{who} is off by at most {worst:.2f} % from the float8 numbers' own.")
+    failures = float8_failure_lines(data)
+    lines += ["", "Without a figure:", "", *[f"- {x}" for x in failures]] if failures else []
+    return [*lines, ""]
+
+
+BLOCKS = {"attention": attention_block, "memory": memory_block, "float8_error": float8_block}
 
 
 # ------------------------------------------------------------------------------------ README

@@ -431,13 +431,14 @@ def test_head_dims_of_v(device: str, page_size: int | None, headdims: tuple[int,
     assert out.shape == (3, 2, 4, headdim_v)
 
 
+@pytest.mark.parametrize("headdim", some([64, 128, 256], [64]))
 @pytest.mark.parametrize("page_size", [None, 4])
 @pytest.mark.parametrize("new", [None, [5, 0, 9]], ids=str)
-def test_float8(device: str, new: list[int] | None, page_size: int | None) -> None:
+def test_float8(device: str, new: list[int] | None, page_size: int | None, headdim: int) -> None:
     """Bytes are appended as they are; every number of a cache has its sequence's factor."""
     factors = 0.5 + torch.rand(3, 2)
     call = make_call(
-        FLOAT8, headdim=64, new=new, page_size=page_size, causal=True, q_descale=factors,
+        FLOAT8, headdim=headdim, new=new, page_size=page_size, causal=True, q_descale=factors,
         k_descale=factors * 1.5, v_descale=factors.flip(0),
     )  # fmt: skip
     out, _ = run_and_check(call, device)

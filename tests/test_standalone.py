@@ -298,6 +298,22 @@ def test_float8_descales_of_a_sequence_or_of_a_head(device: str) -> None:
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("pages", [False, True])
+def test_float8_descales_of_a_cache(device: str, pages: bool) -> None:
+    """Few queries on keys in use, contiguous or on pages; q's factors by query head."""
+    q, k, v = descales(device, 2, 8), descales(device, 2, 2), descales(device, 2, 2)
+    used = ints(device, 64, 37)
+    problem = dense(device, FLOAT8, (2, 64), (8, 2), 128, seqused_k=used, window_right=0)
+    if pages:
+        problem = paged(problem, 32, None)
+    problem = but(problem, q_descale=q, k_descale=k, v_descale=v)
+    fields: dict[str, Any] = {"page_table": problem.layout.page_table}
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        fields |= {f"{name}_descale_ptr": x, f"{name}_descale_head_stride": 1}
+        fields |= {f"{name}_descale_batch_stride": x.shape[1]}
+    run_and_check(problem, is_causal=True, seqused_k=used, **fields)
+
+
 @pytest.mark.parametrize("headdim", [16, 48, 192, 256])
 def test_float8_of_other_head_dims(device: str, headdim: int) -> None:
     run_and_check(dense(device, FLOAT8, headdim=headdim, window_right=0), is_causal=True)

@@ -372,6 +372,42 @@ def test_memory_section() -> None:
     assert memory.summarise(rows[:1], ENVIRONMENT)["growth_exponent"] is None
 
 
+def float8_row(shape: tuple[int, bool, int], inputs: str, **more: Any) -> dict[str, Any]:
+    headdim, causal, seqlen = shape
+    row = {
+        "cell": f"d{headdim} {inputs}", "headdim": headdim, "causal": causal, "seqlen": seqlen,
+        "inputs": inputs, "hadamard": False, "per_head": False, "ratio": None, "failures": {},
+        "ours": {"inputs": {"frobenius": 0.04}, "float8": {"frobenius": 0.002}}, "cudnn": None,
+    }  # fmt: skip
+    return row | more
+
+
+def test_float8_section() -> None:
+    theirs = {"inputs": {"frobenius": 0.05}, "float8": {"frobenius": 0.03}}
+    first, second = (64, True, 1024), (256, False, 4096)
+    rows = [
+        float8_row(first, "gaussian", cudnn=theirs, ratio=0.8),
+        float8_row(first, "gaussian", per_head=True, ours=theirs),
+        float8_row(first, "outliers", hadamard=True, cudnn=theirs, ratio=0.9),
+        float8_row(second, "gaussian", cudnn_refused="head dim"),
+        float8_row(second, "outliers", cudnn_refused="head dim", failures={"ours": "broken"}),
+    ]
+    facts = ENVIRONMENT | {"cudnn": "9.1", "cudnn_frontend": "1.2"}
+    data = {"environment": facts, "rows": rows, "left_out": ["d64 full s1024 outliers"]}
+    text = "\n".join(report.float8_block(data))
+    assert "| 64, causal, 1024 | 4.00 | 5.00 | – | – | 4.00 | 5.00 | 0.90 |" in text
+    assert "| 256, full, 4096 | 4.00 | – | 4.00 | – | – | – | – |" in text
+    assert "flash_attn is off by at most 0.20 % from" in text
+    assert "cuDNN is off by at most 3.00 % from" in text
+    assert text.count("- 256, full, 4096, cuDNN: head dim") == 1
+    assert "- d256 outliers, flash_attn: broken" in text
+    assert "- not run: d64 full s1024 outliers" in text
+    alone = float8_row(first, "gaussian")
+    text = "\n".join(report.float8_block(data | {"rows": [alone], "left_out": []}))
+    assert "cuDNN is off" not in text
+    assert "Without a figure" not in text
+
+
 def test_attention_comes_before_memory(tmp_path: Path, results: dict[str, Any]) -> None:
     data = memory.summarise([], ENVIRONMENT)
     write_inputs(tmp_path, data, copy.deepcopy(results))
