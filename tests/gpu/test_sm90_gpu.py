@@ -342,6 +342,7 @@ def test_a_thousand_runs_are_equal(headdim: int, programs: int) -> None:
         dense((300, 300), (16, 4), headdim, batch=8),
         dense((300, 300), (16, 4), headdim, batch=8, visibility=CAUSAL),
         packed(LENGTHS[0], (3, 5), headdim=headdim, visibility=CAUSAL),
+        dense((150, 211), (4, 2), headdim, visibility=Visibility(30, 0)),
     ]
     with mock.patch.object(launch, "multiprocessors_of", return_value=programs):
         for problem in problems:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flash_attn import flash_attn_func
-from flash_attn.core import ops, registry
+from flash_attn.core import ops, registry, repeated
 
 conftest: Any = sys.modules["conftest"]
 
@@ -42,6 +42,14 @@ def problem() -> Any:
 def test_the_first_of_the_preferred_that_serves_computes():
     assert registry.own_families(torch.device("cpu")) == ("cuda", "reference", "cpu")
     assert registry.select(problem()).name == "reference"
+
+
+def test_an_order_of_preference_forgets_repeated_calls(monkeypatch):
+    monkeypatch.setattr(repeated, "_calls", {("a signature",): "seen before"})
+    with conftest.served_by(["triton", "cpu"]):
+        assert not repeated._calls
+        repeated._calls[("a signature",)] = "seen inside"
+    assert not repeated._calls
 
 
 def test_a_refused_kernel_fails_the_test(monkeypatch):
