@@ -165,28 +165,42 @@ def _counter(device: torch.device, index: int, stream: int) -> Tensor:
     made = _counters.get(key)
     if made is None:
         # Another thread may be making one, too: the first to be stored is used.
-        made = _counters.setdefault(key, _lasting_zero(device))
+        made = _counters.setdefault(key, _lasting_zeros(1, device))
     return made
 
 
-def _lasting_zero(device: torch.device) -> Tensor:
-    """One int32 that is 0 for the current stream and may be kept for good.
+def _lasting_zeros(number: int, device: torch.device) -> Tensor:
+    """int32 that are 0 for the current stream and may be kept for good.
 
     The current thread may be allocating from a pool that ends with a graph, as where torch.compile
     warms its graphs up: another thread, on the default stream, is not.
     """
     if device.type != "cuda":
-        return torch.zeros(1, dtype=torch.int32, device=device)
+        return torch.zeros(number, dtype=torch.int32, device=device)
 
     def make() -> tuple[Tensor, torch.cuda.Event]:
         with torch.cuda.stream(torch.cuda.default_stream(device)):
-            made = torch.zeros(1, dtype=torch.int32, device=device)
+            made = torch.zeros(number, dtype=torch.int32, device=device)
             return made, torch.cuda.current_stream().record_event()
 
     with ThreadPoolExecutor(1) as other_thread:
         made, is_zero = other_thread.submit(make).result()
     torch.cuda.current_stream(device).wait_event(is_zero)
     return made
+
+
+# GPU -> memory that is written and never read, by any number of kernels at a time.
+_sinks: dict[torch.device, Tensor] = {}
+_SINK_BYTES = 1 << 20
+
+
+def sink_for(x: Tensor) -> int | None:
+    """The address of memory for what nobody reads, if a tensor like ``x`` fits."""
+    if x.numel() * x.element_size() > _SINK_BYTES:
+        return None
+    if x.device not in _sinks:
+        _sinks.setdefault(x.device, _lasting_zeros(_SINK_BYTES // 4, x.device))
+    return _sinks[x.device].data_ptr()
 
 
 def allocator(device: str) -> Callable[..., Tensor]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..core.repeated import Solve
-from ._launcher import Tape, allocator, repeat
+from ._launcher import Tape, allocator, repeat, sink_for
 
 # How results become zeros; nothing else is: launches take tensors of the call, results and scratch.
 _ZEROING = frozenset({"zeros", "new_zeros"})
@@ -42,20 +42,27 @@ def solve_again(
     known = launches
     allocate = allocator(tensors[0].device.type)
     layouts = [(tuple(x.shape), x.stride(), x.dtype) for x in made]
+    # Where results but the first go that nobody asks for, if they fit.
+    sinks = [sink_for(x) for x in made[1:]]
+    shared = [x for x in sinks if x is not None]
+    first = layouts if None in sinks else layouts[:1]
     nowhere = [0] * len(unread)
 
-    def solve(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def solve(tensors: Sequence[Tensor], asked: int = len(made)) -> tuple[Tensor, ...]:
         if not known.is_current():
             with torch.cuda.device(known.device):
-                return solve(tensors)
-        results = tuple([allocate(*layout) for layout in layouts])
+                return solve(tensors, asked)
+        own = first if asked == 1 else layouts
+        results = [allocate(*layout) for layout in own]
         if zeroed:
             for x in results:
                 x.zero_()
         addresses = [x.data_ptr() for x in tensors]
         addresses += [x.data_ptr() for x in results]
+        if len(results) < len(layouts):
+            addresses += shared
         addresses += nowhere
         known(addresses)
-        return results
+        return tuple(results)
 
     return solve

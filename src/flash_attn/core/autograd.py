@@ -231,7 +231,7 @@ def repeat_dense(q: Tensor, k: Tensor, v: Tensor, arguments: tuple[Any, ...]) ->
         return None
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return RepeatedAttention.apply(q, k, v, solve, known)
-    return solve((q, k, v))[0]
+    return solve((q, k, v), 1)[0]
 
 
 def remember_dense(

@@ -15,7 +15,7 @@ under FLASH_ATTN_CHECK=1 or with plans overridden for tuning.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -25,8 +25,13 @@ from .. import settings
 from . import plan, registry
 from .problem import AttentionProblem, AttentionResult, BackwardInputs
 
-# From the call's tensors to its results: (out, softmax_lse), or (softmax_d,).
-Solve = Callable[[Sequence[Tensor]], tuple[Tensor, ...]]
+
+class Solve(Protocol):
+    """From the call's tensors to its results: (out, softmax_lse), or (softmax_d,)."""
+
+    def __call__(self, tensors: Sequence[Tensor], asked: int = 2) -> tuple[Tensor, ...]:
+        """The first ``asked`` results; the others are computed too, but need no memory of their
+        own."""
 
 
 class Recorder(Protocol):

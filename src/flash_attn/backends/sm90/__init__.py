@@ -29,7 +29,7 @@ _FEW_QUERIES = 64
 _INTERPRETED = bool(knobs.runtime.interpret)
 
 # Whether the backward kernels are offered. In their present state they ran in the CPU model alone.
-OFFERS_GRADIENTS = False
+OFFERS_GRADIENTS = True
 
 
 class Sm90Backend:
