@@ -87,6 +87,12 @@ TABLE = [
     (dense, {"v": zeros(2, 6, 2, 16, dtype=HALF)}, ["`q` and `v`", "float16", "float32", "same"]),
     (raw, {"k": torch.zeros(2, 6, 2, 16, device="meta")}, ["`k`", "meta", "on cpu like `q`"]),
     (dense, {"q": [1.0]}, ["`q`", "list", "torch.Tensor"]),
+    (dense, {"q": zeros(2, 4, 4, 16).to_sparse()}, ["`q`", "dense", "sparse"]),
+    (
+        dense,
+        {"k": torch.nested.nested_tensor([zeros(3, 2, 16), zeros(6, 2, 16)], layout=torch.jagged)},
+        ["`k`", "dense", "nested", "packed sequences"],
+    ),
     (dense, {"k": None}, ["`k`", "NoneType", "torch.Tensor"]),
     # shapes
     (dense, {"q": zeros(4, 4, 16)}, ["`q`", "(4, 4, 16)", "(batch_size, seqlen_q"]),

@@ -534,6 +534,21 @@ def test_compiled_packed_tensors():
     assert same(gradients(compiled, [qkv]), expected)
 
 
+def test_compiled_with_lengths_that_only_the_device_knows():
+    torch._dynamo.reset()
+
+    def function(q, cu_seqlens):
+        longest = cu_seqlens.diff().max().item()
+        return flash_attn.flash_attn_varlen_func(q, q, q, cu_seqlens, cu_seqlens, longest, longest)
+
+    q = torch.randn(8, 4, 16)
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        for lengths in ((3, 5), (1, 7)):
+            cu_seqlens = bounds(*lengths)
+            assert torch.equal(compiled(q, cu_seqlens), function(q, cu_seqlens))
+
+
 def decode(q, k_cache, v_cache, k, v, cache_seqlens):
     return flash_attn.flash_attn_with_kvcache(
         q, k_cache, v_cache, k, v, cache_seqlens=cache_seqlens, causal=True, return_softmax_lse=True

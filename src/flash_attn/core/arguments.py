@@ -72,6 +72,11 @@ def check_tensors(**tensors: Tensor) -> None:
     for name, x in tensors.items():
         if not isinstance(x, Tensor):
             raise ConstraintError(f"`{name}` must be a torch.Tensor, found {type(x).__name__}")
+        if x.layout is not torch.strided or x.is_nested:
+            raise ConstraintError(
+                f"`{name}` must be a plain, dense tensor, found a nested or sparse one; the rows "
+                "of a nested tensor go, with its offsets, to the functions for packed sequences"
+            )
         if x.dim() < 1 or x.shape[-1] == 0:
             raise ConstraintError(f"`{name}` must have a head dim, found shape {tuple(x.shape)}")
         if takes_tangents():

@@ -130,7 +130,8 @@ def check_switch(x: Any, name: str) -> Any:
 
 def check_integer(x: Any, name: str) -> Any:
     """``x`` as the operators take it: an integer of 64 bits."""
-    if isinstance(x, torch.SymInt):
+    # While a program is traced, an integer may stand for one that only the device knows.
+    if isinstance(x, torch.SymInt) or (isinstance(x, int) and torch.compiler.is_compiling()):
         return x
     try:
         x = operator.index(x)
