@@ -99,11 +99,11 @@ def attend_with_kvcache(
         problem = problem._replace(q=_rotate_queries(problem, rotary))
     if k_new.numel():
         writer.append_kv(problem, k_new, v_new, lengths, cu_seqlens_k_new)
-    longer = problem.layout._replace(seqused_k=lengths + _new_lengths(update))
+    longer = problem.layout._replace(seqused_k=lengths + new_lengths(update))
     return attend(problem._replace(layout=longer), out)
 
 
-def _new_lengths(update: CacheUpdate) -> Tensor | int:
+def new_lengths(update: CacheUpdate) -> Tensor | int:
     """How many new keys each sequence has, by the same clamping as where they are written."""
     k_new = update.k
     if k_new is None:
@@ -241,7 +241,7 @@ def _check_contents(problem: AttentionProblem, update: CacheUpdate, lengths: Ten
         return
     if update.cu_seqlens is not None:
         check_cu_seqlens(update.cu_seqlens.tolist(), "cu_seqlens_k_new", update.k.shape[0])
-    new = _new_lengths(update)
+    new = new_lengths(update)
     check_room(problem, int((lengths + new).max()))
     if update.rotary_cos is not None and update.rotary_seqlens is not None:
         last = update.rotary_seqlens + new
