@@ -18,6 +18,7 @@ from test_paged import packed_call, private
 from torch import Tensor
 
 from flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache
+from flash_attn.errors import ConstraintError
 from flash_attn.flash_attn_interface import flash_attn_gpu
 
 INT32_MAX, INT32_MIN = 2**31 - 1, -(2**31)
@@ -123,9 +124,15 @@ def test_cache_seqlens(
     check_kvcache(call, device, guarded)
 
 
-@pytest.mark.parametrize("given", [-1, 42, INT32_MAX, INT32_MIN])
-def test_integer_cache_seqlens(device: str, guarded: Guarded, given: int) -> None:
-    check_kvcache(make_call(cache_seqlens=given, seqlen_new=3, causal=True), device, guarded)
+@pytest.mark.parametrize("given", [-1, 39, 42, INT32_MAX, INT32_MIN, 2**40])
+def test_integer_cache_seqlens(device: str, given: int) -> None:
+    """One on the host is known: where it does not fit it raises, before anything is written."""
+    call = on_device(make_call(cache_seqlens=given, seqlen_new=3, causal=True), device)
+    k_cache = call["k_cache"].clone()
+    with pytest.raises(ConstraintError, match=r"`cache_seqlens`.*(between 0 and|need \d+)"):
+        flash_attn_with_kvcache(**call)
+    assert torch.equal(bits(call["k_cache"]), bits(k_cache))
+    flash_attn_with_kvcache(**call | {"cache_seqlens": 38})
 
 
 @pytest.mark.parametrize("causal", [True, False])

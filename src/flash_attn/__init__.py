@@ -1,5 +1,6 @@
 """FlashAttention-Plus: the ``flash_attn`` API on kernels that are compiled on first use."""
 
+import sys
 from importlib import import_module
 from pkgutil import extend_path
 
@@ -35,6 +36,11 @@ __all__ = [
     "set_backend",
     "use_backend",
 ]
+
+
+# PyTorch's counter loads Triton: it is for programs that have it already.
+if "torch.utils.flop_counter" in sys.modules:
+    import_module(".flops", __name__)
 
 
 def __getattr__(name: str) -> object:

@@ -10,7 +10,8 @@ Common to all of them:
   ``causal`` hides later keys; ``window_size = (left, right)`` hides keys more than ``left`` before
   or ``right`` after; a negative number is no limit. Rows that see no key give 0 and an LSE of +inf.
 * ``softcap > 0``: scores are ``softcap * tanh(scale * qk / softcap)``. ``alibi_slopes``: float32,
-  (nheads,) or (batch_size, nheads), adds ``-slope * |i + seqlen_k - seqlen_q - j|``.
+  (nheads,) or (batch_size, nheads), adds ``-slope * |i + seqlen_k - seqlen_q - j|``; they get no
+  gradient (a floating ``attn_mask`` does).
 * ``dropout_p`` in [0, 1) acts on the attention weights, kept ones are scaled by 1 / (1 - p).
 * ``deterministic`` makes all gradients bitwise repeatable, as torch.use_deterministic_algorithms
   does; those of k and v always are.
@@ -42,16 +43,18 @@ from . import raw_ops as flash_attn_gpu
 from .core import autograd, ops, reference
 from .core.arguments import (
     autocast,
+    autocast_like_cache,
     check_optional,
     check_tensors,
     length_bound,
     window_pair,
 )
 from .core.autograd import Options
-from .core.kvcache import attend_with_kvcache, kvcache_problem, lengths_tensor
+from .core.kvcache import CacheUpdate, check_host_lengths, kvcache_problem, lengths_tensor
 from .core.outputs import last_dim_contiguous, round_multiple
 from .core.problem import Visibility, make_transform
-from .core.validate import check_integer, check_number, check_problem, check_tensor
+from .core.problem_ops import solve_with_kvcache
+from .core.validate import check_integer, check_number, check_problem, check_switch, check_tensor
 from .errors import ConstraintError
 
 # Whether upstream's AMD Triton path serves; our S_dmask is laid out as its CUDA path's everywhere.
@@ -104,12 +107,12 @@ def _options(
     return Options(
         check_number(dropout_p, "dropout_p"),
         check_number(scale, "softmax_scale"),
-        causal,
+        check_switch(causal, "causal"),
         left,
         right,
         check_number(softcap, "softcap"),
-        alibi_slopes,
-        deterministic,
+        None if alibi_slopes is None else alibi_slopes.detach(),
+        check_switch(deterministic, "deterministic"),
         **lengths,
     )
 
@@ -304,8 +307,8 @@ def flash_attn_varlen_func(
         deterministic,
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
-        max_seqlen_q=length_bound(max_seqlen_q, q.shape[0]),
-        max_seqlen_k=length_bound(max_seqlen_k, rows_k),
+        max_seqlen_q=length_bound(max_seqlen_q, q.shape[0], "max_seqlen_q"),
+        max_seqlen_k=length_bound(max_seqlen_k, rows_k, "max_seqlen_k"),
         block_table=block_table,
     )  # fmt: skip
     return _attend(q, k, v, options, return_attn_probs, s_aux, attn_mask)
@@ -329,7 +332,7 @@ def flash_attn_varlen_qkvpacked_func(
     _check_packed(qkv, "qkv", 3)
     check_tensors(cu_seqlens=cu_seqlens)
     (qkv,) = autocast(qkv)
-    bound = length_bound(max_seqlen, qkv.shape[0])
+    bound = length_bound(max_seqlen, qkv.shape[0], "max_seqlen")
     options = _options(
         qkv.shape[-1], dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
         deterministic,
@@ -368,8 +371,8 @@ def flash_attn_varlen_kvpacked_func(
         deterministic,
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
-        max_seqlen_q=length_bound(max_seqlen_q, q.shape[0]),
-        max_seqlen_k=length_bound(max_seqlen_k, kv.shape[0]),
+        max_seqlen_q=length_bound(max_seqlen_q, q.shape[0], "max_seqlen_q"),
+        max_seqlen_k=length_bound(max_seqlen_k, kv.shape[0], "max_seqlen_k"),
     )  # fmt: skip
     result = autograd.packed_attention(q, kv, options, return_attn_probs)
     return _format(result, return_attn_probs)
@@ -432,8 +435,16 @@ def flash_attn_with_kvcache(
         ``out`` like q, or ``(out, softmax_lse (batch_size, nheads, seqlen_q))``.
     """
     check_tensors(q=q, k_cache=k_cache, v_cache=v_cache)
-    check_optional(s_aux=s_aux, attn_mask=attn_mask)
+    check_optional(
+        k=k, v=v, rotary_cos=rotary_cos, rotary_sin=rotary_sin, cache_batch_idx=cache_batch_idx,
+        cache_leftpad=cache_leftpad, block_table=block_table, alibi_slopes=alibi_slopes,
+        s_aux=s_aux, attn_mask=attn_mask,
+    )  # fmt: skip
+    if softmax_scale is not None:
+        softmax_scale = check_number(softmax_scale, "softmax_scale")
+    softcap = check_number(softcap, "softcap")
     left, right = window_pair(window_size)
+    q, k, v, _ = autocast_like_cache(k_cache, q, k, v)
     q = last_dim_contiguous(q)
     problem = kvcache_problem(
         q,
@@ -446,16 +457,22 @@ def flash_attn_with_kvcache(
         make_transform(q.shape[-1], softmax_scale, softcap, alibi_slopes)._replace(
             attn_mask=attn_mask, sinks=s_aux
         ),
-        Visibility.from_window(left, right, causal),
+        Visibility.from_window(left, right, check_switch(causal, "causal")),
         check_integer(num_splits, "num_splits"),
     )
     for name, x in (("k", k), ("v", v)):
         if x is not None:
             check_tensor(x, name, 4, "(batch_size, seqlen_new, nheads_k, headdim)")
-    k = None if k is None else last_dim_contiguous(k)
-    v = None if v is None else last_dim_contiguous(v)
-    result = attend_with_kvcache(problem, k, v, rotary_cos, rotary_sin, rotary_interleaved)
-    return (result.out, result.softmax_lse) if return_softmax_lse else result.out
+    update = CacheUpdate(
+        None if k is None else last_dim_contiguous(k),
+        None if v is None else last_dim_contiguous(v),
+        rotary_cos,
+        rotary_sin,
+        check_switch(rotary_interleaved, "rotary_interleaved"),
+    )
+    check_host_lengths(cache_seqlens, problem, update)
+    out, lse = solve_with_kvcache(problem, update)
+    return (out, lse) if return_softmax_lse else out
 
 
 @torch.no_grad()

@@ -42,6 +42,7 @@ from torch import Tensor
 from .core import hopper_ops, problem_ops
 from .core.arguments import (
     autocast,
+    autocast_like_cache,
     check_optional,
     check_tensors,
     length_bound,
@@ -57,7 +58,7 @@ from .core.hopper import (
     solve,
     with_empty_lse,
 )
-from .core.kvcache import CacheUpdate, lengths_tensor
+from .core.kvcache import CacheUpdate, check_host_lengths, lengths_tensor
 from .core.outputs import round_multiple
 from .core.problem import AttentionProblem, SequenceLayout, is_float8
 from .core.validate import (
@@ -67,6 +68,7 @@ from .core.validate import (
     check_index,
     check_integer,
     check_number,
+    check_switch,
     check_tensor,
     require,
 )
@@ -127,7 +129,7 @@ def _problem(
         v,
         layout,
         softmax_scale=softmax_scale,
-        causal=causal,
+        causal=check_switch(causal, "causal"),
         qv=qv,
         descales=descales,
         window=window_pair(window_size),
@@ -262,8 +264,8 @@ def flash_attn_varlen_func(
         maybe_contiguous(cu_seqlens_k),
         maybe_contiguous(seqused_q),
         maybe_contiguous(seqused_k),
-        _bound(max_seqlen_q, cu_seqlens_q, q),
-        _bound(max_seqlen_k, cu_seqlens_k, k),
+        _bound(max_seqlen_q, cu_seqlens_q, q, "max_seqlen_q"),
+        _bound(max_seqlen_k, cu_seqlens_k, k, "max_seqlen_k"),
     )
     problem = _problem(
         q, k, v, layout, softmax_scale, causal, qv, (q_descale, k_descale, v_descale), window_size,
@@ -273,11 +275,13 @@ def flash_attn_varlen_func(
     return _solve(problem, return_attn_probs)
 
 
-def _bound(max_seqlen: int | Tensor | None, cu_seqlens: Tensor | None, x: Tensor) -> int | None:
+def _bound(
+    max_seqlen: int | Tensor | None, cu_seqlens: Tensor | None, x: Tensor, name: str
+) -> int | None:
     """A length bound on the host, where packed rows need one."""
     if max_seqlen is None or cu_seqlens is None:
         return None
-    return length_bound(max_seqlen, x.shape[0])
+    return length_bound(max_seqlen, x.shape[0], name)
 
 
 def flash_attn_qkvpacked_func(
@@ -322,6 +326,11 @@ def _unpack(qkv: Tensor, num_heads_q: int | None) -> tuple[Tensor, Tensor, Tenso
             "`qkv` must have shape (batch_size, seqlen, 3, nheads, headdim), found "
             f"{tuple(qkv.shape)}",
         )
+        require(
+            num_heads_q is None or num_heads_q == qkv.shape[3],
+            f"`num_heads_q` must be {qkv.shape[3]} like the heads of a `qkv` of five dimensions, "
+            f"or left out, found {num_heads_q!r}",
+        )
         q, k, v = qkv.unbind(2)
         return q, k, v
     check_tensor(qkv, "qkv", 4, "(batch_size, seqlen, num_heads_q + 2 * nheads_k, headdim)")
@@ -332,7 +341,7 @@ def _unpack(qkv: Tensor, num_heads_q: int | None) -> tuple[Tensor, Tensor, Tenso
         )
     rest = qkv.shape[2] - check_integer(num_heads_q, "num_heads_q")
     require(
-        rest > 0 and rest % 2 == 0,
+        num_heads_q > 0 and rest > 0 and rest % 2 == 0,
         f"`num_heads_q` must leave an even number of the {qkv.shape[2]} heads of `qkv` for keys "
         f"and values, found {num_heads_q}",
     )
@@ -423,11 +432,7 @@ def flash_attn_with_kvcache(
         cu_seqlens_k_new=cu_seqlens_k_new, rotary_seqlens=rotary_seqlens,
         scheduler_metadata=scheduler_metadata,
     )  # fmt: skip
-    require(
-        cache_seqlens is None or isinstance(cache_seqlens, (int, Tensor)),
-        f"`cache_seqlens` must be an int, a torch.Tensor or None, found "
-        f"{type(cache_seqlens).__name__}",
-    )
+    q, k, v, qv = autocast_like_cache(k_cache, q, k, v, qv)
     check_metadata(maybe_contiguous(scheduler_metadata), q)
     batch_size = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
     lengths = lengths_tensor(cache_seqlens, q, batch_size)
@@ -439,7 +444,7 @@ def flash_attn_with_kvcache(
         None,
         None,
         maybe_contiguous(lengths),
-        _bound(max_seqlen_q, cu_seqlens_q, q),
+        _bound(max_seqlen_q, cu_seqlens_q, q, "max_seqlen_q"),
         None,
         maybe_contiguous(page_table),
         maybe_contiguous(cache_batch_idx),
@@ -450,7 +455,7 @@ def flash_attn_with_kvcache(
         maybe_contiguous(v),
         rotary_cos,
         rotary_sin,
-        rotary_interleaved,
+        check_switch(rotary_interleaved, "rotary_interleaved"),
         maybe_contiguous(cu_seqlens_k_new),
         maybe_contiguous(rotary_seqlens),
     )
@@ -459,6 +464,7 @@ def flash_attn_with_kvcache(
         causal, maybe_contiguous(qv), (q_descale, k_descale, v_descale), window_size,
         attention_chunk, softcap, num_splits, pack_gqa, sm_margin, s_aux, attn_mask,
     )  # fmt: skip
+    check_host_lengths(cache_seqlens, problem, update)
     result = problem_ops.solve_with_kvcache(with_empty_lse(problem, k), update)
     return (*result, *no_partial_results(q)) if return_softmax_lse else result[0]
 
@@ -645,8 +651,8 @@ def _contiguous(given: ForwardArguments) -> ForwardArguments:
     changes = {name: maybe_contiguous(getattr(given, name)) for name in (*inputs, *_MAY_BE_COPIED)}
     return given._replace(
         **changes,  # type: ignore[arg-type]
-        max_seqlen_q=_bound(given.max_seqlen_q, given.cu_seqlens_q, given.q),
-        max_seqlen_k=_bound(given.max_seqlen_k, given.cu_seqlens_k, given.k),
+        max_seqlen_q=_bound(given.max_seqlen_q, given.cu_seqlens_q, given.q, "max_seqlen_q"),
+        max_seqlen_k=_bound(given.max_seqlen_k, given.cu_seqlens_k, given.k, "max_seqlen_k"),
     )
 
 

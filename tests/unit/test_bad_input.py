@@ -87,6 +87,12 @@ TABLE = [
     (dense, {"v": zeros(2, 6, 2, 16, dtype=HALF)}, ["`q` and `v`", "float16", "float32", "same"]),
     (raw, {"k": torch.zeros(2, 6, 2, 16, device="meta")}, ["`k`", "meta", "on cpu like `q`"]),
     (dense, {"q": [1.0]}, ["`q`", "list", "torch.Tensor"]),
+    (dense, {"q": zeros(2, 4, 4, 16).to_sparse()}, ["`q`", "dense", "sparse"]),
+    (
+        dense,
+        {"k": torch.nested.nested_tensor([zeros(3, 2, 16), zeros(6, 2, 16)], layout=torch.jagged)},
+        ["`k`", "dense", "nested", "packed sequences"],
+    ),
     (dense, {"k": None}, ["`k`", "NoneType", "torch.Tensor"]),
     # shapes
     (dense, {"q": zeros(4, 4, 16)}, ["`q`", "(4, 4, 16)", "(batch_size, seqlen_q"]),
@@ -104,6 +110,16 @@ TABLE = [
     (dense, {"dropout_p": -0.1}, ["`dropout_p`", "-0.1", "[0, 1)"]),
     (dense, {"dropout_p": float("nan")}, ["`dropout_p`", "nan", "[0, 1)"]),
     (dense, {"dropout_p": 0.1, "softcap": 3.0}, ["`softcap`", "`dropout_p`", "3.0", "0.1"]),
+    (dense, {"softmax_scale": float("nan")}, ["`softmax_scale`", "nan", "finite"]),
+    (dense, {"softmax_scale": "1"}, ["`softmax_scale`", "str", "number"]),
+    (dense, {"softcap": float("inf")}, ["`softcap`", "inf", "finite"]),
+    (dense, {"softcap": float("nan")}, ["`softcap`", "nan", "finite"]),
+    (dense, {"softcap": None}, ["`softcap`", "NoneType", "number"]),
+    (dense, {"causal": "yes"}, ["`causal`", "'yes'", "True or False"]),
+    (dense, {"deterministic": "no"}, ["`deterministic`", "'no'", "True or False"]),
+    (dense, {"window_size": None}, ["`window_size`", "None", "(left, right)", "-1"]),
+    (dense, {"window_size": (None, 0)}, ["`window_size`", "(None, 0)", "-1 is no limit"]),
+    (dense, {"window_size": (3.0, 0)}, ["`window_size`", "(3.0, 0)", "two integers"]),
     (dense, {"window_size": (1, 2, 3)}, ["`window_size`", "(1, 2, 3)", "(left, right)"]),
     (dense, {"window_size": (1,)}, ["`window_size`", "(1,)", "(left, right)"]),
     (dense, {"alibi_slopes": zeros(4, dtype=HALF)}, ["`alibi_slopes`", "float16", "fp32"]),
@@ -120,6 +136,8 @@ TABLE = [
     (packed, {"cu_seqlens_k": [0, 4, 11]}, ["`cu_seqlens_k`", "list", "torch.Tensor"]),
     (packed, {"cu_seqlens_q": bounds(1, 2, 3, 4)[::2]}, ["`cu_seqlens_q`", "stride 2", "contig"]),
     (packed, {"max_seqlen_q": -1}, ["`max_seqlen_q`", "-1"]),
+    (packed, {"max_seqlen_k": 7.0}, ["`max_seqlen_k`", "7.0", "integer"]),
+    (packed, {"max_seqlen_q": None}, ["`max_seqlen_q`", "None", "integer"]),
     (packed, {"block_table": zeros(2, 1, dtype=INT)}, ["`k`", "(11, 2, 16)", "(num_pages"]),
     # packed in one tensor
     (
@@ -190,6 +208,28 @@ TABLE = [
         new() | {"rotary_cos": zeros(8, 8, dtype=HALF), "rotary_sin": zeros(8, 8)},
         ["rotary_cos", "float16", "float32", "same dtype"],
     ),
+    (
+        cached,
+        {"k_cache": zeros(3, 8, 2, 16), "v_cache": zeros(3, 8, 2, 16)},
+        ["`k_cache`", "found 3", "batch size 2", "`cache_batch_idx`"],
+    ),
+    (cached, {"k_cache": zeros(2, 8, 2, 16, dtype=HALF)}, ["`k_cache`", "float16", "same dtype"]),
+    (cached, {"v_cache": zeros(2, 8, 2, 16, dtype=HALF)}, ["`v_cache`", "float16", "same dtype"]),
+    (cached, {"cache_seqlens": 3.0}, ["`cache_seqlens`", "float", "integer", "int32"]),
+    (cached, {"cache_seqlens": [3, 4]}, ["`cache_seqlens`", "list", "integer", "int32"]),
+    (cached, {"cache_seqlens": -1}, ["`cache_seqlens`", "-1", "between 0"]),
+    (cached, {"cache_seqlens": 9}, ["`k_cache`", "`cache_seqlens`", "9", "8"]),
+    (cached, new() | {"cache_seqlens": 8}, ["`k_cache`", "`cache_seqlens`", "9", "8"]),
+    (
+        cached,
+        new() | {"k_cache": zeros(1, 8, 2, 16).expand(2, -1, -1, -1)},
+        ["`k_cache`", "expanded", "(0, 32, 16, 1)", "`cache_batch_idx`"],
+    ),
+    (cached, {"softcap": "x"}, ["`softcap`", "str", "number"]),
+    (cached, {"softmax_scale": float("inf")}, ["`softmax_scale`", "inf", "finite"]),
+    (cached, {"alibi_slopes": [0.5] * 4}, ["`alibi_slopes`", "list", "torch.Tensor"]),
+    (cached, {"causal": "yes"}, ["`causal`", "'yes'", "True or False"]),
+    (cached, new() | {"rotary_interleaved": "no"}, ["`rotary_interleaved`", "'no'", "True or"]),
     (cached, {"num_splits": 129}, ["`num_splits`", "129", "> 128"]),
     (cached, {"num_splits": -1}, ["`num_splits`", "-1", "positive"]),
     (
@@ -280,6 +320,18 @@ def test_meta_tensors_give_shapes():
     q, k = torch.empty(2, 4, 4, 16, device="meta"), torch.empty(2, 6, 2, 16, device="meta")
     out, lse, _ = flash_attn_func(q, k, k, causal=True, return_attn_probs=True)
     assert (out.device.type, out.shape, lse.shape) == ("meta", q.shape, (2, 4, 4))
+    for device in ("cpu", "meta", "meta"):  # also where the same call was seen before
+        given = [torch.ones_like(x, device=device, requires_grad=True) for x in (q, k, k)]
+        flash_attn_func(*given).sum().backward()
+        assert [x.grad.device.type for x in given] == [device] * 3
+
+
+def test_one_meta_tensor_among_others_is_refused():
+    q, k = zeros(2, 4, 4, 16), zeros(2, 6, 2, 16)
+    for given in ((q, k.to("meta"), k), (q, k, k.to("meta"))):
+        for more in ({}, {"s_aux": zeros(4)}):
+            with pytest.raises(ConstraintError, match="`[kv]` must be on cpu like `q`, found meta"):
+                flash_attn_func(*given, **more)
 
 
 # 2000 random wrong calls

@@ -534,6 +534,62 @@ def test_compiled_packed_tensors():
     assert same(gradients(compiled, [qkv]), expected)
 
 
+def test_compiled_with_lengths_that_only_the_device_knows():
+    torch._dynamo.reset()
+
+    def function(q, cu_seqlens):
+        longest = cu_seqlens.diff().max().item()
+        return flash_attn.flash_attn_varlen_func(q, q, q, cu_seqlens, cu_seqlens, longest, longest)
+
+    q = torch.randn(8, 4, 16)
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        for lengths in ((3, 5), (1, 7)):
+            cu_seqlens = bounds(*lengths)
+            assert torch.equal(compiled(q, cu_seqlens), function(q, cu_seqlens))
+
+
+def decode(q, k_cache, v_cache, k, v, cache_seqlens):
+    return flash_attn.flash_attn_with_kvcache(
+        q, k_cache, v_cache, k, v, cache_seqlens=cache_seqlens, causal=True, return_softmax_lse=True
+    )
+
+
+def decoding_tensors():
+    """q, the caches, new keys and values."""
+    shapes = ((2, 1, 4, 16), (2, 9, 2, 16), (2, 9, 2, 16), (2, 1, 2, 16), (2, 1, 2, 16))
+    return [torch.randn(shape) for shape in shapes]
+
+
+@pytest.mark.parametrize("lengths", [3, torch.tensor([3, 8], dtype=torch.int32)], ids=type)
+def test_compiled_decoding_writes_into_the_caches(lengths):
+    torch._dynamo.reset()
+    given = decoding_tensors()
+    copies = [x.clone() for x in given]
+    compiled = torch.compile(decode, fullgraph=True, backend="aot_eager")
+    assert same(compiled(*copies, lengths), decode(*given, lengths))
+    assert same(copies, given)
+
+
+def test_decoding_of_fake_and_meta_tensors_gives_shapes():
+    given = decoding_tensors()
+    meta = [x.to("meta") for x in given]
+    with torch._subclasses.FakeTensorMode() as mode:
+        fake = decode(*(mode.from_tensor(x) for x in given), 3)
+    for out, lse in (decode(*meta, 3), fake):
+        assert (out.shape, lse.shape) == ((2, 1, 4, 16), (2, 4, 1))
+
+
+def test_decoding_under_autocast_takes_the_dtype_of_the_caches():
+    q, k_cache, v_cache, k, v = decoding_tensors()
+    caches = [x.bfloat16() for x in (k_cache, v_cache)]
+    expected = decode(q.bfloat16(), *(x.clone() for x in caches), k.bfloat16(), v.bfloat16(), 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert same(decode(q, *caches, k, v, 3), expected)
+        wide = decode(q, k_cache, v_cache, k, v, 3)
+    assert wide[0].dtype == torch.float32
+
+
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_activation_checkpointing_is_bitwise_equal(dropout_p, use_reentrant):

@@ -233,3 +233,30 @@ def test_rows_that_a_mask_hides_have_nothing() -> None:
         want = [empty, empty] if sinks is None else sinks.tolist()
         assert result.softmax_lse[0, :, 2].tolist() == want
         assert result.out[:, [0, 1, 3, 4]].all()
+
+
+CALLS = {
+    "alibi": {"alibi_slopes": torch.tensor([0.5, 0.25])},
+    "window": {"window_size": (3, 1), "softcap": 2.0},
+    "dropout": {"dropout_p": 0.3, "causal": True},
+}
+
+
+@pytest.mark.parametrize("options", CALLS.values(), ids=CALLS)
+def test_the_default_device_changes_nothing(options):
+    """Where a program has made another one the default, the blocks are on the CPU still."""
+    q = torch.randn(2, 7, 2, 16)
+    cache, lengths = torch.randn(2, 9, 2, 16), torch.tensor([3, 4], dtype=torch.int32)
+    results = []
+    for device in ("cpu", "meta"):
+        x, copy = q.clone().requires_grad_(), cache.clone()
+        torch.manual_seed(1)
+        with torch.device(device):
+            out = flash_attn.flash_attn_func(x, x, x, **options)
+            out.sum().backward()
+            flash_attn.flash_attn_with_kvcache(
+                q[:, :1], copy, copy, q[:, 1:3], q[:, 1:3], cache_seqlens=lengths
+            )
+        results.append((out, x.grad, copy))
+    for found, expected in zip(*results, strict=True):
+        assert torch.equal(found, expected)

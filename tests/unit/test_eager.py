@@ -98,8 +98,6 @@ def test_where_watchers_cannot_be_told_every_call_goes_through(operators, monkey
         {"softmax_scale": torch.tensor(0.3)},
         {"softcap": torch.tensor(2.0)},
         {"softcap": True},
-        {"alibi_slopes": torch.zeros(2, requires_grad=True)},
-        {"alibi_slopes": torch.nn.Parameter(torch.zeros(2), requires_grad=False)},
     ],
 )
 def test_what_needs_an_operators_care_goes_through_it(operators, options):

@@ -297,6 +297,8 @@ def test_flash_attention_errors():
         FlashAttention(2, 8, dropout=1.0)
     with pytest.raises(ConstraintError, match="alibi_slopes"):
         FlashAttention(2, 8, alibi_slopes=torch.ones(3))
+    with pytest.raises(ConstraintError, match="window_size.*None"):
+        FlashAttention(2, 8, window_size=None)
     layer, x = FlashAttention(2, 8), torch.randn(1, 3, 2, 8)
     with pytest.raises(ConstraintError, match="`q`.*found"):
         layer(torch.randn(1, 3, 20), x, x)

@@ -545,3 +545,17 @@ def test_core_gradients_flow_through_plain_operations():
     x = torch.randn(1, 3, 2, 8, dtype=torch.float64, requires_grad=True)
     cos, sin = make_tables(5, 3, "cpu", torch.float64)
     assert torch.autograd.gradcheck(lambda x: rotate(x, cos, sin, seqlen_offsets=2), x)
+
+
+def test_meta_tensors_give_shapes():
+    x, table = torch.empty(2, 5, 4, 16, device="meta"), torch.empty(5, 8, device="meta")
+    out = apply_rotary_emb(x, table, table, interleaved=True)
+    assert (out.device.type, out.shape) == ("meta", x.shape)
+
+
+def test_what_is_no_tensor_is_named():
+    x, table = torch.randn(2, 5, 4, 16), torch.randn(5, 8)
+    with pytest.raises(ConstraintError, match=r"`x` must be a torch\.Tensor.*list"):
+        apply_rotary_emb([1.0], table, table)
+    with pytest.raises(ConstraintError, match=r"`sin` must be a torch\.Tensor.*float"):
+        apply_rotary_emb(x, table, 1.0)

@@ -144,8 +144,8 @@ def _score_block(
     if transform.softcap > 0.0:
         s = transform.softcap * torch.tanh(s / transform.softcap)
     raw = s
-    row = torch.arange(rows.start, rows.stop)
-    key = torch.arange(keys.start, keys.stop)
+    row = torch.arange(rows.start, rows.stop, device=part.q.device)
+    key = torch.arange(keys.start, keys.stop, device=part.q.device)
     position = row[:, None] + (part.sequence.seqlen_k - part.sequence.seqlen_q)
     if part.slopes is not None:
         s = s - part.slopes.to(s.dtype)[:, None, None] * (position - key).abs()

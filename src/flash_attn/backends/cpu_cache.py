@@ -55,7 +55,7 @@ def _places(
     of them have a place there: ((first index, second index), (places,) positions among the rows).
     """
     table, cache_row = problem.layout.page_table, problem.layout.cache_batch_idx
-    rows = first + torch.arange(count)
+    rows = first + torch.arange(count, device=problem.k.device)
     row = index if cache_row is None else int(cache_row[index])
     exists = 0 <= row < (problem.k if table is None else table).shape[0]
     fits = ((rows >= 0) & (rows < problem.max_seqlen_k) & exists).nonzero()[:, 0]

@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..errors import ConstraintError
 from . import eager, ops, problem_ops, repeated
+from .arguments import is_autocast_enabled
+from .derivatives import first_order
 from .outputs import last_dim_contiguous
 
 
@@ -118,19 +119,23 @@ def _restore(ctx: Any) -> tuple[tuple[Tensor, ...], Options]:
 
 
 class Attention(torch.autograd.Function):
-    """(q, k, v) -> (out, softmax_lse, s_dmask); only ``out`` is differentiable."""
+    """(q, k, v) -> (out, softmax_lse, s_dmask, rng_state); only ``out`` is differentiable."""
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, options: Options, return_softmax: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        out, lse, s_dmask, rng_state = run_forward(q, k, v, options, return_softmax)
-        _save(ctx, (q, k, v, out, lse, rng_state), options)
-        ctx.mark_non_differentiable(lse, s_dmask)
-        return out, lse, s_dmask
+        q: Tensor, k: Tensor, v: Tensor, options: Options, return_softmax: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return run_forward(q, k, v, options, return_softmax)
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        q, k, v, options, _ = inputs
+        out, lse, s_dmask, rng_state = output
+        _save(ctx, (q, k, v, out, lse, rng_state), options)
+        ctx.mark_non_differentiable(lse, s_dmask, rng_state)
+
+    @staticmethod
+    @first_order
     def backward(ctx: Any, dout: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         saved, options = _restore(ctx)
         grads = tuple(torch.empty_like(x) for x in saved[:3])
@@ -139,36 +144,43 @@ class Attention(torch.autograd.Function):
 
 
 class PackedAttention(torch.autograd.Function):
-    """(q or None, packed) -> (out, softmax_lse, s_dmask) for qkv or kv packed in one tensor.
+    """(q or None, packed) -> (out, softmax_lse, s_dmask, rng_state) for qkv or kv in one tensor.
 
     The packed dimension is the third from last: 3 for qkv, 2 for kv.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor | None, packed: Tensor, options: Options, return_softmax: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        parts = packed.unbind(-3)
-        q_part, k, v = parts if q is None else (q, *parts)
-        out, lse, s_dmask, rng_state = run_forward(q_part, k, v, options, return_softmax)
-        _save(ctx, (q_part, k, v, out, lse, rng_state), options)
-        ctx.q_is_packed, ctx.packed_shape = q is None, packed.shape
-        ctx.mark_non_differentiable(lse, s_dmask)
-        return out, lse, s_dmask
+        q: Tensor | None, packed: Tensor, options: Options, return_softmax: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return run_forward(*_unpacked(q, packed), options, return_softmax)
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        q, packed, options, _ = inputs
+        out, lse, s_dmask, rng_state = output
+        ctx.q_is_packed = q is None
+        own = () if q is None else (q,)
+        _save(ctx, (*own, packed, out, lse, rng_state), options)
+        ctx.mark_non_differentiable(lse, s_dmask, rng_state)
+
+    @staticmethod
+    @first_order
     def backward(ctx: Any, dout: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        saved, options = _restore(ctx)
-        dpacked = saved[0].new_empty(ctx.packed_shape)
-        parts = dpacked.unbind(-3)
-        if ctx.q_is_packed:
-            dq, grads = None, parts
-        else:
-            dq = torch.empty_like(saved[0])
-            grads = (dq, *parts)
-        _run_backward(dout, saved, grads, options)
+        (*own, packed, out, lse, rng_state), options = _restore(ctx)
+        q = None if ctx.q_is_packed else own[0]
+        dpacked = packed.new_empty(packed.shape)
+        dq = None if q is None else torch.empty_like(q)
+        saved = (*_unpacked(q, packed), out, lse, rng_state)
+        _run_backward(dout, saved, _unpacked(dq, dpacked), options)
         return (dq, dpacked, None, None)
+
+
+def _unpacked(q: Tensor | None, packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v as views: all of ``packed``, or ``q`` and the two of ``packed``."""
+    parts = packed.unbind(-3)
+    q_part, k, v = parts if q is None else (q, *parts)
+    return q_part, k, v
 
 
 class RepeatedAttention(torch.autograd.Function):
@@ -184,7 +196,7 @@ class RepeatedAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, softmax_lse = ctx.saved_tensors
         grads = (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
@@ -224,7 +236,7 @@ def repeat_dense(q: Tensor, k: Tensor, v: Tensor, arguments: tuple[Any, ...]) ->
         return None
     if known is None:
         return None
-    if q.dtype is torch.float32 and torch.is_autocast_enabled(q.device.type):
+    if q.dtype is torch.float32 and is_autocast_enabled(q.device.type):
         return None
     solve = repeated.find_plain(known.values, (q, k, v))
     if solve is None:
@@ -259,7 +271,7 @@ def attention(
     """(out, softmax_lse, s_dmask), recorded for autograd only if a gradient can be asked for."""
     q, k, v = last_dim_contiguous(q), last_dim_contiguous(k), last_dim_contiguous(v)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return Attention.apply(q, k, v, options, return_softmax)
+        return Attention.apply(q, k, v, options, return_softmax)[:3]
     return run_forward(q, k, v, options, return_softmax)[:3]
 
 
@@ -294,7 +306,5 @@ def packed_attention(
     q = None if q is None else last_dim_contiguous(q)
     needs_grad = packed.requires_grad or (q is not None and q.requires_grad)
     if torch.is_grad_enabled() and needs_grad:
-        return PackedAttention.apply(q, packed, options, return_softmax)
-    parts = packed.unbind(-3)
-    q_part, k, v = parts if q is None else (q, *parts)
-    return run_forward(q_part, k, v, options, return_softmax)[:3]
+        return PackedAttention.apply(q, packed, options, return_softmax)[:3]
+    return run_forward(*_unpacked(q, packed), options, return_softmax)[:3]

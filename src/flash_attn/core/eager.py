@@ -11,6 +11,8 @@ import logging
 import torch
 from torch import Tensor
 
+from .derivatives import takes_tangents
+
 logger = logging.getLogger("flash_attn")
 
 # PyTorch has no public names for these.
@@ -27,7 +29,7 @@ except AttributeError as error:
 
 
 def nobody_watches() -> bool:
-    """Whether no compiler, mode, function transform, tracer or profiler is at work."""
+    """Whether no compiler, mode, function transform, tangent, tracer or profiler is at work."""
     return CAN_TELL and not (
         torch.compiler.is_compiling()
         or _dispatch_modes()
@@ -35,6 +37,7 @@ def nobody_watches() -> bool:
         or _transforms() is not None
         or _tracing() is not None
         or _profiling()
+        or takes_tangents()
     )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..errors import ConstraintError
 from . import problem_ops
+from .derivatives import first_order
 from .hopper import BackwardArguments, ForwardArguments, fake_result, solve, solve_backward
 from .outputs import last_dim_contiguous, softmax_d_shape
 
@@ -98,6 +99,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.mark_non_differentiable(*output[1:])
 
 
+@first_order
 def _differentiate(ctx: Any, dout: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     if ctx.has_cache:
         raise ConstraintError(

@@ -24,6 +24,7 @@ from .validate import (
     check_device,
     check_flash_2,
     check_index,
+    check_integer,
     check_last_stride,
     check_like,
     check_problem,
@@ -98,11 +99,11 @@ def attend_with_kvcache(
         problem = problem._replace(q=_rotate_queries(problem, rotary))
     if k_new.numel():
         writer.append_kv(problem, k_new, v_new, lengths, cu_seqlens_k_new)
-    longer = problem.layout._replace(seqused_k=lengths + _new_lengths(update))
+    longer = problem.layout._replace(seqused_k=lengths + new_lengths(update))
     return attend(problem._replace(layout=longer), out)
 
 
-def _new_lengths(update: CacheUpdate) -> Tensor | int:
+def new_lengths(update: CacheUpdate) -> Tensor | int:
     """How many new keys each sequence has, by the same clamping as where they are written."""
     k_new = update.k
     if k_new is None:
@@ -171,7 +172,13 @@ def _check_shapes(problem: AttentionProblem) -> None:
     for x, name in ((k, "k_cache"), (v, "v_cache")):
         check_tensor(x, name, 4, "(batch_size_cache, seqlen_cache, nheads_k, headdim) or, with "
                      "`block_table`, (num_blocks, page_block_size, nheads_k, headdim)")  # fmt: skip
+        check_like(x, name, q)
         check_last_stride(x, name)
+    if k.shape[0] != problem.batch_size and layout.page_table is layout.cache_batch_idx is None:
+        raise ConstraintError(
+            f"`k_cache` must have batch size {problem.batch_size} like `q`, found {k.shape[0]}; "
+            "`cache_batch_idx` chooses rows of a larger one"
+        )
     rows = problem.batch_size if layout.cache_batch_idx is None else None
     check_index(layout.page_table, "block_table", q, (rows, None))
     check_index(layout.seqused_k, "cache_seqlens", q, (problem.batch_size,))
@@ -205,6 +212,12 @@ def _check_new(problem: AttentionProblem, update: CacheUpdate) -> None:
         )
         require(fits, f"`{name}` must have shape {_text(wanted)}, found {tuple(x.shape)}")
         check_last_stride(x, name)
+    for x, name in ((problem.k, "k_cache"), (problem.v, "v_cache")):
+        if any(size > 1 and step == 0 for size, step in zip(x.shape, x.stride(), strict=True)):
+            raise ConstraintError(
+                f"`{name}` is written to and must not be expanded, found strides {x.stride()}; "
+                "`cache_batch_idx` lets sequences share a row"
+            )
     seqlen_new = k_new.shape[-3]
     if seqlen_new != v_new.shape[-3]:
         raise ConstraintError(
@@ -228,18 +241,22 @@ def _check_contents(problem: AttentionProblem, update: CacheUpdate, lengths: Ten
         return
     if update.cu_seqlens is not None:
         check_cu_seqlens(update.cu_seqlens.tolist(), "cu_seqlens_k_new", update.k.shape[0])
-    new = _new_lengths(update)
-    longest = int((lengths + new).max())
+    new = new_lengths(update)
+    check_room(problem, int((lengths + new).max()))
+    if update.rotary_cos is not None and update.rotary_seqlens is not None:
+        last = update.rotary_seqlens + new
+        check_range(update.rotary_seqlens, "rotary_seqlens", 0, update.rotary_cos.shape[0])
+        check_range(last, "rotary_seqlens plus the new keys", 0, update.rotary_cos.shape[0])
+
+
+def check_room(problem: AttentionProblem, longest: int) -> None:
+    """The cache holds ``longest`` keys of a sequence."""
     where = "block_table" if problem.is_paged else "k_cache"
     require(
         longest <= problem.max_seqlen_k,
         f"`{where}` has room for {problem.max_seqlen_k} keys a sequence, but `cache_seqlens` and "
         f"the new keys need {longest}",
     )
-    if update.rotary_cos is not None and update.rotary_seqlens is not None:
-        last = update.rotary_seqlens + new
-        check_range(update.rotary_seqlens, "rotary_seqlens", 0, update.rotary_cos.shape[0])
-        check_range(last, "rotary_seqlens plus the new keys", 0, update.rotary_cos.shape[0])
 
 
 def _check_rotary(problem: AttentionProblem, update: CacheUpdate) -> None:
@@ -335,7 +352,28 @@ def lengths_tensor(
 
     ``batch_size`` is given where q is packed.
     """
-    if isinstance(cache_seqlens, int):
-        rows = q.shape[0] if batch_size is None else batch_size
-        return torch.full((rows,), cache_seqlens, dtype=torch.int32, device=q.device)
-    return cache_seqlens
+    if cache_seqlens is None or isinstance(cache_seqlens, Tensor):
+        return cache_seqlens
+    try:
+        length = check_integer(cache_seqlens, "cache_seqlens")
+    except ConstraintError:
+        raise ConstraintError(
+            "`cache_seqlens` must be an integer or an int32 tensor of shape (batch_size,), found "
+            f"{type(cache_seqlens).__name__}"
+        ) from None
+    require(
+        0 <= length < 2**31, f"`cache_seqlens` must be between 0 and {2**31 - 1}, found {length}"
+    )
+    rows = q.shape[0] if batch_size is None else batch_size
+    return torch.full((rows,), length, dtype=torch.int32, device=q.device)
+
+
+def check_host_lengths(
+    cache_seqlens: Tensor | int | None, problem: AttentionProblem, update: CacheUpdate
+) -> None:
+    """A length on the host, unlike those on a device, can be compared with what the cache holds."""
+    if cache_seqlens is None or isinstance(cache_seqlens, Tensor):
+        return
+    packed = update.k is None or update.cu_seqlens is not None
+    new = 0 if update.k is None or packed else update.k.shape[1]
+    check_room(problem, cache_seqlens + new)

@@ -23,7 +23,7 @@ from .problem import (
     make_transform,
 )
 from .rng import new_state, placeholder_state
-from .validate import check_flash_2, check_same_headdim
+from .validate import check_device, check_flash_2, check_same_headdim
 
 NAMESPACE = "flash_attn"
 
@@ -99,6 +99,9 @@ def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
 
 def _fake_result(problem: AttentionProblem) -> tuple[Tensor, ...]:
     q = problem.q
+    # One tensor on the meta device brings a call on real ones here, where nothing is computed.
+    check_device(problem.k, "k", q)
+    check_device(problem.v, "v", q)
     return (
         torch.empty_like(q),
         q.new_empty(problem.lse_shape, dtype=torch.float32),

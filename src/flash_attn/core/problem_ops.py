@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .attend import attend_backward, operator_outputs
+from .derivatives import first_order
 from .kvcache import CacheUpdate, attend_with_kvcache, check_update
 from .outputs import last_dim_contiguous, s_dmask_shape, softmax_d_shape
 from .problem import (
@@ -27,6 +27,7 @@ from .problem import (
     SequenceLayout,
     Visibility,
 )
+from .validate import check_device
 
 # Arguments of both operators in the order of :func:`flatten`.
 _ARGUMENTS = (
@@ -88,6 +89,8 @@ def _forward(*flat: Any) -> tuple[Tensor, ...]:
 def _forward_fake(*flat: Any) -> tuple[Tensor, ...]:
     problem = unflatten(flat)
     q = problem.q
+    check_device(problem.k, "k", q)
+    check_device(problem.v, "v", q)
     if problem.out_shape == tuple(q.shape):
         out = torch.empty_like(q, dtype=problem.result_dtype)
     else:
@@ -159,22 +162,28 @@ _AT = _Differentiable()
 
 
 class Attention(torch.autograd.Function):
-    """Flattened problem -> (out, softmax_lse, s_dmask).
+    """Flattened problem -> (out, softmax_lse, s_dmask, rng_state).
 
     The tensors that have gradients come first, all others and the numbers follow.
     """
 
     @staticmethod
-    def forward(ctx: Any, differentiable_lse: bool, *flat: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(differentiable_lse: bool, *flat: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         out, lse, s_dmask, rng_state = forward(*flat)
-        _save(ctx, flat, out, lse, rng_state)
-        ctx.mark_non_differentiable(*([] if differentiable_lse else [lse]), s_dmask)
-        return out, lse, s_dmask
+        return out, lse, s_dmask, rng_state
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        differentiable_lse, *flat = inputs
+        out, lse, s_dmask, rng_state = output
+        _save(ctx, flat, out, lse, rng_state)
+        constant = [s_dmask, rng_state] if differentiable_lse else [lse, s_dmask, rng_state]
+        ctx.mark_non_differentiable(*constant)
+
+    @staticmethod
+    @first_order
     def backward(
-        ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: Any
+        ctx: Any, dout: Tensor | None, dlse: Tensor | None, *_: Any
     ) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad[1:]
         return (None, *_differentiate(_restore(ctx), needed, dout, dlse))
@@ -229,6 +238,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.mark_non_differentiable(s_dmask, rng_state)
 
 
+@first_order
 def _formula(ctx: Any, dout: Tensor | None, dlse: Tensor | None, *_: Any) -> tuple[Any, ...]:
     return tuple(_differentiate(_restore(ctx), ctx.needs_input_grad, dout, dlse))
 
@@ -262,8 +272,8 @@ def solve(
     if torch.is_grad_enabled() and any(
         isinstance(flat[at], Tensor) and flat[at].requires_grad for at in _AT
     ):
-        result: tuple[Tensor, Tensor, Tensor] = Attention.apply(differentiable_lse, *flat)
-        return result
+        out, lse, s_dmask, _ = Attention.apply(differentiable_lse, *flat)
+        return out, lse, s_dmask
     out, lse, s_dmask, _ = forward(*flat)
     return out, lse, s_dmask
 
@@ -278,7 +288,7 @@ def solve_with_kvcache(problem: AttentionProblem, update: CacheUpdate) -> tuple[
         ConstraintError: an argument is wrong.
         UnsupportedProblemError: no permitted backend computes it.
     """
-    if not _is_traced():
+    if not _is_traced(problem.q):
         with torch.no_grad():
             result = _append_and_attend(problem, update)
         return result.out, result.softmax_lse
@@ -289,6 +299,6 @@ def solve_with_kvcache(problem: AttentionProblem, update: CacheUpdate) -> tuple[
     return results[0], results[1]
 
 
-def _is_traced() -> bool:
-    """Whether anything looks at operators: compilation, export, fake tensors, counters."""
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+def _is_traced(q: Tensor) -> bool:
+    """Whether anything looks at operators: compilation, export, fake or meta tensors, counters."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or q.is_meta

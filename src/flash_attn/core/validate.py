@@ -5,6 +5,7 @@ Every message names the argument, what it must be and what was found.
 
 from __future__ import annotations
 
+import math
 import operator
 from typing import Any
 
@@ -114,15 +115,23 @@ def check_number(x: Any, name: str) -> Any:
     if isinstance(x, Tensor):
         require(x.numel() == 1, f"`{name}` must be a number, found shape {tuple(x.shape)}")
         return x
-    try:
-        return float(x)
-    except (TypeError, ValueError):
-        raise ConstraintError(f"`{name}` must be a number, found {type(x).__name__}") from None
+    # Of other libraries, like NumPy's. Not text, which float() would read.
+    if not hasattr(type(x), "__float__"):
+        raise ConstraintError(f"`{name}` must be a number, found {type(x).__name__}")
+    return float(x)
+
+
+def check_switch(x: Any, name: str) -> Any:
+    """``x`` is a bool, or what stands for one: None, an integer, a tensor, NumPy's."""
+    if x is None or isinstance(x, (bool, int, Tensor)) or type(x).__name__ in ("bool", "bool_"):
+        return x
+    raise ConstraintError(f"`{name}` must be True or False, found {x!r}")
 
 
 def check_integer(x: Any, name: str) -> Any:
     """``x`` as the operators take it: an integer of 64 bits."""
-    if isinstance(x, torch.SymInt):
+    # While a program is traced, an integer may stand for one that only the device knows.
+    if isinstance(x, torch.SymInt) or (isinstance(x, int) and torch.compiler.is_compiling()):
         return x
     try:
         x = operator.index(x)
@@ -194,6 +203,8 @@ def _check_layout(problem: AttentionProblem) -> None:
 
 def _check_scores(problem: AttentionProblem) -> None:
     transform, dropout_p, q = problem.transform, problem.dropout_p, problem.q
+    for name, x in (("softmax_scale", transform.softmax_scale), ("softcap", transform.softcap)):
+        require(math.isfinite(x), f"`{name}` must be finite, found {x}")
     require(0.0 <= dropout_p < 1.0, f"`dropout_p` must be in [0, 1), found {dropout_p}")
     if transform.softcap > 0.0 and dropout_p > 0.0:
         raise ConstraintError(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.arguments import window_pair
 from ..core.validate import require
 from ..flash_attn_interface import (
     flash_attn_func,
@@ -392,6 +393,7 @@ class FlashAttention(_FlashModule):
                 f"`alibi_slopes` must have shape ({num_heads},) or (batch_size, {num_heads}), "
                 f"found {tuple(alibi_slopes.shape)}",
             )
+        window_pair(window_size)
         super().__init__(dropout, alibi_slopes, "dropout")
         self.num_heads = num_heads
         self.head_dim = head_dim

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from ..core.derivatives import first_order
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -87,7 +88,7 @@ class _SwiGLU(torch.autograd.Function):
         return swiglu_fwd(x, y)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
         x, y = ctx.saved_tensors
         dx, dy = swiglu_bwd(x, y, g)

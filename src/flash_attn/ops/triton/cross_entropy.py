@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ...core.derivatives import first_order
 from ...core.toolchain import explains_toolchain
 from ...errors import ConstraintError
 
@@ -205,7 +205,7 @@ class _CrossEntropy(torch.autograd.Function):
         return losses, z_losses
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, dlosses: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         logits, labels, lse = ctx.saved_tensors
         out = logits if ctx.inplace_backward else torch.empty_like(logits)

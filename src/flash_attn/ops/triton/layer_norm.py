@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ...core.derivatives import first_order
 from ...core.toolchain import explains_toolchain
 from ...errors import ConstraintError
 
@@ -316,7 +316,7 @@ class _NormFn(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         saved = _Saved(*ctx.saved_tensors)
         saved = saved._replace(normalised=saved.normalised.reshape(-1, ctx.shape[-1]))

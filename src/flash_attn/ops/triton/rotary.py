@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...core.arguments import check_optional
 from ...core.rotary import check_rotary, rotate
 
 __all__ = ["apply_rotary"]
@@ -55,8 +56,9 @@ def apply_rotary(
     Raises:
         ConstraintError: an argument has a wrong shape, dtype, device, layout or value.
     """
-    if x.device.type == "cpu":
-        return _apply_on_cpu(
+    check_optional(x=x, cos=cos, sin=sin)
+    if x.device.type in ("cpu", "meta"):
+        return _apply_in_torch(
             x, cos, sin, seqlen_offsets, cu_seqlens, max_seqlen, interleaved, inplace, conjugate
         )
     if torch.compiler.is_compiling():
@@ -72,7 +74,7 @@ def apply_rotary(
 
 
 @torch.no_grad()
-def _apply_on_cpu(
+def _apply_in_torch(
     x: Tensor,
     cos: Tensor,
     sin: Tensor,
