@@ -164,12 +164,12 @@ def uninitialised_memory_is_nan() -> Iterator[None]:
 STEPS = ["_launch_row_statistics", "_launch_dkdv", "_launch_dq"]
 
 
-def delay(monkeypatch: pytest.MonkeyPatch, step: str) -> None:
-    """Let the portable backward pass run on two streams, and ``step`` start milliseconds later."""
+def delay(monkeypatch: pytest.MonkeyPatch, step: str, cycles: int = 20_000_000) -> None:
+    """Let the portable backward pass run on two streams, and ``step`` start ``cycles`` later."""
     launch = getattr(launch_backward, step)
 
     def late(*arguments: object) -> None:
-        torch.cuda._sleep(20_000_000)
+        torch.cuda._sleep(cycles)
         launch(*arguments)
 
     monkeypatch.setattr(launch_backward, step, late)
@@ -197,7 +197,8 @@ def test_a_stream_that_does_not_wait_is_noticed(monkeypatch: pytest.MonkeyPatch,
     """That the test above can fail."""
     call = dense()
     want = call()
-    delay(monkeypatch, step)
+    # Half a second, which the host does not lose on its way to the copy even if it is busy.
+    delay(monkeypatch, step, 1_000_000_000)
     monkeypatch.setattr(torch.cuda.Stream, "wait_stream", lambda self, other: None)
     got = call()
     early = [x.cpu() for x in got]

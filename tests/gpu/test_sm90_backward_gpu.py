@@ -29,7 +29,6 @@ from support import (
 )
 
 import flash_attn
-from flash_attn.backends import sm90
 from flash_attn.backends.sm90 import launch_backward
 from flash_attn.backends.sm90.plans_backward import BackwardPlan, plan_backward
 from flash_attn.core import problem_ops, reference, registry
@@ -53,7 +52,6 @@ MASKS: dict[str, dict[str, Any]] = {
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     if torch.version.hip is not None or torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs a GPU of compute capability 9.0")
-    monkeypatch.setattr(sm90, "OFFERS_GRADIENTS", True)
 
 
 def arguments_of(inputs: Inputs, results: Any = None) -> tuple[Any, BackwardInputs]:

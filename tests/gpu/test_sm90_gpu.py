@@ -13,7 +13,6 @@ from torch import Tensor
 
 import flash_attn
 from flash_attn import use_backend
-from flash_attn.backends import sm90
 from flash_attn.core import reference, registry, repeated
 from flash_attn.core.device import arch_of
 from flash_attn.core.problem import (
@@ -408,7 +407,6 @@ def test_each_pass_takes_the_results_of_the_other(
     monkeypatch, forward_by, backward_by, seqlens
 ) -> None:
     """Also of rows that see no key, of which the second shape has some."""
-    monkeypatch.setattr(sm90, "OFFERS_GRADIENTS", True)
     inputs = support.dense("cuda", torch.bfloat16, 2, seqlens, (4, 2), 64, causal=True)
     leaves = [x.clone().requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
     with use_backend(forward_by):

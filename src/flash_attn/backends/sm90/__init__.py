@@ -28,9 +28,6 @@ from .refusal import reports_refusal
 _FEW_QUERIES = 64
 _INTERPRETED = bool(knobs.runtime.interpret)
 
-# Whether the backward kernels are offered. In their present state they ran in the CPU model alone.
-OFFERS_GRADIENTS = True
-
 
 class Sm90Backend:
     """Float16 and bfloat16 with dense and packed layouts; see the reasons for what is left out."""
@@ -44,8 +41,6 @@ class Sm90Backend:
         if plan.is_overridden():
             return ["has no use for the overridden plans, which are the portable kernels'"]
         if backward:
-            if not OFFERS_GRADIENTS:
-                return ["its backward kernels are on trial: another backend takes the results"]
             return _gradients_of(problem).unsupported_backward(problem)
         return [*_tensor_reasons(problem), *_feature_reasons(problem)]
 
