@@ -65,17 +65,19 @@ def variants() -> list[Variant]:
     d128 = {"block_m": 64, "block_d": 128, "eager_dv": True, "ahead": 2}
     house = {"housekeeping": True}
     house64 = {"housekeeping": True, "registers": 200, "other_registers": 40}
-    ordered = {"deterministic": True}
-    last_first = {"deterministic": True, "is_reversed": True}
+    ordered = {"deterministic": True, "adder": True, "dq_slots": 4}
+    ordered128 = {**ordered, "in_flight": 1}
+    ordered64 = {**ordered, "in_flight": 2}
+    last_first = {"is_reversed": True}
     return [
         Variant("d128 house", 128, {**d128, **house}),
         Variant("d64 house", 64, {**d64, **house64}),
-        Variant("d128 ordered", 128, {**d128, **ordered}),
-        Variant("d64 ordered", 64, {**d64, **ordered}),
-        Variant("d128 reversed", 128, {**d128, **last_first}),
-        Variant("d64 eager reversed", 64, {**eager, **last_first}),
-        Variant("d128 house reversed", 128, {**d128, **house, **last_first}),
-        Variant("d64 eager house reversed", 64, {**eager, **house64, **last_first}),
+        Variant("d128 ordered", 128, {**d128, **ordered128}),
+        Variant("d64 ordered", 64, {**d64, **ordered64}),
+        Variant("d128 reversed", 128, {**d128, **ordered128, **last_first}),
+        Variant("d64 eager reversed", 64, {**eager, **ordered64, **last_first}),
+        Variant("d128 house reversed", 128, {**d128, **ordered128, **house, **last_first}),
+        Variant("d64 eager house reversed", 64, {**eager, **ordered64, **house64, **last_first}),
         Variant("d128", 128, d128),
         Variant("d64", 64, d64),
         *wide_variants(),
@@ -524,11 +526,11 @@ def as_packed(problem: Any, inputs: Any) -> tuple[Any, Any]:
 
 # ------------------------------------------------------------------------------------------ parent
 class Process:
-    """A child whose events arrive in a queue."""
+    """A child, of this script or another one, whose events arrive in a queue."""
 
-    def __init__(self, role: str) -> None:
+    def __init__(self, role: str, script: Path = Path(__file__)) -> None:
         self.child = subprocess.Popen(
-            [sys.executable, str(Path(__file__).resolve()), "--role", role],
+            [sys.executable, str(script.resolve()), "--role", role],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             start_new_session=True, env={**os.environ, "PYTHONUNBUFFERED": "1"},
         )  # fmt: skip

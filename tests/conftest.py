@@ -57,13 +57,13 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     Under pytest-xdist another worker takes over, and the test is reported as having crashed.
     """
     report = yield
-    if call.excinfo is not None and FATAL_GPU_ERROR.search(str(call.excinfo.value)):
-        if gpu_is_lost():
-            message = f"the GPU is lost to this process since {item.nodeid}: {call.excinfo.value}"
-            if "PYTEST_XDIST_WORKER" in os.environ:
-                print(message, file=sys.__stderr__, flush=True)  # noqa: T201
-                os._exit(1)
-            pytest.exit(message, 1)
+    error = "" if call.excinfo is None else str(call.excinfo.value)
+    if FATAL_GPU_ERROR.search(error) and gpu_is_lost():
+        message = f"the GPU is lost to this process since {item.nodeid}: {error}"
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            print(message, file=sys.__stderr__, flush=True)  # noqa: T201
+            os._exit(1)
+        pytest.exit(message, 1)
     return report
 
 

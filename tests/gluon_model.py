@@ -10,7 +10,9 @@ possible interleaving, and a run finds
 * shared memory written while TMA or a warpgroup MMA still reads or writes it;
 * results of a product used before they were waited for;
 * shared memory handed to the asynchronous proxy (TMA, MMA) without a fence after it was written;
-* barriers completed too often, and waits that miss a phase.
+* barriers completed too often, and waits that miss a phase;
+* in kernels with DETERMINISTIC, additions to global memory in another order than that of the
+  programs' numbers, or started before the one that they follow is in memory.
 
 What it does not model: registers, bank conflicts, the barriers that the compiler itself adds, and
 warps of one warpgroup apart from each other.
@@ -346,7 +348,7 @@ class Agent:
                     work()
                 if self.products:
                     raise ModelError("ends with products that nobody waited for")
-                if any(not one.is_done for one in self.stores):
+                if any(not one.is_read for one in self.stores):
                     raise ModelError("ends while TMA reads its shared memory")
         except _Stop:
             pass
@@ -380,10 +382,23 @@ class _Stop(BaseException):
 
 
 class Transfer:
-    """Something that TMA is asked to do."""
+    """Something that TMA is asked to do: in parts, between which others happen."""
 
-    def __init__(self, finish: Callable[[], None]) -> None:
-        self.finish, self.is_done = finish, False
+    def __init__(self, *parts: Callable[[], None]) -> None:
+        self.parts = list(parts)
+
+    def go_on(self) -> None:
+        """Do the next part."""
+        self.parts.pop(0)()
+
+    @property
+    def is_done(self) -> bool:
+        return not self.parts
+
+    @property
+    def is_read(self) -> bool:
+        """Of two parts, reading shared memory is done."""
+        return len(self.parts) < 2
 
 
 _CURRENT = threading.local()
@@ -397,9 +412,11 @@ def here() -> Agent:
 class Machine:
     """Runs programs, ``resident`` at a time, in the order of their numbers."""
 
-    def __init__(self, seed: int, resident: int) -> None:
+    def __init__(self, seed: int, resident: int, is_ordered: bool) -> None:
         self.random = random.Random(seed)
-        self.resident = resident
+        self.resident, self.is_ordered = resident, is_ordered
+        # The latest addition to each place of global memory, and whose it is.
+        self.additions: dict[Any, tuple[int, Transfer]] = {}
         self.tma_speed = self.random.choice((0.01, 0.3))
         self.turn_over = threading.Semaphore(0)
         self.agents: list[Agent] = []
@@ -435,8 +452,9 @@ class Machine:
         able = [agent for agent in self.agents if agent.ready()]
         if self.transfers and (not able or self.random.random() < self.tma_speed):
             transfer = self.transfers.pop(self.random.randrange(len(self.transfers)))
-            transfer.finish()
-            transfer.is_done = True
+            transfer.go_on()
+            if not transfer.is_done:
+                self.transfers.append(transfer)
             return
         if not able:
             names = ", ".join(f"{a.name} of program {a.program}" for a in self.agents)
@@ -449,10 +467,20 @@ class Machine:
             if agent.error is not None:
                 raise agent.error
 
-    def ask_tma(self, finish: Callable[[], None]) -> Transfer:
-        transfer = Transfer(finish)
+    def ask_tma(self, *parts: Callable[[], None]) -> Transfer:
+        transfer = Transfer(*parts)
         self.transfers.append(transfer)
         return transfer
+
+    def note_addition(self, place: Any, program: int, transfer: Transfer) -> None:
+        """A program adds to a place."""
+        if self.is_ordered and place in self.additions:
+            before, earlier = self.additions[place]
+            if before >= program:
+                raise ModelError(f"program {program} adds after program {before}")
+            if not earlier.is_done:
+                raise ModelError("an addition while the one before it may still be on its way")
+        self.additions[place] = (program, transfer)
 
 
 # ---------------------------------------------------------------------------- stand-ins for Triton
@@ -505,22 +533,32 @@ def _tma_load(desc: Descriptor, at: list[int], barrier: Barrier, target: Memory)
 
 def _tma_out(add: bool) -> Callable[..., None]:
     def start(desc: Descriptor, at: list[int], source: Memory) -> None:
-        here().pause()
+        agent = here()
+        agent.pause()
         source.read_begins()
+        block: list[np.ndarray] = []
 
-        def finish() -> None:
-            desc.write(at, source.data.copy(), add)
+        def read() -> None:
+            block.append(source.data.copy())
             source.read_ends()
 
-        here().stores.append(here().machine.ask_tma(finish))
+        transfer = agent.machine.ask_tma(read, lambda: desc.write(at, block[0], add))
+        agent.stores.append(transfer)
+        if add:
+            place = (desc.flat.data_ptr(), *map(int, at))
+            agent.machine.note_addition(place, agent.program, transfer)
 
     return start
 
 
 def _store_wait(pendings: int) -> None:
+    """Shared memory is read, but by the last ``pendings``."""
+    _wait_for_stores(pendings, lambda one: one.is_read)
+
+
+def _wait_for_stores(pendings: int, is_over: Callable[[Transfer], bool]) -> None:
     agent = here()
-    agent.pause(lambda: sum(not one.is_done for one in agent.stores[: len(agent.stores)
-                            - pendings]) == 0)  # fmt: skip
+    agent.pause(lambda: all(map(is_over, agent.stores[: max(0, len(agent.stores) - pendings)])))
     # A later one counts among the last ``pendings`` also when it is done before an earlier one.
     while agent.stores and agent.stores[0].is_done:
         agent.stores.pop(0)
@@ -550,13 +588,13 @@ def _instruction(text: str, _: str = "", arguments: Any = (), **__: Any) -> Any:
         here().sleep()
     if text.startswith(("ld.acquire", "ld.relaxed")):
         return Int(here().look(arguments[0]))
-    if "red.release" in text:
+    if "red.relaxed" in text:
         for _warp in range(here().warps):
             here().pause()
             counter = arguments[0]
             counter.store(int(counter.load(None, 0)) + 1, None)
     if text.startswith("cp.async.bulk.wait_group"):
-        _store_wait(int(text.split()[1].rstrip(";")))
+        _wait_for_stores(int(text.split()[1].rstrip(";")), lambda one: one.is_done)
     if "vote.sync.any" in text:  # the larger where it is past a limit; whether it is anywhere
         kept, new, limit = (np.asarray(x) for x in arguments)
         here().has_moved = bool((new > limit).any())
@@ -778,4 +816,5 @@ def run_launch(
         here().memories = []
         function(*positional, **named)
 
-    Machine(seed, resident).run(kernel, launch.grid[0])
+    is_ordered = bool(launch.keywords.get("DETERMINISTIC", False))
+    Machine(seed, resident, is_ordered).run(kernel, launch.grid[0])

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import aot
@@ -18,6 +19,7 @@ import torch
 from triton import knobs
 
 from flash_attn.backends.sm90 import launch_backward
+from flash_attn.backends.sm90.plans_backward import plan_ordered
 from flash_attn.core.problem import (
     DENSE,
     AttentionProblem,
@@ -40,8 +42,8 @@ VISIBILITIES = {
 SHAPES = {"usual": (2, 2048, 4), "ones": (1, 1, 1), "odd": (3, 77, 3)}
 
 
-def launches(case: Case, headdim: int) -> list[aot.Launch]:
-    """The kernel calls of one backward."""
+def launches(case: Case, headdim: int) -> Iterator[tuple[str, aot.Launch]]:
+    """The kernel calls of one backward, and of one with sums in order the main one."""
     batch, seqlen, nheads = SHAPES[case.shape]
     dtype = torch.float16 if case.mask == "window" else torch.bfloat16
     places = (batch * seqlen,) if "packed" in case.features else (batch, seqlen)
@@ -59,11 +61,18 @@ def launches(case: Case, headdim: int) -> list[aot.Launch]:
         layout = layout._replace(seqused_q=used, seqused_k=used)
     problem = AttentionProblem(x, x, v, transform, VISIBILITIES[case.mask], layout)
     if launch_backward.unsupported_backward(problem):
-        return []
+        return
     lse = torch.empty(problem.lse_shape, device="meta")
     state = torch.empty(2, dtype=torch.int64, device="meta")
     inputs = BackwardInputs(v, v, lse, x, x, v, state)
-    return aot.record(lambda: launch_backward.backward(problem, inputs), "sm90")
+    one: aot.Launch
+    for one in aot.record(lambda: launch_backward.backward(problem, inputs), "sm90"):
+        yield "in use", one
+    widest = max(headdim, case.headdim_v or 0)
+    plan = plan_ordered(widest, case.mask != "full", seqlen)
+    for one in aot.record(lambda: launch_backward.backward(problem, inputs, plan), "sm90"):
+        if one.name == "attention_backward_sm90":
+            yield "ordered", one
 
 
 class Case(NamedTuple):
@@ -101,9 +110,9 @@ def main() -> None:
     for headdim in map(int, sys.argv[1:]):
         # Other head dims differ in the number of columns alone.
         for case in CASES if headdim in (64, 128) else CASES[:5]:
-            for one in launches(case, headdim):
+            for plan, one in launches(case, headdim):
                 found = aot.compile_launch(one, "sm90")
-                facts = {"kernel": one.name, "headdim": headdim, **case._asdict()}
+                facts = {"kernel": one.name, "plan": plan, "headdim": headdim, **case._asdict()}
                 failures = found.failures("sm90")
                 print(json.dumps({**facts, **found.as_dict(), "failures": failures}), flush=True)
 

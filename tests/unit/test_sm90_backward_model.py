@@ -44,15 +44,25 @@ PLANS = {
     "d128": D128._replace(ahead=0),
 }
 HOUSEKEEPING = {"housekeeping": True, "distance": 0, "section_bytes": 1}
+ADDER = {"adder": True, "dq_slots": 4}
+ORDERED = {**ADDER, "deterministic": True, "in_flight": 1}
 PLANS |= {
     "d64 group housekeeping": D64_GROUP._replace(**HOUSEKEEPING),
     "d128 housekeeping": D128._replace(**HOUSEKEEPING),
-    "d64 group ordered": D64_GROUP._replace(deterministic=True),
-    "d64 ordered": D64._replace(deterministic=True),
-    "d64 ordered housekeeping": D64._replace(**HOUSEKEEPING, deterministic=True),
-    "d128 ordered": D128._replace(deterministic=True),
-    "d128 reversed": D128._replace(deterministic=True, is_reversed=True),
-    "d64 group reversed": D64_GROUP._replace(deterministic=True, is_reversed=True, **HOUSEKEEPING),
+    "d64 group ordered": D64_GROUP._replace(**ORDERED),
+    "d64 group ordered, nothing in flight": D64_GROUP._replace(
+        adder=True, dq_slots=3, deterministic=True
+    ),
+    "d64 ordered": D64._replace(**ORDERED),
+    "d64 ordered housekeeping": D64._replace(**HOUSEKEEPING, **ORDERED),
+    "d128 ordered": D128._replace(**ORDERED),
+    "d128 ordered, two buffers": D128._replace(adder=True, deterministic=True, in_flight=3),
+    "d128 reversed": D128._replace(**ORDERED, is_reversed=True),
+    "d64 group reversed": D64_GROUP._replace(
+        **HOUSEKEEPING, adder=True, deterministic=True, in_flight=2, is_reversed=True
+    ),
+    "d64 group adder": D64_GROUP._replace(**ADDER),
+    "d128 adder": D128._replace(**ADDER),
 }
 FP16 = torch.float16
 KERNELS = ["row_statistics_sm90", "attention_backward_sm90", "finish_dq_sm90"]
@@ -477,10 +487,66 @@ FAULTS = [
         "    turn = 1 + work.first_key // BLOCK_N\n",
     ),
     Fault(
-        "nobody passes its turn",
+        "a program does not wait for its turn",
+        PLANS["d128 ordered"],
+        "            if seen < turn:",
+        "            if turn < 0:",
+    ),
+    Fault(
+        "the last turns do not pass",
         PLANS["d64 group ordered"],
-        "            pass_turn(work, duties.turns, before, TILES - 1)\n    if config.HOUSE",
-        "            pass\n    if config.HOUSE",
+        "range(gl.minimum(work.steps, config.IN_FLIGHT))",
+        "range(0)",
+    ),
+    *(
+        Fault(
+            f"a turn passes before the addition is in memory, {name}: {new}",
+            PLANS[name],
+            "                tma_complete(config.IN_FLIGHT * TILES)\n",
+            f"                {new}\n",
+        )
+        for name in ("d64 group ordered", "d128 ordered")
+        for new in (
+            "tma_complete(config.IN_FLIGHT * TILES + 1)",
+            "tma.store_wait(config.IN_FLIGHT * TILES)",
+            "pass",
+        )
+    ),
+    Fault(
+        "the last turns pass before the additions are in memory",
+        PLANS["d128 ordered"],
+        "        tma_complete(0)\n        for _",
+        "        for _",
+    ),
+    Fault(
+        "a turn passes for the wrong step",
+        PLANS["d64 group ordered"],
+        "                pass_turn(duties, sum_passed)\n",
+        "                pass_turn(duties, sum_row)\n",
+    ),
+    Fault(
+        "the adder gives a buffer back while TMA reads it",
+        PLANS["d128 adder"],
+        "        tma.store_wait(0)\n        for tile",
+        "        for tile",
+    ),
+    Fault(
+        "dq is left where there is no room",
+        PLANS["d64 group adder"],
+        "    shared.dq.wait_empty(use)\n",
+        "",
+    ),
+    Fault(
+        "dq is added before it is there",
+        PLANS["d64 group adder"],
+        "            shared.dq.wait_full(use)\n",
+        "",
+    ),
+    Fault(
+        "dq without a fence",
+        PLANS["d128 adder"],
+        "    fence_async_shared()\n    shared.dq.announce",
+        "    shared.dq.announce",
     ),
     Fault(
         "dS is read before the other consumer wrote it",
@@ -503,8 +569,8 @@ FAULTS = [
     Fault(
         "the buffer of dq is overwritten while TMA reads it",
         D128,
-        "            tma.store_wait(0)\n            add_to_dq",
-        "            add_to_dq",
+        "                tma.store_wait(0)\n                add_to_dq",
+        "                add_to_dq",
     ),
     Fault("two buffers for three", D64_GROUP, "tma.store_wait(1)", "tma.store_wait(2)"),
     Fault(
@@ -541,8 +607,8 @@ FAULTS = [
     Fault(
         "a program leaves while TMA reads its memory",
         D64,
-        "    tma.store_wait(0)\n    if config.HOUSEKEEPING and not",
-        "    if config.HOUSEKEEPING and not",
+        "    tma.store_wait(0)\n    if config.HOUSEKEEPING and not (",
+        "    if config.HOUSEKEEPING and not (",
     ),
     Fault(
         "a mask is off by one",

@@ -132,6 +132,18 @@ def test_a_key_block_without_queries(kernels: Any) -> None:
 
 
 FAULTS = [
+    Fault(
+        "a turn passes before the addition is in memory",
+        D256,
+        "                    tma_complete(2)\n",
+        "                    tma_complete(3)\n",
+    ),
+    Fault(
+        "the last turns pass before the additions are in memory",
+        D256,
+        "            tma_complete(0)\n",
+        "",
+    ),
     Fault("P is overwritten", D256, "        shared.p.wait_empty(i)\n", ""),
     Fault("P is read before it is written", D256, "        shared.p.wait_full(i)\n", ""),
     Fault("dS is overwritten", D256, "        shared.ds.wait_empty(i)\n", ""),
@@ -153,8 +165,8 @@ FAULTS = [
           "tma.store_wait(shared.DQ_SLOTS - 1)", "tma.store_wait(shared.DQ_SLOTS)"),
     Fault("nobody passes its turn", D256, "            count_up(turns + before // ROWS)\n\n",
           "\n"),
-    Fault("a program waits for a later one", D256, "turn = turn_of(work, row)",
-          "turn = turn_of(work, row) + 4"),
+    Fault("a program waits for a later one", D256, "turn = 4 * turn_of(work, row)",
+          "turn = 4 * turn_of(work, row) + 4"),
     Fault("a program leaves while TMA reads its memory", D256,
           "        tma_store(desc, at, ring.data.index(j))\n    tma.store_wait(0)",
           "        tma_store(desc, at, ring.data.index(j))"),

@@ -85,13 +85,17 @@ def tma_complete(PENDING: gl.constexpr):
 
 _COUNT_UP = gl.constexpr(
     "{ .reg .pred is_first; .reg .b32 lane; mov.u32 lane, %laneid; setp.eq.u32 is_first, lane, 0; "
-    "bar.warp.sync 0xffffffff; @is_first red.release.gpu.global.add.s32 [$1], 1; mov.b32 $0, 0; }"
+    "bar.warp.sync 0xffffffff; fence.acq_rel.gpu; "
+    "@is_first red.relaxed.gpu.global.add.s32 [$1], 1; mov.b32 $0, 0; }"
 )
 
 
 @gluon.jit
 def count_up(counter):
-    """Each warp adds 1 to a counter in global memory, behind all that it wrote."""
+    """Each warp adds 1 to a counter in global memory, behind all that it wrote.
+
+    What it does from here on is behind all that it has peeked at.
+    """
     gl.inline_asm_elementwise(_COUNT_UP, "=r,l", [counter], dtype=gl.int32, is_pure=False, pack=1)
 
 

@@ -21,7 +21,8 @@ are already in the registers that the next products read them from. A consumer's
     dQ = half of dS^T k;  dK += dS q;  dQ to shared memory, from where TMA adds it to the sums
 
 DQ_GROUP: a third group computes dQ instead, so that the consumers never wait for each other.
-DETERMINISTIC: the programs add to each tile of dq in the order of their keys, REVERSED from the
+ADDER: a warp of its own has TMA add dQ, and whoever computes it only waits for room to leave it in.
+DETERMINISTIC: the programs add to each block of dq in the order of their keys, REVERSED from the
 last to the first. A program waits only for programs with smaller numbers, which started before it.
 
 AHEAD starts the next step's S before dQ leaves the registers (1) or after (2; with DQ_GROUP there
@@ -172,7 +173,10 @@ def buffers_for(desc, COUNT: gl.constexpr):
 
 @aggregate
 class Shared:
-    """All shared memory. ``lse`` comes with ``q`` and ``delta`` with ``do``, slot by slot."""
+    """All shared memory. ``lse`` comes with ``q`` and ``delta`` with ``do``, slot by slot.
+
+    Only with ADDER are the barriers of ``dq`` used.
+    """
 
     q: Ring
     do: Ring
@@ -181,7 +185,7 @@ class Shared:
     ds: Ring
     lse: gl.shared_memory_descriptor
     delta: gl.shared_memory_descriptor
-    dq: gl.shared_memory_descriptor
+    dq: Ring
 
     @gluon.constexpr_function
     def __init__(self, q, do, k, v, ds, lse, delta, dq):
@@ -207,6 +211,8 @@ class Config:
     AHEAD: gl.constexpr
     DQ_GROUP: gl.constexpr
     HOUSEKEEPING: gl.constexpr
+    ADDER: gl.constexpr
+    IN_FLIGHT: gl.constexpr
     DETERMINISTIC: gl.constexpr
     SOFTCAP: gl.constexpr
     HAS_LEFT: gl.constexpr
@@ -216,9 +222,9 @@ class Config:
     RAGGED: gl.constexpr
 
     @gluon.constexpr_function
-    def __init__(self, BLOCK_M, BLOCK_D, EAGER_DV, AHEAD, DQ_GROUP, HOUSEKEEPING, DETERMINISTIC,
-                 SOFTCAP, HAS_LEFT, HAS_RIGHT, HAS_CHUNK, HAS_ALIBI, RAGGED,
-                 BLOCK_N=128):  # fmt: skip
+    def __init__(self, BLOCK_M, BLOCK_D, EAGER_DV, AHEAD, DQ_GROUP, HOUSEKEEPING, ADDER,
+                 IN_FLIGHT, DETERMINISTIC, SOFTCAP, HAS_LEFT, HAS_RIGHT, HAS_CHUNK, HAS_ALIBI,
+                 RAGGED, BLOCK_N=128):  # fmt: skip
         self.BLOCK_M = gl.constexpr(BLOCK_M)
         self.BLOCK_N = gl.constexpr(BLOCK_N)
         self.BLOCK_D = gl.constexpr(BLOCK_D)
@@ -226,6 +232,8 @@ class Config:
         self.AHEAD = gl.constexpr(AHEAD)
         self.DQ_GROUP = gl.constexpr(DQ_GROUP)
         self.HOUSEKEEPING = gl.constexpr(HOUSEKEEPING)
+        self.ADDER = gl.constexpr(ADDER)
+        self.IN_FLIGHT = gl.constexpr(IN_FLIGHT)
         self.DETERMINISTIC = gl.constexpr(DETERMINISTIC)
         self.SOFTCAP = gl.constexpr(SOFTCAP)
         self.HAS_LEFT = gl.constexpr(HAS_LEFT)
@@ -722,6 +730,12 @@ def dq_operands(work, shared, use, TILE: gl.constexpr):
     return ds.permute([1, 0]), k
 
 
+@gluon.constexpr_function
+def tiles_in_block(config):
+    """64 x 64 tiles of a block's dq."""
+    return (config.BLOCK_M // 64) * (config.BLOCK_D // 64)
+
+
 @gluon.jit
 def tile_of(work, sum_row, TILE: gl.constexpr):
     """The number of a 64 x 64 tile of the sums of dq: the TILE-th of a block's."""
@@ -731,7 +745,7 @@ def tile_of(work, sum_row, TILE: gl.constexpr):
 
 @gluon.jit
 def turn_of(work, row):
-    """How many of another program's warps add to a block of dq before this program does."""
+    """How many other programs add to a block of dq before this one does."""
     BLOCK_N: gl.constexpr = work.config.BLOCK_N
     turn = work.first_key // BLOCK_N
     if work.grid.REVERSED:
@@ -747,35 +761,24 @@ def turn_of(work, row):
         if work.config.HAS_CHUNK:
             first = gl.maximum(first, chunk_of(row + work.shift, work.chunk, work.phase))
         turn -= first // BLOCK_N
-    return turn * 4
+    return turn
 
 
 @gluon.jit
-def peek_at_turn(work, turns, sum_row, TILE: gl.constexpr):
-    """The counter of a tile, asked for in time."""
-    seen = gl.to_tensor(0)
-    if work.config.DETERMINISTIC:
-        seen = peek(turns + tile_of(work, sum_row, TILE))
-    return seen
-
-
-@gluon.jit
-def pass_turn(work, turns, sum_row, TILE: gl.constexpr):
-    """Let the next program add to a tile."""
-    fence_async()
-    count_up(turns + tile_of(work, sum_row, TILE))
-
-
-@gluon.jit
-def add_to_dq(dq_desc, work, turns, seen, row, sum_row, dq, buffer, TILE: gl.constexpr):
+def add_to_dq(dq_desc, work, sum_row, dq, buffer, TILE: gl.constexpr):
     """Add a tile to the sums of dq through a buffer that no TMA reads any more."""
     buffer.store(register_order(dq))
     fence_async_shared()
-    if work.config.DETERMINISTIC:
-        turn = turn_of(work, row)
-        if seen < turn:
-            wait_until(turns + tile_of(work, sum_row, TILE), turn)
     tma_add(dq_desc, [tile_of(work, sum_row, TILE) * 64, 0], buffer)
+
+
+@gluon.jit
+def leave_to_adder(shared, dq, use):
+    """Hand a tile of dq to the adder as soon as there is room for it."""
+    shared.dq.wait_empty(use)
+    shared.dq.slot(use).store(register_order(dq))
+    fence_async_shared()
+    shared.dq.announce(use)
 
 
 @gluon.jit
@@ -896,14 +899,14 @@ def consumer(LANE: gl.constexpr, work, shared, duties, dq_desc, dk_desc, dv_desc
             if AHEAD == 1:
                 shared.q.wait_full(following)
                 s = keys_by_rows(k, rows_of(shared.q, following, work), zeros)
-            seen = peek_at_turn(work, duties.turns, sum_row, LANE)
             dv = warpgroup_mma_wait(2 + EARLY, deps=[dv])
             shared.do.release(i)
             dq = warpgroup_mma_wait(1 + EARLY, deps=[dq])
-            tma.store_wait(0)
-            add_to_dq(
-                dq_desc, work, duties.turns, seen, row, sum_row, dq, shared.dq.index(LANE), LANE
-            )
+            if config.ADDER:
+                leave_to_adder(shared, dq, i * 2 + LANE)
+            else:
+                tma.store_wait(0)
+                add_to_dq(dq_desc, work, sum_row, dq, shared.dq.data.index(LANE), LANE)
             if AHEAD == 2:
                 shared.q.wait_full(following)
                 s = keys_by_rows(k, rows_of(shared.q, following, work), zeros)
@@ -911,9 +914,6 @@ def consumer(LANE: gl.constexpr, work, shared, duties, dq_desc, dk_desc, dv_desc
             shared.q.release(i)
             if AHEAD > 0:
                 s = warpgroup_mma_wait(0, deps=[s])
-            if config.DETERMINISTIC:
-                tma_complete(0)
-                pass_turn(work, duties.turns, sum_row, LANE)
         row, sum_row = step_after(work, row, sum_row)
 
     # dk and dv leave through k and v; the other groups must be done with k.
@@ -925,7 +925,7 @@ def consumer(LANE: gl.constexpr, work, shared, duties, dq_desc, dk_desc, dv_desc
     store_keys(dv_desc, work, shared.v, dv, LANE)
     store_keys(dk_desc, work, shared.k, dk * work.scale, LANE)
     tma.store_wait(0)
-    if config.HOUSEKEEPING and not config.DQ_GROUP:
+    if config.HOUSEKEEPING and not (config.DQ_GROUP or config.ADDER):
         report_sums(work, duties)
 
 
@@ -933,42 +933,86 @@ def consumer(LANE: gl.constexpr, work, shared, duties, dq_desc, dk_desc, dv_desc
 def dq_group(work, shared, duties, dq_desc):
     """dq of every step, from the dS of both consumers."""
     config = work.config
-    TILES: gl.constexpr = (config.BLOCK_M // ROWS) * (config.BLOCK_D // 64)
+    TILES: gl.constexpr = tiles_in_block(config)
     DQ: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     zeros = gl.zeros([ROWS, 64], gl.float32, DQ)
     row = work.first_row
     sum_row = work.first_sum
-    # Not the same value under two names: Triton would take the assignment in the loop for none.
-    before = sum_row + opaque_zero()
     shared.k.wait_full(0)
     for i in range(work.steps):
         shared.ds.wait_full(i)
         for tile in gl.static_range(TILES):
+            use = i * TILES + tile
             ds_turned, k_columns = dq_operands(work, shared, i, tile)
             dq = warpgroup_mma(ds_turned, k_columns, zeros, use_acc=False, is_async=True)
-            seen = peek_at_turn(work, duties.turns, sum_row, tile)
-            tma.store_wait(1)  # of two buffers in turn, the older one is free
+            if not config.ADDER:
+                tma.store_wait(1)  # of two buffers in turn, the older one is free
             dq = warpgroup_mma_wait(0, deps=[dq])
             if tile == TILES - 1:
                 shared.ds.release(i)
-            buffer = shared.dq.index((i * TILES + tile) % 2)
-            add_to_dq(dq_desc, work, duties.turns, seen, row, sum_row, dq, buffer, tile)
-            if config.DETERMINISTIC:
-                # The tile before this one is in memory; the turns of this one pass later.
-                tma_complete(1)
-                if tile > 0:
-                    pass_turn(work, duties.turns, sum_row, tile - 1)
-                elif i > 0:
-                    pass_turn(work, duties.turns, before, TILES - 1)
-        before = sum_row
+            if config.ADDER:
+                leave_to_adder(shared, dq, use)
+            else:
+                add_to_dq(dq_desc, work, sum_row, dq, shared.dq.slot(use), tile)
         row, sum_row = step_after(work, row, sum_row)
     tma.store_wait(0)
-    if config.DETERMINISTIC:  # noqa: SIM102 -- one condition is a constant, the other is not
-        if work.steps > 0:
-            tma_complete(0)
-            pass_turn(work, duties.turns, before, TILES - 1)
+    if config.HOUSEKEEPING and not config.ADDER:
+        report_sums(work, duties)
+
+
+# ------------------------------------------------------------------------------------------- adder
+@gluon.jit
+def adder(work, shared, duties, dq_desc):
+    """Add every step's tiles of dq to the sums, in order with DETERMINISTIC.
+
+    It takes about two microseconds until an addition is known to be in memory. Not to wait for it,
+    the next IN_FLIGHT steps' additions are started before a step's turn passes.
+    """
+    config = work.config
+    TILES: gl.constexpr = tiles_in_block(config)
+    wait_for_dependencies()  # that the counters are zeroed
+    row = work.first_row
+    sum_row = work.first_sum
+    # The step whose turn passes next.
+    row_passed = work.first_row
+    sum_passed = work.first_sum
+    seen = gl.to_tensor(-1)
+    for i in range(work.steps):
+        if config.DETERMINISTIC:
+            turn = turn_of(work, row)
+            if seen < turn:
+                wait_until(duties.turns + sum_row // ROWS, turn)
+        for tile in gl.static_range(TILES):
+            use = i * TILES + tile
+            shared.dq.wait_full(use)
+            tma_add(dq_desc, [tile_of(work, sum_row, tile) * 64, 0], shared.dq.slot(use))
+        row, sum_row = step_after(work, row, sum_row)
+        if config.DETERMINISTIC:
+            seen = gl.to_tensor(-1)
+            if i >= config.IN_FLIGHT:
+                # The fence of count_up, between this and its use, makes it as good as wait_until.
+                next_sum = gl.where(i + 1 < work.steps, sum_row, sum_passed)  # there may be no next
+                seen = peek(duties.turns + next_sum // ROWS)
+                tma_complete(config.IN_FLIGHT * TILES)
+                pass_turn(duties, sum_passed)
+                row_passed, sum_passed = step_after(work, row_passed, sum_passed)
+        tma.store_wait(0)
+        for tile in gl.static_range(TILES):
+            shared.dq.release(i * TILES + tile)
+    if config.DETERMINISTIC:
+        tma_complete(0)
+        for _ in range(gl.minimum(work.steps, config.IN_FLIGHT)):
+            pass_turn(duties, sum_passed)
+            row_passed, sum_passed = step_after(work, row_passed, sum_passed)
     if config.HOUSEKEEPING:
         report_sums(work, duties)
+
+
+@gluon.jit
+def pass_turn(duties, sum_row):
+    """Let the next program add to a block of dq, to which this one's additions are in memory."""
+    fence_async()
+    count_up(duties.turns + sum_row // ROWS)
 
 
 # ------------------------------------------------------------------------------------ housekeeping
@@ -985,8 +1029,8 @@ class Duties:
     smaller numbers, which started before it: so none waits for ever.
 
     ``prepared`` counts the pieces of each query head, ``summed`` the programs that have added all
-    of theirs to dq for each key head, ``turns`` those that have added to each 64 x 64 tile of dq:
-    once for each warp that did; int32 in global memory.
+    of theirs to dq for each key head, once for each warp; ``turns`` those that have added to each
+    64 rows of dq, of a block of more only to the first; int32 in global memory.
     """
 
     prepared: gl.tensor
@@ -1123,12 +1167,20 @@ def prepare_pieces(config, duties, ring, douts, out_desc, do_desc):
                            following % STRIPS, following)  # fmt: skip
 
 
+@gluon.constexpr_function
+def reporting_warps(config):
+    """How many warps of a program call report_sums."""
+    if config.ADDER:
+        return 1
+    return 4 if config.DQ_GROUP else 8
+
+
 @gluon.jit
 def ask_for_sums(work, duties, desc, ring, piece, part, use, PARTS: gl.constexpr):
     """Start loading the PARTS-th part of a piece of the sums of dq, once it is complete."""
     if part == 0:
         number, _, _, _ = duties.place(piece)
-        WARPS: gl.constexpr = 4 if work.config.DQ_GROUP else 8
+        WARPS: gl.constexpr = reporting_warps(work.config)
         wait_until(duties.summed + number // duties.group, work.grid.key_blocks * WARPS)
     ask_for(desc, [(piece * PARTS + part) * 16, 0], ring, use)
 
@@ -1197,7 +1249,9 @@ def attention_backward_sm90(
     stride_lb, stride_lh, stride_qb, stride_qm, stride_qh, lag,
     bounds_q, table, used_q, used_k, batch_size, chunk, phase, slopes, stride_slope,
     BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr, Q_SLOTS: gl.constexpr, DO_SLOTS: gl.constexpr,
-    DS_SLOTS: gl.constexpr, EAGER_DV: gl.constexpr, AHEAD: gl.constexpr, DQ_GROUP: gl.constexpr,
+    DS_SLOTS: gl.constexpr, DQ_SLOTS: gl.constexpr,
+    EAGER_DV: gl.constexpr, AHEAD: gl.constexpr, DQ_GROUP: gl.constexpr,
+    ADDER: gl.constexpr, IN_FLIGHT: gl.constexpr,
     REGISTERS: gl.constexpr, DQ_REGISTERS: gl.constexpr, OTHER_REGISTERS: gl.constexpr,
     HOUSEKEEPING: gl.constexpr, DETERMINISTIC: gl.constexpr, REVERSED: gl.constexpr,
     SOFTCAP: gl.constexpr,
@@ -1224,8 +1278,8 @@ def attention_backward_sm90(
             time.
         out_desc, dout_desc: as do_desc, with blocks of STRIP rows; parts_desc: as dq_desc, with
             blocks (16, 64). These and all up to ``lag`` are only used with HOUSEKEEPING.
-        counters: (batch * (nheads + nheads_k),) and with DETERMINISTIC one more for each 64 x 64
-            tile of dq_sums; int32, zeros: see Duties.
+        counters: (batch * (nheads + nheads_k),) and with DETERMINISTIC one more for each 64 rows
+            of all padded ones; int32, zeros: see Duties.
         lse, lse_log2, delta, dq_sums, dq: what row_statistics_sm90 and finish_dq_sm90 take.
         lag: see Duties; at least the pieces of a section and of one program.
         bounds_q, table, used_q, used_k: see Lengths; with CU_Q, CU_K, USED_Q, USED_K alone, and
@@ -1236,17 +1290,24 @@ def attention_backward_sm90(
             many of the first one the descriptors leave out.
         slopes, stride_slope: ALiBi's (batch, nheads), with HAS_ALIBI and without SOFTCAP.
         DS_SLOTS: buffers of dS; at least 2 without DQ_GROUP.
+        DQ_SLOTS: buffers of 64 x 64 of dq; 2, or with ADDER more, even without DQ_GROUP.
+        ADDER: needed by DETERMINISTIC, for which IN_FLIGHT says of how many steps the additions may
+            be on their way before the oldest one's are waited for.
         REGISTERS, DQ_REGISTERS, OTHER_REGISTERS: of a thread of the consumers (the first one gets
             what is left), of the dq group, and of the producer and the housekeepers.
     """
     gl.static_assert(DQ_GROUP or (BLOCK_M // 64) * (BLOCK_D // 64) == 2)
     gl.static_assert(DQ_GROUP or DS_SLOTS >= 2)
+    gl.static_assert(DQ_SLOTS == 2 or (ADDER and DQ_SLOTS > 2))
+    gl.static_assert(DQ_GROUP or DQ_SLOTS % 2 == 0)
+    gl.static_assert(ADDER or not DETERMINISTIC)
     RAGGED: gl.constexpr = CU_Q or CU_K or USED_Q or USED_K
     gl.static_assert(not (RAGGED and HOUSEKEEPING))
     gl.static_assert(not HAS_CHUNK or (HAS_LEFT and HAS_RIGHT))
     gl.static_assert(not (HAS_ALIBI and SOFTCAP))
-    config = Config(BLOCK_M, BLOCK_D, EAGER_DV, AHEAD, DQ_GROUP, HOUSEKEEPING, DETERMINISTIC,
-                    SOFTCAP, HAS_LEFT, HAS_RIGHT, HAS_CHUNK, HAS_ALIBI, RAGGED)  # fmt: skip
+    config = Config(BLOCK_M, BLOCK_D, EAGER_DV, AHEAD, DQ_GROUP, HOUSEKEEPING, ADDER,
+                    IN_FLIGHT, DETERMINISTIC, SOFTCAP, HAS_LEFT, HAS_RIGHT, HAS_CHUNK, HAS_ALIBI,
+                    RAGGED)  # fmt: skip
     q = ring_for(q_desc, Q_SLOTS, 2)
     do = ring_for(do_desc, DO_SLOTS, 2)
     k = ring_for(k_desc, 1, 0)
@@ -1257,8 +1318,12 @@ def attention_backward_sm90(
         ds = new_ring(ds_data, DS_SLOTS, 2, 1)
     else:
         ds = Ring(ds_data, k.full, k.full, DS_SLOTS)  # the consumers meet: nobody asks its barriers
+    if ADDER:
+        dq_ring = ring_for(dq_desc, DQ_SLOTS, 1)
+    else:
+        dq_ring = Ring(buffers_for(dq_desc, DQ_SLOTS), k.full, k.full, DQ_SLOTS)
     shared = Shared(q, do, k, v, ds, buffers_for(lse_desc, Q_SLOTS),
-                    buffers_for(delta_desc, DO_SLOTS), buffers_for(dq_desc, 2))  # fmt: skip
+                    buffers_for(delta_desc, DO_SLOTS), dq_ring)  # fmt: skip
     fence_async_shared()
 
     grid = Grid(nheads_k, key_blocks, sequences, section, REVERSED)
@@ -1316,41 +1381,31 @@ def attention_backward_sm90(
         dout_strips = buffers_for(dout_desc, 4)
         parts = ring_for(parts_desc, 2, 0)
         fence_async_shared()
-    # The lists have to be spelled out: in tuples bound to a name, constants become tensors.
-    if HOUSEKEEPING and DQ_GROUP:
-        gl.warp_specialize([
+    # Spelled out, because in tuples bound to a name constants become tensors.
+    gl.warp_specialize(
+        [
             (consumer, (0, work, shared, duties, dq_desc, dk_desc, dv_desc)),
             (consumer, (1, work, shared, duties, dq_desc, dk_desc, dv_desc)),
-            (dq_group, (work, shared, duties, dq_desc)),
-            (housekeeper, (work, duties, strips, dout_strips, parts, out_desc, dout_desc,
-                           parts_desc, HEAD_DIM)),
+        ]
+        + ([(dq_group, (work, shared, duties, dq_desc))] if DQ_GROUP else [])
+        + ([(housekeeper, (work, duties, strips, dout_strips, parts, out_desc, dout_desc,
+                           parts_desc, HEAD_DIM))] if HOUSEKEEPING else [])
+        + ([(adder, (work, shared, duties, dq_desc))] if ADDER else [])
+        + [
             (producer, (work, shared, duties, group, q_desc, k_desc, v_desc, do_desc, lse_desc,
                         delta_desc)),
-        ], [4, 4, 2, 1], [REGISTERS, DQ_REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS])  # fmt: skip
-    elif HOUSEKEEPING:
-        gl.warp_specialize([
-            (consumer, (0, work, shared, duties, dq_desc, dk_desc, dv_desc)),
-            (consumer, (1, work, shared, duties, dq_desc, dk_desc, dv_desc)),
-            (housekeeper, (work, duties, strips, dout_strips, parts, out_desc, dout_desc,
-                           parts_desc, HEAD_DIM)),
-            (producer, (work, shared, duties, group, q_desc, k_desc, v_desc, do_desc, lse_desc,
-                        delta_desc)),
-        ], [4, 2, 1], [REGISTERS, OTHER_REGISTERS, OTHER_REGISTERS])  # fmt: skip
-    elif DQ_GROUP:
-        gl.warp_specialize([
-            (consumer, (0, work, shared, duties, dq_desc, dk_desc, dv_desc)),
-            (consumer, (1, work, shared, duties, dq_desc, dk_desc, dv_desc)),
-            (dq_group, (work, shared, duties, dq_desc)),
-            (producer, (work, shared, duties, group, q_desc, k_desc, v_desc, do_desc, lse_desc,
-                        delta_desc)),
-        ], [4, 4, 1], [REGISTERS, DQ_REGISTERS, OTHER_REGISTERS])  # fmt: skip
-    else:
-        gl.warp_specialize([
-            (consumer, (0, work, shared, duties, dq_desc, dk_desc, dv_desc)),
-            (consumer, (1, work, shared, duties, dq_desc, dk_desc, dv_desc)),
-            (producer, (work, shared, duties, group, q_desc, k_desc, v_desc, do_desc, lse_desc,
-                        delta_desc)),
-        ], [4, 1], [REGISTERS, OTHER_REGISTERS])  # fmt: skip
+        ],
+        [4]
+        + ([4] if DQ_GROUP else [])
+        + ([2] if HOUSEKEEPING else [])
+        + ([1] if ADDER else [])
+        + [1],
+        [REGISTERS]
+        + ([DQ_REGISTERS] if DQ_GROUP else [])
+        + ([OTHER_REGISTERS] if HOUSEKEEPING else [])
+        + ([OTHER_REGISTERS] if ADDER else [])
+        + [OTHER_REGISTERS],
+    )  # fmt: skip
 
 
 # --------------------------------------------------------------------------- before and after

@@ -378,7 +378,7 @@ def dq_group(work, shared, turns, dq_desc):
             buffer.store(register_order(dq))
             fence_async_shared()
             if work.config.DETERMINISTIC and tile == 0:
-                turn = turn_of(work, row)
+                turn = 4 * turn_of(work, row)
                 if seen < turn:
                     wait_until(turns + sum_row // ROWS, turn)
             tma_add(dq_desc, [tile_of(work, sum_row, tile) * 64, 0], buffer)
@@ -437,8 +437,8 @@ def attention_backward_wide_sm90(
     gl.static_assert(BLOCK_D % PIECE == 0)
     gl.static_assert(BLOCK_D > 64)  # the turns pass with a step's second tile
     PIECES: gl.constexpr = BLOCK_D // PIECE
-    config = Config(64, BLOCK_D, False, AHEAD, True, False, DETERMINISTIC, SOFTCAP, HAS_LEFT,
-                    HAS_RIGHT, False, False, False, 64)  # fmt: skip
+    config = Config(64, BLOCK_D, False, AHEAD, True, False, False, 0, DETERMINISTIC, SOFTCAP,
+                    HAS_LEFT, HAS_RIGHT, False, False, False, 64)  # fmt: skip
     dtype: gl.constexpr = dk_desc.dtype
     PLAIN: gl.constexpr = gl.NVMMASharedLayout(0, 16, 2)
     WEIGHTS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 64], dtype)

@@ -67,7 +67,8 @@ class Workspace(NamedTuple):
         lse_log2: (batch, nheads, padded rows) float32; ``delta`` likewise. Packed sequences are
             one, in which each begins where softmax_d_shape says.
         dq_sums: (batch * nheads * padded rows * headdim / 64, 64) float32, the head dim padded.
-        counters: (batch * (nheads + nheads_k),), deterministic: and dq_sums.shape[0] / 64; int32.
+        counters: (batch * (nheads + nheads_k),), deterministic: and one for each 64 padded rows;
+            int32.
     """
 
     lse_log2: Tensor
@@ -247,7 +248,7 @@ def allocate(problem: AttentionProblem, packing: Packing, plan: BackwardPlan) ->
     sums = (batch * nheads * rows * (plan.block_d // 64), 64)
     counters = _key_heads(problem, packing) * (nheads // problem.nheads_k + 1)
     if plan.deterministic:
-        counters += sums[0] // 64
+        counters += sums[0] // plan.block_d  # one for each 64 rows
     return Workspace(
         lse_log2,
         delta,
@@ -395,7 +396,8 @@ def launch_main(
         unread if slopes is None else slopes,
         slopes.stride(0) if slopes is not None and slopes.dim() == 2 else 0,
         BLOCK_M=block_m, BLOCK_D=block_d, Q_SLOTS=plan.q_slots, DO_SLOTS=plan.do_slots,
-        DS_SLOTS=plan.ds_slots, EAGER_DV=plan.eager_dv, AHEAD=plan.ahead, DQ_GROUP=plan.dq_group,
+        DS_SLOTS=plan.ds_slots, DQ_SLOTS=plan.dq_slots, EAGER_DV=plan.eager_dv, AHEAD=plan.ahead,
+        DQ_GROUP=plan.dq_group, ADDER=plan.adder, IN_FLIGHT=plan.in_flight,
         REGISTERS=plan.registers, DQ_REGISTERS=plan.dq_registers,
         OTHER_REGISTERS=plan.other_registers, HOUSEKEEPING=plan.housekeeping,
         DETERMINISTIC=plan.deterministic, REVERSED=plan.is_reversed, SOFTCAP=softcap > 0.0,
