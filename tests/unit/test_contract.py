@@ -512,6 +512,18 @@ def test_compiled_without_queries_or_keys(lengths):
     assert not any(x.any() for x in found)
 
 
+def test_strides_of_empty_tensors_do_not_matter():
+    """Compiled programs pass gradients of nothing as they come, expanded for one."""
+    q, k, v = dense_tensors(seqlen_q=0)
+    forward, backward = ops.forward, ops.backward
+    out, lse, _, rng = forward(q, k, v, 0.0, 0.25, True, -1, -1, 0.0, None, False)
+    dk = torch.full_like(k, float("nan"))
+    dout = torch.ones(()).expand(q.shape)
+    tail = (0.0, 0.25, True, -1, -1, 0.0, None, False, rng)
+    backward(dout, q, k, v, out, lse, None, dk, None, *tail)
+    assert not dk.any()
+
+
 def test_compiled_packed_sequences():
     torch._dynamo.reset()
     lengths = (bounds(3, 5), bounds(4, 7), 5, 7)

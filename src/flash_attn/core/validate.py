@@ -142,8 +142,8 @@ def check_integer(x: Any, name: str) -> Any:
 
 
 def check_last_stride(x: Tensor, name: str) -> None:
-    """The last dimension lies together in memory."""
-    if x.stride(-1) != 1 and x.shape[-1] > 1:
+    """The last dimension lies together in memory, if there is anything in it."""
+    if x.stride(-1) != 1 and x.shape[-1] > 1 and x.numel():
         raise ConstraintError(
             f"`{name}` must have a contiguous last dimension, found stride {x.stride(-1)}; "
             "call .contiguous()"
