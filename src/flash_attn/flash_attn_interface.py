@@ -497,11 +497,10 @@ def attention_probs(
         seen.
     """
     check_tensors(q=q, k=k)
-    left, right = window_pair(window_size)
-    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    problem = ops.dense_problem(
-        q, k, k, 0.0, scale, causal, left, right, softcap, alibi_slopes
-    )  # fmt: skip
+    options = _options(
+        q.shape[-1], 0.0, softmax_scale, causal, window_size, softcap, alibi_slopes, False
+    )
+    problem = ops.dense_problem(q, k, k, *options.shared)
     check_problem(problem)
     return reference.attention_probabilities(problem)
 

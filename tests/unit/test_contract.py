@@ -15,6 +15,7 @@ import flash_attn
 import flash_attn_2_cuda
 from flash_attn import flash_attn_interface as interface
 from flash_attn.core import ops, problem_ops
+from flash_attn.core.combine import combine
 from flash_attn.core.problem import (
     AttentionProblem,
     BackwardInputs,
@@ -614,6 +615,27 @@ def test_autocast_casts_float32_to_its_dtype():
     assert q.grad.dtype == torch.float32
     expected = flash_attn.flash_attn_func(q.bfloat16(), k.bfloat16(), v.bfloat16())
     assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("options", [{}, {"alibi_slopes": torch.rand(4)}], ids=["plain", "alibi"])
+def test_autocast_reaches_no_sum_of_a_kernel(backend, options):
+    """Within a call all is as precise as without autocast."""
+    inputs = [x.bfloat16() for x in dense_tensors()]
+    function = partial(flash_attn.flash_attn_func, **options)
+    with flash_attn.use_backend(backend):
+        expected = gradients(function, inputs)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert same(gradients(function, inputs), expected)
+
+
+def test_autocast_reaches_neither_probabilities_nor_merged_results():
+    q, k, _ = dense_tensors()
+    parts = torch.randn(3, 2, 5, 4, 16), torch.randn(3, 2, 5, 4)
+    probs, merged = flash_attn.attention_probs(q, k), combine(*parts)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(flash_attn.attention_probs(q, k), probs)
+        assert same(combine(*parts), merged)
 
 
 def test_outside_of_autocast_mixed_dtypes_are_named():

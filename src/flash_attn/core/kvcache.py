@@ -27,6 +27,7 @@ from .validate import (
     check_integer,
     check_last_stride,
     check_like,
+    check_not_expanded,
     check_problem,
     check_range,
     check_same_headdim,
@@ -218,11 +219,7 @@ def _check_new(problem: AttentionProblem, update: CacheUpdate) -> None:
         require(fits, f"`{name}` must have shape {_text(wanted)}, found {tuple(x.shape)}")
         check_last_stride(x, name)
     for x, name in ((problem.k, "k_cache"), (problem.v, "v_cache")):
-        if any(size > 1 and step == 0 for size, step in zip(x.shape, x.stride(), strict=True)):
-            raise ConstraintError(
-                f"`{name}` is written to and must not be expanded, found strides {x.stride()}; "
-                "`cache_batch_idx` lets sequences share a row"
-            )
+        check_not_expanded(x, name)
     seqlen_new = k_new.shape[-3]
     if seqlen_new != v_new.shape[-3]:
         raise ConstraintError(
