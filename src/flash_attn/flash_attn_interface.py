@@ -435,11 +435,7 @@ def flash_attn_with_kvcache(
         ``out`` like q, or ``(out, softmax_lse (batch_size, nheads, seqlen_q))``.
     """
     check_tensors(q=q, k_cache=k_cache, v_cache=v_cache)
-    check_optional(
-        k=k, v=v, rotary_cos=rotary_cos, rotary_sin=rotary_sin, cache_batch_idx=cache_batch_idx,
-        cache_leftpad=cache_leftpad, block_table=block_table, alibi_slopes=alibi_slopes,
-        s_aux=s_aux, attn_mask=attn_mask,
-    )  # fmt: skip
+    check_optional(k=k, v=v, alibi_slopes=alibi_slopes, s_aux=s_aux, attn_mask=attn_mask)
     if softmax_scale is not None:
         softmax_scale = check_number(softmax_scale, "softmax_scale")
     softcap = check_number(softcap, "softcap")
@@ -501,11 +497,10 @@ def attention_probs(
         seen.
     """
     check_tensors(q=q, k=k)
-    left, right = window_pair(window_size)
-    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    problem = ops.dense_problem(
-        q, k, k, 0.0, scale, causal, left, right, softcap, alibi_slopes
-    )  # fmt: skip
+    options = _options(
+        q.shape[-1], 0.0, softmax_scale, causal, window_size, softcap, alibi_slopes, False
+    )
+    problem = ops.dense_problem(q, k, k, *options.shared)
     check_problem(problem)
     return reference.attention_probabilities(problem)
 

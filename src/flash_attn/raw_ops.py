@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .core import ops
+from .core.arguments import check_optional, check_tensors
 from .core.attend import attend, attend_backward
 from .core.kvcache import attend_with_kvcache, kvcache_problem, lengths_tensor
 from .core.problem import AttentionProblem, BackwardInputs, Visibility, make_transform
@@ -55,6 +56,7 @@ def fwd(
 ) -> list[Tensor]:
     """Dense forward: [out, softmax_lse, S_dmask, rng_state]."""
     _no_generator(gen)
+    check_tensors(q=q, k=k, v=v)
     problem = ops.dense_problem(
         q, k, v, p_dropout, softmax_scale, is_causal, window_size_left, window_size_right,
         softcap, alibi_slopes, return_softmax,
@@ -88,6 +90,7 @@ def varlen_fwd(
 ) -> list[Tensor]:
     """Packed forward: [out, softmax_lse, S_dmask, rng_state]."""
     _no_generator(gen)
+    check_tensors(q=q, k=k, v=v)
     problem = ops.varlen_problem(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, p_dropout, softmax_scale,
         is_causal, window_size_left, window_size_right, softcap, alibi_slopes, return_softmax,
@@ -139,6 +142,7 @@ def bwd(
 ) -> list[Tensor]:
     """Dense backward: [dq, dk, dv, softmax_d]."""
     _no_generator(gen)
+    check_tensors(q=q, k=k, v=v)
     problem = ops.dense_problem(
         q, k, v, p_dropout, softmax_scale, is_causal, window_size_left, window_size_right,
         softcap, alibi_slopes,
@@ -175,6 +179,7 @@ def varlen_bwd(
 ) -> list[Tensor]:
     """Packed backward: [dq, dk, dv, softmax_d]."""
     _no_generator(gen)
+    check_tensors(q=q, k=k, v=v)
     problem = ops.varlen_problem(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, p_dropout, softmax_scale,
         is_causal, window_size_left, window_size_right, softcap, alibi_slopes,
@@ -207,6 +212,8 @@ def fwd_kvcache(
     num_splits: int,
 ) -> list[Tensor]:
     """Attention over a KV cache, new keys appended in place: [out, softmax_lse]."""
+    check_tensors(q=q, k_cache=k_cache, v_cache=v_cache)
+    check_optional(k=k, v=v, alibi_slopes=alibi_slopes, out=out)
     problem = kvcache_problem(
         q,
         k_cache,

@@ -223,7 +223,7 @@ TABLE = [
     (
         cached,
         new() | {"k_cache": zeros(1, 8, 2, 16).expand(2, -1, -1, -1)},
-        ["`k_cache`", "expanded", "(0, 32, 16, 1)", "`cache_batch_idx`"],
+        ["`k_cache`", "expanded", "(0, 32, 16, 1)"],
     ),
     (cached, {"softcap": "x"}, ["`softcap`", "str", "number"]),
     (cached, {"softmax_scale": float("inf")}, ["`softmax_scale`", "inf", "finite"]),
@@ -279,6 +279,26 @@ def test_the_raw_layer_refuses_what_it_cannot_honour():
             flash_attn_gpu.bwd(*given)
     with pytest.raises(ConstraintError, match=r"`dk` must have shape.*found \(2, 2, 16\)"):
         flash_attn_gpu.bwd(q, q, q, q, q, lse, None, q[0], None, None, 0.0, *tail, False)
+    for bad in (None, "no tensor"):
+        with pytest.raises(ConstraintError, match=r"`k` must be a torch\.Tensor, found"):
+            flash_attn_gpu.fwd(q, bad, q, None, None, 0.0, *tail, False)
+
+
+def test_what_is_written_to_must_not_be_expanded():
+    q, lse = zeros(2, 2, 2, 16), zeros(2, 2, 2)
+    wide, tail = zeros(1, 2, 2, 16).expand(2, -1, -1, -1), (0.25, False, -1, -1, 0.0)
+    with pytest.raises(ConstraintError, match="`out` is written to and must not be expanded"):
+        flash_attn_gpu.fwd(q, q, q, wide, None, 0.0, *tail, False)
+    with pytest.raises(ConstraintError, match="`dq` is written to and must not be expanded"):
+        flash_attn_gpu.bwd(q, q, q, q, q, lse, wide, None, None, None, 0.0, *tail, False)
+
+
+@pytest.mark.parametrize("state", [zeros(2), zeros(1, dtype=torch.int64)], ids=["float", "short"])
+def test_a_dropout_state_is_what_the_forward_pass_returned(state):
+    q, lse = zeros(1, 2, 2, 16), zeros(1, 2, 2)
+    tail = (None, 0.1, 0.25, False, -1, -1, 0.0, False, None, state)
+    with pytest.raises(ConstraintError, match=r"`rng_state` must be int64 of shape \(2,\).*found"):
+        flash_attn_gpu.bwd(q, q, q, q, q, lse, None, None, None, *tail)
 
 
 def test_split_paged_packed_calls_are_refused():

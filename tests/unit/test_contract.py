@@ -15,6 +15,7 @@ import flash_attn
 import flash_attn_2_cuda
 from flash_attn import flash_attn_interface as interface
 from flash_attn.core import ops, problem_ops
+from flash_attn.core.combine import combine
 from flash_attn.core.problem import (
     AttentionProblem,
     BackwardInputs,
@@ -358,11 +359,8 @@ CALLS = [*operator_calls(), *whole_problem_calls()]
     ("operator", "arguments"), [c[1:] for c in CALLS], ids=[c[0] for c in CALLS]
 )
 def test_opcheck(operator, arguments):
-    torch.library.opcheck(
-        operator,
-        arguments,
-        test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
-    )
+    """All four: schema, autograd's registration, fakes, and tracing with dynamic shapes."""
+    torch.library.opcheck(operator, arguments)
 
 
 def test_fakes_of_float8():
@@ -384,15 +382,6 @@ def test_fakes_of_float8():
                 want.dtype,
                 want.stride(),
             )
-
-
-def test_opcheck_with_dynamic_shapes():
-    q, k, v = dense_tensors()
-    torch.library.opcheck(
-        torch.ops.flash_attn._flash_attn_forward.default,
-        (q, k, v, 0.0, 0.25, True, -1, -1, 0.0, None, False),
-        test_utils=("test_aot_dispatch_dynamic",),
-    )
 
 
 @pytest.mark.parametrize("return_softmax", [False, True])
@@ -512,6 +501,18 @@ def test_compiled_without_queries_or_keys(lengths):
     assert not any(x.any() for x in found)
 
 
+def test_strides_of_empty_tensors_do_not_matter():
+    """Compiled programs pass gradients of nothing as they come, expanded for one."""
+    q, k, v = dense_tensors(seqlen_q=0)
+    forward, backward = ops.forward, ops.backward
+    out, lse, _, rng = forward(q, k, v, 0.0, 0.25, True, -1, -1, 0.0, None, False)
+    dk = torch.full_like(k, float("nan"))
+    dout = torch.ones(()).expand(q.shape)
+    tail = (0.0, 0.25, True, -1, -1, 0.0, None, False, rng)
+    backward(dout, q, k, v, out, lse, None, dk, None, *tail)
+    assert not dk.any()
+
+
 def test_compiled_packed_sequences():
     torch._dynamo.reset()
     lengths = (bounds(3, 5), bounds(4, 7), 5, 7)
@@ -614,6 +615,27 @@ def test_autocast_casts_float32_to_its_dtype():
     assert q.grad.dtype == torch.float32
     expected = flash_attn.flash_attn_func(q.bfloat16(), k.bfloat16(), v.bfloat16())
     assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("options", [{}, {"alibi_slopes": torch.rand(4)}], ids=["plain", "alibi"])
+def test_autocast_reaches_no_sum_of_a_kernel(backend, options):
+    """Within a call all is as precise as without autocast."""
+    inputs = [x.bfloat16() for x in dense_tensors()]
+    function = partial(flash_attn.flash_attn_func, **options)
+    with flash_attn.use_backend(backend):
+        expected = gradients(function, inputs)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert same(gradients(function, inputs), expected)
+
+
+def test_autocast_reaches_neither_probabilities_nor_merged_results():
+    q, k, _ = dense_tensors()
+    parts = torch.randn(3, 2, 5, 4, 16), torch.randn(3, 2, 5, 4)
+    probs, merged = flash_attn.attention_probs(q, k), combine(*parts)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(flash_attn.attention_probs(q, k), probs)
+        assert same(combine(*parts), merged)
 
 
 def test_outside_of_autocast_mixed_dtypes_are_named():

@@ -417,6 +417,8 @@ def test_pytorch_calls_our_operators_on_packed_sequences():
     )
     assert torch.equal(out, want[0])
     assert torch.equal(lse, want[1])
+    if "block_table" not in inspect.signature(hook._fa3_run_forward).parameters:
+        pytest.skip(f"PyTorch {torch.__version__} passes no pages")
     pages, table = torch.randn(2, 6, 4, 2, 16), torch.tensor([[0, 2], [5, 1]], dtype=torch.int32)
     used = torch.tensor([8, 5], dtype=torch.int32)
     out, _ = hook._fa3_run_forward(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,6 +63,11 @@ def is_autocast_enabled(device_type: str) -> bool:
     """Whether a torch.autocast of that kind of device is open; meta tensors have none."""
     # (torch.amp.is_autocast_available is nothing that PyTorch 2.11 can trace.)
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """In here, products of tensors like ``x`` are computed in the dtypes that they have."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 def check_tensors(**tensors: Tensor) -> None:

@@ -13,7 +13,7 @@ from . import registry, repeated
 from .outputs import empty_out, lse_without_keys, new_s_dmask, softmax_d_shape
 from .problem import AttentionProblem, AttentionResult, BackwardInputs
 from .rng import placeholder_state, unused_state
-from .validate import check_backward, check_gradient, check_out, check_problem
+from .validate import check_backward, check_gradient, check_out, check_problem, check_state
 
 _R = TypeVar("_R")
 
@@ -93,6 +93,8 @@ def attend_backward(problem: AttentionProblem, inputs: BackwardInputs) -> Tensor
         return solve(call.tensors)[0]
     check_problem(problem)
     check_backward(problem, inputs.dout, inputs.out, inputs.softmax_lse)
+    if problem.dropout_p > 0.0:
+        check_state(inputs.rng_state, problem.q)
     check_gradient(inputs.dq, "dq", problem.q)
     check_gradient(inputs.dk, "dk", problem.k)
     check_gradient(inputs.dv, "dv", problem.v)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..errors import ConstraintError
 from . import registry
+from .arguments import without_autocast
 from .outputs import last_dim_contiguous
 from .validate import MAX_SPLITS, check_device, check_last_stride, check_tensor, require
 
@@ -120,7 +121,8 @@ def _combine(out_partial: Tensor, lse_partial: Tensor, out: Tensor) -> Tensor:
     if lse.numel() == 0:
         return lse
     if _merges_on_host(out_partial):
-        merged, merged_lse = merge(out_partial, lse_partial)
+        with without_autocast(out_partial):
+            merged, merged_lse = merge(out_partial, lse_partial)
         out.copy_(merged)
         return lse.copy_(merged_lse.transpose(1, 2))
     if lse_partial.stride(2) != 1:

@@ -27,6 +27,7 @@ from .validate import (
     check_integer,
     check_last_stride,
     check_like,
+    check_not_expanded,
     check_problem,
     check_range,
     check_same_headdim,
@@ -163,15 +164,20 @@ def check_update(problem: AttentionProblem, update: CacheUpdate) -> None:
     _check_rotary(problem, update)
 
 
-def _check_shapes(problem: AttentionProblem) -> None:
-    q, k, v, layout = problem.q, problem.k, problem.v, problem.layout
+def _check_dims(problem: AttentionProblem) -> None:
     if problem.is_varlen_q:
-        check_tensor(q, "q", 3, "(total_q, nheads, headdim)")
+        check_tensor(problem.q, "q", 3, "(total_q, nheads, headdim)")
     else:
-        check_tensor(q, "q", 4, "(batch_size, seqlen_q, nheads, headdim)")
-    for x, name in ((k, "k_cache"), (v, "v_cache")):
+        check_tensor(problem.q, "q", 4, "(batch_size, seqlen_q, nheads, headdim)")
+    for x, name in ((problem.k, "k_cache"), (problem.v, "v_cache")):
         check_tensor(x, name, 4, "(batch_size_cache, seqlen_cache, nheads_k, headdim) or, with "
                      "`block_table`, (num_blocks, page_block_size, nheads_k, headdim)")  # fmt: skip
+
+
+def _check_shapes(problem: AttentionProblem) -> None:
+    _check_dims(problem)
+    q, k, v, layout = problem.q, problem.k, problem.v, problem.layout
+    for x, name in ((k, "k_cache"), (v, "v_cache")):
         check_like(x, name, q)
         check_last_stride(x, name)
     if k.shape[0] != problem.batch_size and layout.page_table is layout.cache_batch_idx is None:
@@ -213,11 +219,7 @@ def _check_new(problem: AttentionProblem, update: CacheUpdate) -> None:
         require(fits, f"`{name}` must have shape {_text(wanted)}, found {tuple(x.shape)}")
         check_last_stride(x, name)
     for x, name in ((problem.k, "k_cache"), (problem.v, "v_cache")):
-        if any(size > 1 and step == 0 for size, step in zip(x.shape, x.stride(), strict=True)):
-            raise ConstraintError(
-                f"`{name}` is written to and must not be expanded, found strides {x.stride()}; "
-                "`cache_batch_idx` lets sequences share a row"
-            )
+        check_not_expanded(x, name)
     seqlen_new = k_new.shape[-3]
     if seqlen_new != v_new.shape[-3]:
         raise ConstraintError(
@@ -336,7 +338,8 @@ def kvcache_problem(
     problem = AttentionProblem(
         q, k_cache, v_cache, transform, visibility, layout, num_splits=num_splits
     )
-    _check_shapes(problem)
+    _check_dims(problem)
+    check_index(block_table, "block_table", q, (None, None))
     if k_cache.shape[0] and q.shape[1] > problem.max_seqlen_k and k_cache.shape[1]:
         raise ConstraintError(
             f"`q` must have seqlen <= the seqlen of the KV cache, found {q.shape[1]} and "

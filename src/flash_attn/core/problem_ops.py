@@ -281,21 +281,20 @@ def solve(
 def solve_with_kvcache(problem: AttentionProblem, update: CacheUpdate) -> tuple[Tensor, Tensor]:
     """(out, softmax_lse) of ``problem`` after ``update`` was written into k and v, its caches.
 
-    Not differentiable. Operators, of which only one declares to write, are for those who look at
-    them: a decoding step is short, and calling one takes a fifth of its time on the host.
+    Not differentiable: to be called without gradients. Operators, of which only one declares to
+    write, are for those who look at them: a decoding step is short, and calling one takes a fifth
+    of its time on the host.
 
     Raises:
         ConstraintError: an argument is wrong.
         UnsupportedProblemError: no permitted backend computes it.
     """
     if not _is_traced(problem.q):
-        with torch.no_grad():
-            result = _append_and_attend(problem, update)
+        result = _append_and_attend(problem, update)
         return result.out, result.softmax_lse
     check_update(problem, update)
     flat = flatten(problem)
-    with torch.no_grad():
-        results = forward(*flat) if update.k is None else with_kvcache(*update, *flat)
+    results = forward(*flat) if update.k is None else with_kvcache(*update, *flat)
     return results[0], results[1]
 
 

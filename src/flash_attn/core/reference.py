@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from . import rng
+from .arguments import without_autocast
 from .masking import visible_matrix
 from .outputs import new_s_dmask
 from .problem import AttentionProblem, AttentionResult, ScoreTransform
@@ -169,6 +170,13 @@ def attention(
     Returns:
         The result with ``out``, ``softmax_lse`` and ``s_dmask`` in ``dtype``, differentiable.
     """
+    with without_autocast(problem.q):
+        return _attention(problem, dtype, rng_state)
+
+
+def _attention(
+    problem: AttentionProblem, dtype: torch.dtype, rng_state: Tensor | None
+) -> AttentionResult:
     inputs, device = _cast(problem, dtype), problem.q.device
     if rng_state is None:
         dropout = problem.dropout_p > 0.0
@@ -208,11 +216,13 @@ def attention_probabilities(
 ) -> Tensor:
     """The normalised attention matrix of a dense problem: (batch, nheads, seqlen_q, seqlen_k)."""
     inputs = _cast(problem, dtype)
-    matrices = [
-        _probabilities(*_masked_scores(problem, inputs, sequence)[:2], inputs.sinks)[0]
-        for sequence in sequences(problem)
-    ]
-    return torch.stack(matrices)
+    shape = (problem.batch_size, problem.nheads, problem.max_seqlen_q, problem.max_seqlen_k)
+    result = torch.empty(shape, dtype=dtype, device=problem.q.device)
+    with without_autocast(problem.q):
+        for sequence in sequences(problem):
+            masked = _masked_scores(problem, inputs, sequence)[:2]
+            result[sequence.number] = _probabilities(*masked, inputs.sinks)[0]
+    return result
 
 
 class Gradients(NamedTuple):
@@ -248,7 +258,7 @@ def gradients(
         for x in given
     ]
     wanted = [leaf for leaf in leaves if leaf is not None]
-    with torch.enable_grad():
+    with torch.enable_grad(), without_autocast(problem.q):
         transform = problem.transform._replace(
             attn_mask=mask if leaves[3] is None else leaves[3], sinks=leaves[4]
         )

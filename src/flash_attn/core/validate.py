@@ -142,8 +142,8 @@ def check_integer(x: Any, name: str) -> Any:
 
 
 def check_last_stride(x: Tensor, name: str) -> None:
-    """The last dimension lies together in memory."""
-    if x.stride(-1) != 1 and x.shape[-1] > 1:
+    """The last dimension lies together in memory, if there is anything in it."""
+    if x.stride(-1) != 1 and x.shape[-1] > 1 and x.numel():
         raise ConstraintError(
             f"`{name}` must have a contiguous last dimension, found stride {x.stride(-1)}; "
             "call .contiguous()"
@@ -354,6 +354,24 @@ def check_backward(problem: AttentionProblem, dout: Tensor, out: Tensor, lse: Te
     check_device(lse, "softmax_lse", problem.q)
 
 
+def check_state(rng_state: Tensor, q: Tensor) -> None:
+    """What replays a dropout mask."""
+    if rng_state.dtype != torch.int64 or tuple(rng_state.shape) != (2,):
+        raise ConstraintError(
+            "`rng_state` must be int64 of shape (2,), as the forward pass returned it, found "
+            f"{_name(rng_state.dtype)} of shape {tuple(rng_state.shape)}"
+        )
+    check_device(rng_state, "rng_state", q)
+
+
+def check_not_expanded(x: Tensor, name: str) -> None:
+    """Every element of ``x``, which is written to, has a place of its own."""
+    if any(size > 1 and step == 0 for size, step in zip(x.shape, x.stride(), strict=True)):
+        raise ConstraintError(
+            f"`{name}` is written to and must not be expanded, found strides {x.stride()}"
+        )
+
+
 def check_out(x: Tensor, problem: AttentionProblem) -> None:
     """A caller's output buffer fits the problem."""
     if tuple(x.shape) != problem.out_shape or x.dtype != problem.result_dtype:
@@ -363,6 +381,7 @@ def check_out(x: Tensor, problem: AttentionProblem) -> None:
         )
     check_device(x, "out", problem.q)
     check_last_stride(x, "out")
+    check_not_expanded(x, "out")
 
 
 def check_gradient(x: Tensor, name: str, like: Tensor, any_strides: bool = False) -> None:
@@ -372,6 +391,7 @@ def check_gradient(x: Tensor, name: str, like: Tensor, any_strides: bool = False
             f"`{name}` must have shape {tuple(like.shape)}, found {tuple(x.shape)}"
         )
     check_like(x, name, like)
+    check_not_expanded(x, name)
     if not any_strides:
         check_last_stride(x, name)
 
