@@ -31,7 +31,7 @@ from support import (
 import flash_attn
 from flash_attn.backends import sm90
 from flash_attn.backends.sm90 import launch_backward
-from flash_attn.backends.sm90.plans_backward import BackwardPlan, plan_backward
+from flash_attn.backends.sm90.plans_backward import BackwardPlan, plan_backward, plan_ordered
 from flash_attn.core import problem_ops, reference, registry
 from flash_attn.core.problem import BackwardInputs
 from flash_attn.core.sequences import sequences
@@ -75,17 +75,13 @@ def solve(inputs: Inputs, plan: BackwardPlan | None = None, results: Any = None)
 
 
 def plans(headdim: int, is_masked: bool) -> list[BackwardPlan]:
-    """The plan in use, the other order of programs, with housekeeping, and sums in order.
-
-    The last not with a dq group, of which one launch in order did not end.
-    """
+    """The plan in use, the other order of programs, with housekeeping, and sums in order."""
     plan = plan_backward(headdim, is_masked, 512)
     house = {"housekeeping": True, "distance": 4, "section_bytes": 1 << 18}
     if headdim <= 64:
         house |= {"registers": 200, "other_registers": 40}
-    ordered = plan._replace(deterministic=True, is_reversed=is_masked)
-    kinds = [plan, plan._replace(is_reversed=True), plan._replace(**house)]
-    return kinds if plan.dq_group else [*kinds, ordered]
+    ordered = plan_ordered(headdim, is_masked, 512)
+    return [plan, plan._replace(is_reversed=True), plan._replace(**house), ordered]
 
 
 def ragged_plans(headdim: int, is_masked: bool) -> list[BackwardPlan]:

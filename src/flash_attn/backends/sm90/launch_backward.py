@@ -118,6 +118,10 @@ def _width_reasons(problem: AttentionProblem, widest: int) -> list[str]:
             transform.alibi_slopes is not None and is_ragged(problem),
             MAX_HEADDIM_CHUNK,
         ),
+        "ALiBi and deterministic=True": (
+            transform.alibi_slopes is not None and problem.deterministic,
+            MAX_HEADDIM_CHUNK,
+        ),
         "ALiBi": (transform.alibi_slopes is not None, MAX_HEADDIM_NARROW),
         "softcap": (transform.softcap > 0.0, MAX_HEADDIM_SOFTCAP),
     }
