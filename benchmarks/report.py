@@ -249,7 +249,8 @@ def float8_block(data: dict[str, Any]) -> list[str]:
         "Percent, in the Frobenius norm, against attention in float64 on the inputs before they "
         "were quantised with one factor for each tensor. Both are given the same numbers; cuDNN is "
         f"{env['cudnn']}, its frontend {env['cudnn_frontend']}. The ratio is of our error over "
-        "cuDNN's, the worst of both norms and all inputs, rotated or not.",
+        "cuDNN's, the worst of all inputs, rotated or not, in the Frobenius norm and, against the "
+        "float8 numbers, of one element.",
         "",
         *float8_table(rows),
         "",

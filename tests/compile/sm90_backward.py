@@ -19,7 +19,7 @@ import torch
 from triton import knobs
 
 from flash_attn.backends.sm90 import launch_backward
-from flash_attn.backends.sm90.plans_backward import plan_ordered
+from flash_attn.backends.sm90.plans_backward import MAX_HEADDIM_CHUNK, plan_ordered
 from flash_attn.core.problem import (
     DENSE,
     AttentionProblem,
@@ -69,6 +69,8 @@ def launches(case: Case, headdim: int) -> Iterator[tuple[str, aot.Launch]]:
     for one in aot.record(lambda: launch_backward.backward(problem, inputs), "sm90"):
         yield "in use", one
     widest = max(headdim, case.headdim_v or 0)
+    if "alibi" in case.features and widest > MAX_HEADDIM_CHUNK:
+        return  # refused in order
     plan = plan_ordered(widest, case.mask != "full", seqlen)
     for one in aot.record(lambda: launch_backward.backward(problem, inputs, plan), "sm90"):
         if one.name == "attention_backward_sm90":

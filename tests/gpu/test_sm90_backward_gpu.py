@@ -30,7 +30,7 @@ from support import (
 
 import flash_attn
 from flash_attn.backends.sm90 import launch_backward
-from flash_attn.backends.sm90.plans_backward import BackwardPlan, plan_backward
+from flash_attn.backends.sm90.plans_backward import BackwardPlan, plan_backward, plan_ordered
 from flash_attn.core import problem_ops, reference, registry
 from flash_attn.core.problem import BackwardInputs
 from flash_attn.core.sequences import sequences
@@ -78,8 +78,7 @@ def plans(headdim: int, is_masked: bool) -> list[BackwardPlan]:
     house = {"housekeeping": True, "distance": 4, "section_bytes": 1 << 18}
     if headdim <= 64:
         house |= {"registers": 200, "other_registers": 40}
-    ordered = plan._replace(deterministic=True, is_reversed=is_masked)
-    kinds = [plan, plan._replace(is_reversed=True), ordered]
+    kinds = [plan, plan._replace(is_reversed=True), plan_ordered(headdim, is_masked, 512)]
     # Of the plans, housekeeping alone depends on the head dim itself: one of each width.
     return [*kinds, plan._replace(**house)] if headdim in (61, 64, 128) else kinds
 

@@ -495,8 +495,8 @@ FAULTS = [
     Fault(
         "the last turns do not pass",
         PLANS["d64 group ordered"],
-        "range(gl.minimum(work.steps, config.IN_FLIGHT))",
-        "range(0)",
+        "            if config.IN_FLIGHT - 1 - j < work.steps:",
+        "            if work.steps < 0:",
     ),
     *(
         Fault(
@@ -515,14 +515,14 @@ FAULTS = [
     Fault(
         "the last turns pass before the additions are in memory",
         PLANS["d128 ordered"],
-        "        tma_complete(0)\n        for _",
-        "        for _",
+        "        tma_complete(0)\n        for j",
+        "        for j",
     ),
     Fault(
         "a turn passes for the wrong step",
         PLANS["d64 group ordered"],
-        "                pass_turn(duties, sum_passed)\n",
-        "                pass_turn(duties, sum_row)\n",
+        "                pass_turn(duties, earlier[config.IN_FLIGHT])\n",
+        "                pass_turn(duties, earlier[0])\n",
     ),
     Fault(
         "the adder gives a buffer back while TMA reads it",

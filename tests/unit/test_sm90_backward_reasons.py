@@ -101,6 +101,14 @@ def test_refused_by_a_reason_that_names_it(name: str) -> None:
     assert name in reason
 
 
+def test_alibi_in_order_needs_narrow_heads() -> None:
+    options = {"alibi_slopes": torch.zeros(4), "deterministic": True}
+    for headdim, is_refused in ((64, False), (72, True)):
+        reasons = launch_backward.unsupported_backward(problem_of(**options, headdim=headdim))
+        found = [x for x in reasons if "ALiBi and deterministic=True for head dims up to 64" in x]
+        assert bool(found) == is_refused
+
+
 def test_the_backend_asks_for_the_gpu_first(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = problem_of(dropout_p=0.1)
     (reason,) = sm90.BACKEND.unsupported(problem, backward=True)

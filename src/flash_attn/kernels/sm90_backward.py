@@ -973,9 +973,7 @@ def adder(work, shared, duties, dq_desc):
     wait_for_dependencies()  # that the counters are zeroed
     row = work.first_row
     sum_row = work.first_sum
-    # The step whose turn passes next.
-    row_passed = work.first_row
-    sum_passed = work.first_sum
+    earlier = no_steps(config)
     seen = gl.to_tensor(-1)
     for i in range(work.steps):
         if config.DETERMINISTIC:
@@ -986,26 +984,36 @@ def adder(work, shared, duties, dq_desc):
             use = i * TILES + tile
             shared.dq.wait_full(use)
             tma_add(dq_desc, [tile_of(work, sum_row, tile) * 64, 0], shared.dq.slot(use))
+        earlier = (sum_row,) + earlier
         row, sum_row = step_after(work, row, sum_row)
         if config.DETERMINISTIC:
             seen = gl.to_tensor(-1)
             if i >= config.IN_FLIGHT:
                 # The fence of count_up, between this and its use, makes it as good as wait_until.
-                next_sum = gl.where(i + 1 < work.steps, sum_row, sum_passed)  # there may be no next
+                next_sum = gl.where(i + 1 < work.steps, sum_row, earlier[0])  # there may be no next
                 seen = peek(duties.turns + next_sum // ROWS)
                 tma_complete(config.IN_FLIGHT * TILES)
-                pass_turn(duties, sum_passed)
-                row_passed, sum_passed = step_after(work, row_passed, sum_passed)
+                pass_turn(duties, earlier[config.IN_FLIGHT])
+        earlier = earlier[: config.IN_FLIGHT]
         tma.store_wait(0)
         for tile in gl.static_range(TILES):
             shared.dq.release(i * TILES + tile)
     if config.DETERMINISTIC:
         tma_complete(0)
-        for _ in range(gl.minimum(work.steps, config.IN_FLIGHT)):
-            pass_turn(duties, sum_passed)
-            row_passed, sum_passed = step_after(work, row_passed, sum_passed)
+        for j in gl.static_range(config.IN_FLIGHT):
+            if config.IN_FLIGHT - 1 - j < work.steps:  # the oldest one first
+                pass_turn(duties, earlier[config.IN_FLIGHT - 1 - j])
     if config.HOUSEKEEPING:
         report_sums(work, duties)
+
+
+@gluon.jit
+def no_steps(config):
+    """Rows of IN_FLIGHT steps that there are not. Each another value: see test_kernel_loops."""
+    rows = ()
+    for _ in gl.static_range(config.IN_FLIGHT):
+        rows = rows + (opaque_zero(),)
+    return rows
 
 
 @gluon.jit

@@ -22,6 +22,7 @@ from .plans_backward import (
     MAX_HEADDIM_SOFTCAP,
     BackwardPlan,
     plan_backward,
+    plan_ordered,
 )
 
 attention_backward_sm90 = Launcher(sm90_backward.attention_backward_sm90)
@@ -87,7 +88,6 @@ def unsupported_backward(problem: AttentionProblem) -> list[str]:
         "cache_batch_idx": layout.cache_batch_idx is not None,
         "ALiBi and softcap": transform.alibi_slopes is not None and transform.softcap > 0.0,
         "dropout": problem.dropout_p > 0.0,
-        "deterministic=True: it sums dq in any order": problem.deterministic,
     }
     features.update(dict.fromkeys((n for n in problem.extensions() if n not in served), True))
     reasons = [
@@ -118,8 +118,13 @@ def _width_reasons(problem: AttentionProblem, widest: int) -> list[str]:
             transform.alibi_slopes is not None and is_ragged(problem),
             MAX_HEADDIM_CHUNK,
         ),
+        "ALiBi and deterministic=True": (
+            transform.alibi_slopes is not None and problem.deterministic,
+            MAX_HEADDIM_CHUNK,
+        ),
         "ALiBi": (transform.alibi_slopes is not None, MAX_HEADDIM_NARROW),
         "softcap": (transform.softcap > 0.0, MAX_HEADDIM_SOFTCAP),
+        "deterministic=True": (problem.deterministic, MAX_HEADDIM_NARROW),
     }
     return [
         f"computes gradients with {name} for head dims up to {limit}, found {widest}"
@@ -140,7 +145,7 @@ def backward(
 ) -> Tensor:
     """Write dq, dk, dv in place, honouring their strides; returns softmax_d.
 
-    Without a plan all three are bitwise repeatable.
+    dk and dv have the same bits every time, and dq if the problem is ``deterministic``.
     """
     if 0 in problem.q.shape or 0 in problem.k.shape:
         for grad in (inputs.dq, inputs.dk, inputs.dv):
@@ -154,7 +159,8 @@ def backward(
     if plan is None:
         is_masked = visibility != FULL
         widest = max(problem.headdim, problem.headdim_v)
-        plan = plan_backward(widest, is_masked, problem.max_seqlen_q)
+        choose = plan_ordered if problem.deterministic else plan_backward
+        plan = choose(widest, is_masked, problem.max_seqlen_q)
     if inputs.dlse is not None or ragged:
         plan = plan._replace(housekeeping=False)
     report(("sm90 backward", *problem.q.shape, *problem.k.shape, visibility), plan)
