@@ -171,7 +171,8 @@ def flash_attn_func(
         softcap: bound of the scores; 0 is none.
         alibi_slopes: (nheads,) or (batch_size, nheads) float32.
         deterministic: whether all gradients are the same bits every time. Those of k and v always
-            are, and the portable kernels' all are; the Hopper kernels sum dq in any order.
+            are, and the portable kernels' all are; without it the Hopper kernels sum dq in any
+            order.
         return_attn_probs: return ``(out, softmax_lse, S_dmask)``.
         s_aux: (nheads,) floating attention sinks, logits of a key without value.
         attn_mask: (1 or batch_size, 1 or nheads, 1 or seqlen_q, 1 or seqlen_k), bool (True: may be
