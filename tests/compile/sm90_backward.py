@@ -69,6 +69,12 @@ def launches(case: Case, headdim: int) -> Iterator[tuple[str, aot.Launch]]:
     for one in aot.record(lambda: launch_backward.backward(problem, inputs), "sm90"):
         yield "in use", one
     widest = max(headdim, case.headdim_v or 0)
+    if case == HOUSEKEEPING and headdim <= 64:
+        plan = launch_backward.plan_backward(headdim, True, seqlen)
+        plan = plan._replace(housekeeping=True, registers=200, other_registers=40)
+        for one in aot.record(lambda: launch_backward.backward(problem, inputs, plan), "sm90"):
+            if one.name == "attention_backward_sm90":
+                yield "housekeeping", one
     if "alibi" in case.features and widest > MAX_HEADDIM_CHUNK:
         return  # refused in order
     plan = plan_ordered(widest, case.mask != "full", seqlen)
@@ -86,6 +92,8 @@ class Case(NamedTuple):
     headdim_v: int | None = None
 
 
+# Of the plans with housekeeping, which none in use has, one that spills nothing.
+HOUSEKEEPING = Case("causal")
 CASES = [
     *map(Case, VISIBILITIES),
     Case("causal", "ones"),

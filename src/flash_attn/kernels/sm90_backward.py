@@ -207,6 +207,7 @@ class Config:
     BLOCK_M: gl.constexpr
     BLOCK_N: gl.constexpr
     BLOCK_D: gl.constexpr
+    HEAD_DIM: gl.constexpr
     EAGER_DV: gl.constexpr
     AHEAD: gl.constexpr
     DQ_GROUP: gl.constexpr
@@ -224,10 +225,11 @@ class Config:
     @gluon.constexpr_function
     def __init__(self, BLOCK_M, BLOCK_D, EAGER_DV, AHEAD, DQ_GROUP, HOUSEKEEPING, ADDER,
                  IN_FLIGHT, DETERMINISTIC, SOFTCAP, HAS_LEFT, HAS_RIGHT, HAS_CHUNK, HAS_ALIBI,
-                 RAGGED, BLOCK_N=128):  # fmt: skip
+                 RAGGED, BLOCK_N=128, HEAD_DIM=None):  # fmt: skip
         self.BLOCK_M = gl.constexpr(BLOCK_M)
         self.BLOCK_N = gl.constexpr(BLOCK_N)
         self.BLOCK_D = gl.constexpr(BLOCK_D)
+        self.HEAD_DIM = gl.constexpr(BLOCK_D if HEAD_DIM is None else HEAD_DIM)
         self.EAGER_DV = gl.constexpr(EAGER_DV)
         self.AHEAD = gl.constexpr(AHEAD)
         self.DQ_GROUP = gl.constexpr(DQ_GROUP)
@@ -1194,7 +1196,7 @@ def ask_for_sums(work, duties, desc, ring, piece, part, use, PARTS: gl.constexpr
 
 
 @gluon.jit
-def finish_pieces(work, duties, ring, desc, HEAD_DIM: gl.constexpr):
+def finish_pieces(work, duties, ring, desc):
     """dq of this program's pieces behind."""
     COLUMNS: gl.constexpr = work.config.BLOCK_D // 64
     PARTS: gl.constexpr = 8 * COLUMNS
@@ -1219,8 +1221,8 @@ def finish_pieces(work, duties, ring, desc, HEAD_DIM: gl.constexpr):
         )
         at = gl.expand_dims(rows.to(gl.int64) * duties.stride_qm, 1) + gl.expand_dims(columns, 0)
         mask = gl.expand_dims(rows < duties.seqlen_q, 1)
-        if HEAD_DIM != work.config.BLOCK_D:
-            mask = mask & gl.expand_dims(columns < HEAD_DIM, 0)
+        if work.config.HEAD_DIM != work.config.BLOCK_D:
+            mask = mask & gl.expand_dims(columns < work.config.HEAD_DIM, 0)
         gl.store(dq + at, values.to(dq.dtype.element_ty), mask=mask)
         meet(HOUSEKEEPERS_MEET, HOUSEKEEPERS * 32)
         following = use + ring.SLOTS
@@ -1230,13 +1232,11 @@ def finish_pieces(work, duties, ring, desc, HEAD_DIM: gl.constexpr):
 
 
 @gluon.jit
-def housekeeper(
-    work, duties, strips, douts, parts, out_desc, do_desc, sums_desc, HEAD_DIM: gl.constexpr
-):
+def housekeeper(work, duties, strips, douts, parts, out_desc, do_desc, sums_desc):
     """Prepare and finish this program's pieces."""
     wait_for_dependencies()
     prepare_pieces(work.config, duties, strips, douts, out_desc, do_desc)
-    finish_pieces(work, duties, parts, sums_desc, HEAD_DIM)
+    finish_pieces(work, duties, parts, sums_desc)
 
 
 # ------------------------------------------------------------------------------------------ kernel
@@ -1315,7 +1315,7 @@ def attention_backward_sm90(
     gl.static_assert(not (HAS_ALIBI and SOFTCAP))
     config = Config(BLOCK_M, BLOCK_D, EAGER_DV, AHEAD, DQ_GROUP, HOUSEKEEPING, ADDER,
                     IN_FLIGHT, DETERMINISTIC, SOFTCAP, HAS_LEFT, HAS_RIGHT, HAS_CHUNK, HAS_ALIBI,
-                    RAGGED)  # fmt: skip
+                    RAGGED, 128, HEAD_DIM)  # fmt: skip
     q = ring_for(q_desc, Q_SLOTS, 2)
     do = ring_for(do_desc, DO_SLOTS, 2)
     k = ring_for(k_desc, 1, 0)
@@ -1397,7 +1397,7 @@ def attention_backward_sm90(
         ]
         + ([(dq_group, (work, shared, duties, dq_desc))] if DQ_GROUP else [])
         + ([(housekeeper, (work, duties, strips, dout_strips, parts, out_desc, dout_desc,
-                           parts_desc, HEAD_DIM))] if HOUSEKEEPING else [])
+                           parts_desc))] if HOUSEKEEPING else [])
         + ([(adder, (work, shared, duties, dq_desc))] if ADDER else [])
         + [
             (producer, (work, shared, duties, group, q_desc, k_desc, v_desc, do_desc, lse_desc,
