@@ -37,7 +37,8 @@ def test_compiles_within_the_limits(headdim: int, tmp_path: Path) -> None:
     if headdim == 64:  # what wider heads are refused with
         assert found >= {"packed alibi", "used alibi"}
     assert "" in found
-    assert {kernel["plan"] for kernel in kernels} == {"in use", "ordered"}
+    plans = {"in use", "ordered", *(["housekeeping"] if headdim == 64 else [])}
+    assert {kernel["plan"] for kernel in kernels} == plans
     for kernel in kernels:
         assert not kernel["failures"], kernel
     assert "0 bytes spill stores" in log  # the log is there
