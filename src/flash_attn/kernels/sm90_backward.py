@@ -957,8 +957,8 @@ def dq_group(work, shared, duties, dq_desc):
 def adder(work, shared, duties, dq_desc):
     """Add every step's tiles of dq to the sums, in order with DETERMINISTIC.
 
-    It takes about three microseconds until an addition is known to be in memory. Not to wait for it,
-    the next IN_FLIGHT steps' additions are started before a step's turn passes.
+    It takes about three microseconds until an addition is known to be in memory. Not to wait for
+    it, the next IN_FLIGHT steps' additions are started before a step's turn passes.
     """
     config = work.config
     TILES: gl.constexpr = tiles_in_block(config)
