@@ -279,7 +279,7 @@ class Parent:
             row = ["/".join(_number(found.get((key, n, s, "whole"))) for n in (IN_USE, ORDERED))
                    for s in seqlens]  # fmt: skip
             print(f"  {'whole: in use/ordered':24s}" + "".join(f"{x:>14s}" for x in row))
-        for note in self.notes[:8]:
+        for note in self.notes[:5]:
             print("note:", note[:300])
         print(f"wall {time.monotonic() - STARTED:.0f}s, json {self.options.json}", flush=True)
         if self.options.json:

@@ -967,8 +967,8 @@ def dq_group(work, shared, duties, dq_desc):
 def adder(work, shared, duties, dq_desc):
     """Add every step's tiles of dq to the sums, in order with DETERMINISTIC.
 
-    It takes about two microseconds until an addition is known to be in memory. Not to wait for it,
-    the next IN_FLIGHT steps' additions are started before a step's turn passes.
+    It takes about three microseconds until an addition is known to be in memory. Not to wait for
+    it, the next IN_FLIGHT steps' additions are started before a step's turn passes.
     """
     config = work.config
     TILES: gl.constexpr = tiles_in_block(config)
@@ -982,6 +982,7 @@ def adder(work, shared, duties, dq_desc):
             turn = turn_of(work, row)
             if seen < turn:
                 wait_until(duties.turns + sum_row // ROWS, turn)
+            fence_async()  # also behind what was only peeked at
         for tile in gl.static_range(TILES):
             use = i * TILES + tile
             shared.dq.wait_full(use)
