@@ -300,6 +300,7 @@ def flash_attn_varlen_func(
         ``(out, softmax_lse (nheads, total_q), S_dmask)``.
     """
     check_tensors(q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    check_optional(block_table=block_table)
     q, k, v = autocast(q, k, v)
     rows_k = k.shape[0] if block_table is None else k.shape[0] * k.shape[1]
     options = _options(

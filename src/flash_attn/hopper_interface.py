@@ -92,7 +92,7 @@ _Descales = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 def maybe_contiguous(x: Tensor | None) -> Tensor | None:
     """Copy ``x`` only if its last dimension does not lie together; None stays None."""
-    return x.contiguous() if x is not None and x.stride(-1) != 1 else x
+    return x.contiguous() if x is not None and x.dim() and x.stride(-1) != 1 else x
 
 
 def round_up_headdim(head_size: int) -> int:
@@ -187,7 +187,8 @@ def flash_attn_func(
         (batch_size, nheads, seqlen_q) float32.
     """
     check_tensors(q=q, k=k, v=v)
-    check_optional(qv=qv)
+    if qv is not None:
+        check_tensors(qv=qv)
     q, k, v, *more = autocast(*(x for x in (q, k, v, qv) if x is not None))
     qv = more[0] if more else None
     problem = _problem(
@@ -251,7 +252,8 @@ def flash_attn_varlen_func(
         ``cu_seqlens_q`` (batch_size, nheads, seqlen_q).
     """
     check_tensors(q=q, k=k, v=v)
-    check_optional(qv=qv)
+    if qv is not None:
+        check_tensors(qv=qv)
     q, k, v, *more = autocast(*(x for x in (q, k, v, qv) if x is not None))
     qv = more[0] if more else None
     check_optional(
@@ -425,8 +427,10 @@ def flash_attn_with_kvcache(
         empty: they are not kept.
     """
     check_tensors(q=q, k_cache=k_cache, v_cache=v_cache)
+    if qv is not None:
+        check_tensors(qv=qv)
     check_optional(
-        k=k, v=v, qv=qv, rotary_cos=rotary_cos, rotary_sin=rotary_sin,
+        k=k, v=v, rotary_cos=rotary_cos, rotary_sin=rotary_sin,
         cache_batch_idx=cache_batch_idx,
         cache_leftpad=cache_leftpad, page_table=page_table, cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k_new=cu_seqlens_k_new, rotary_seqlens=rotary_seqlens,
@@ -434,13 +438,15 @@ def flash_attn_with_kvcache(
     )  # fmt: skip
     q, k, v, qv = autocast_like_cache(k_cache, q, k, v, qv)
     check_metadata(maybe_contiguous(scheduler_metadata), q)
+    cu_seqlens_q = maybe_contiguous(cu_seqlens_q)
+    check_index(cu_seqlens_q, "cu_seqlens_q", q, (None,))
     batch_size = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
     lengths = lengths_tensor(cache_seqlens, q, batch_size)
     leftpad = maybe_contiguous(cache_leftpad)
     check_index(leftpad, "cache_leftpad", q, (batch_size,))
     layout = hopper_layout(
         q,
-        maybe_contiguous(cu_seqlens_q),
+        cu_seqlens_q,
         None,
         None,
         maybe_contiguous(lengths),

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...core.derivatives import first_order
 from ...core.toolchain import explains_toolchain
+from ...core.validate import check_number
 from ...errors import ConstraintError
 
 _FORWARD_BLOCK = 16 * 1024
@@ -217,6 +218,9 @@ class _CrossEntropy(torch.autograd.Function):
 def _check(
     logits: Tensor, labels: Tensor, precomputed_lse: Tensor | None, logit_scale: float
 ) -> None:
+    for name, given in (("logits", logits), ("labels", labels)):
+        if not isinstance(given, Tensor):
+            raise ConstraintError(f"`{name}` must be a torch.Tensor, found {type(given).__name__}")
     if logits.dim() != 2 or logits.shape[1] == 0:
         raise ConstraintError(
             "`logits` must have shape (rows, classes) with at least one class, "
@@ -274,7 +278,8 @@ def cross_entropy_loss(
     Raises:
         ConstraintError: an argument has a wrong shape, dtype, device or value.
     """
-    logit_scale, label_smoothing = float(logit_scale), float(label_smoothing)
+    logit_scale = float(check_number(logit_scale, "logit_scale"))
+    label_smoothing = float(check_number(label_smoothing, "label_smoothing"))
     _check(logits, labels, precomputed_lse, logit_scale)
     n_cols = logits.shape[1]
     world_size, rank = 1, 0
@@ -283,7 +288,7 @@ def cross_entropy_loss(
     options = _Options(
         label_smoothing=label_smoothing,
         logit_scale=logit_scale,
-        lse_square_scale=float(lse_square_scale),
+        lse_square_scale=float(check_number(lse_square_scale, "lse_square_scale")),
         ignore_index=int(ignore_index),
         class_start=rank * n_cols,
         total_classes=world_size * n_cols,
