@@ -271,6 +271,9 @@ def attention(
     """(out, softmax_lse, s_dmask), recorded for autograd only if a gradient can be asked for."""
     q, k, v = last_dim_contiguous(q), last_dim_contiguous(k), last_dim_contiguous(v)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        if torch.compiler.is_compiling():
+            # One tensor in two places: refused by PyTorch 2.13, a wrong gradient in 2.11.
+            k, v = k.view_as(k), v.view_as(v)
         return Attention.apply(q, k, v, options, return_softmax)[:3]
     return run_forward(q, k, v, options, return_softmax)[:3]
 

@@ -186,28 +186,31 @@ def _merge_ranks(
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
         logits: Tensor,
         labels: Tensor,
         precomputed_lse: Tensor | None,
         options: _Options,
         inplace_backward: bool,
         process_group: Any,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         partial = options.total_classes > logits.shape[1]
         forward = _forward_kernel if _runs_on_kernels(logits) else _forward_torch
         lse, losses, z_losses = forward(logits, labels, precomputed_lse, options, partial)
         if partial:
             lse, losses, z_losses = _merge_ranks(lse, losses, labels, options, process_group)
+        # An input may not be saved as an output.
+        return losses, z_losses, lse.view_as(lse) if lse is precomputed_lse else lse
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        logits, labels, _, ctx.options, ctx.inplace_backward, _ = inputs
+        _, z_losses, lse = output
         ctx.save_for_backward(logits, labels, lse)
-        ctx.options = options
-        ctx.inplace_backward = inplace_backward
-        ctx.mark_non_differentiable(z_losses)
-        return losses, z_losses
+        ctx.mark_non_differentiable(z_losses, lse)
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, dlosses: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dlosses: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         logits, labels, lse = ctx.saved_tensors
         out = logits if ctx.inplace_backward else torch.empty_like(logits)
         backward = _backward_kernel if _runs_on_kernels(logits) else _backward_torch
@@ -298,7 +301,7 @@ def cross_entropy_loss(
         precomputed_lse = precomputed_lse.detach().float().contiguous() if usable else None
     if logits.stride(-1) != 1:
         logits = logits.contiguous()
-    losses, z_losses = _CrossEntropy.apply(
+    losses, z_losses, _ = _CrossEntropy.apply(
         logits, labels.contiguous(), precomputed_lse, options, inplace_backward, process_group
     )
     return losses, z_losses
