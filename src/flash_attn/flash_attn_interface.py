@@ -501,7 +501,7 @@ def attention_probs(
     options = _options(
         q.shape[-1], 0.0, softmax_scale, causal, window_size, softcap, alibi_slopes, False
     )
-    problem = ops.dense_problem(q, k, k, *options.shared)
+    problem = ops.dense_problem(q, k, k, *autograd.shared(options))
     check_problem(problem)
     return reference.attention_probabilities(problem)
 

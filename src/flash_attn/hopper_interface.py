@@ -52,6 +52,7 @@ from .core.combine import combine
 from .core.hopper import (
     ForwardArguments,
     check_metadata,
+    has_cache,
     hopper_layout,
     hopper_problem,
     no_partial_results,
@@ -638,7 +639,7 @@ def _flash_attn_forward(
         scheduler_metadata, num_splits, pack_gqa, sm_margin,
     )  # fmt: skip
     given = _contiguous(given)
-    if (given.out_ is None and not given.has_cache) or torch.compiler.is_compiling():
+    if (given.out_ is None and not has_cache(given)) or torch.compiler.is_compiling():
         return hopper_ops.forward(*given)
     with torch.no_grad():
         return solve(given)
@@ -653,7 +654,7 @@ _MAY_BE_COPIED = (
 
 def _contiguous(given: ForwardArguments) -> ForwardArguments:
     """Last dimensions together, except of what is written in place; bounds on the host."""
-    inputs = ("q",) if given.has_cache else ("q", "k", "v")
+    inputs = ("q",) if has_cache(given) else ("q", "k", "v")
     changes = {name: maybe_contiguous(getattr(given, name)) for name in (*inputs, *_MAY_BE_COPIED)}
     return given._replace(
         **changes,  # type: ignore[arg-type]
