@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor
 
+from .core.validate import check_integer, require
 from .errors import ConstraintError
 
 __all__ = [
@@ -125,7 +126,14 @@ def index_first_axis_residual(input: Tensor, indices: Tensor) -> tuple[Tensor, T
     return out
 
 
+def _check_tensor(x: Any, name: str) -> None:
+    if not isinstance(x, Tensor):
+        raise ConstraintError(f"`{name}` must be a torch.Tensor, found {type(x).__name__}")
+
+
 def _check_mask(hidden_states: Tensor, mask: Tensor, name: str) -> None:
+    _check_tensor(hidden_states, "hidden_states")
+    _check_tensor(mask, name)
     if mask.dim() != 2 or hidden_states.shape[:2] != mask.shape:
         raise ConstraintError(
             f"`{name}` must have shape {tuple(hidden_states.shape[:2])} like the first dimensions "
@@ -213,6 +221,19 @@ def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -
 
     Returns:
         (batch, seqlen, ...).
+
+    Raises:
+        ConstraintError: an argument has a wrong type, shape or value.
     """
+    _check_tensor(hidden_states, "hidden_states")
+    _check_tensor(indices, "indices")
+    for name, size in (("batch", batch), ("seqlen", seqlen)):
+        require(check_integer(size, name) >= 0, f"`{name}` must not be negative, found {size}")
+    wanted = tuple(hidden_states.shape[:1])
+    require(
+        tuple(indices.shape) == wanted and indices.dtype in (torch.int32, torch.int64),
+        f"`indices` must hold integers of shape {wanted} like the rows of `hidden_states`, found "
+        f"{indices.dtype} of shape {tuple(indices.shape)}",
+    )
     flat = index_put_first_axis(hidden_states, indices, batch * seqlen)
     return flat.view(batch, seqlen, *hidden_states.shape[1:])

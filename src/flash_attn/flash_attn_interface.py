@@ -301,6 +301,7 @@ def flash_attn_varlen_func(
         ``(out, softmax_lse (nheads, total_q), S_dmask)``.
     """
     check_tensors(q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    check_optional(block_table=block_table)
     q, k, v = autocast(q, k, v)
     rows_k = k.shape[0] if block_table is None else k.shape[0] * k.shape[1]
     options = _options(
@@ -501,7 +502,7 @@ def attention_probs(
     options = _options(
         q.shape[-1], 0.0, softmax_scale, causal, window_size, softcap, alibi_slopes, False
     )
-    problem = ops.dense_problem(q, k, k, *options.shared)
+    problem = ops.dense_problem(q, k, k, *autograd.shared(options))
     check_problem(problem)
     return reference.attention_probabilities(problem)
 

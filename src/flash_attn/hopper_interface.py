@@ -52,6 +52,7 @@ from .core.combine import combine
 from .core.hopper import (
     ForwardArguments,
     check_metadata,
+    has_cache,
     hopper_layout,
     hopper_problem,
     no_partial_results,
@@ -92,7 +93,7 @@ _Descales = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 def maybe_contiguous(x: Tensor | None) -> Tensor | None:
     """Copy ``x`` only if its last dimension does not lie together; None stays None."""
-    return x.contiguous() if x is not None and x.stride(-1) != 1 else x
+    return x.contiguous() if x is not None and x.dim() and x.stride(-1) != 1 else x
 
 
 def round_up_headdim(head_size: int) -> int:
@@ -187,7 +188,8 @@ def flash_attn_func(
         (batch_size, nheads, seqlen_q) float32.
     """
     check_tensors(q=q, k=k, v=v)
-    check_optional(qv=qv)
+    if qv is not None:
+        check_tensors(qv=qv)
     q, k, v, *more = autocast(*(x for x in (q, k, v, qv) if x is not None))
     qv = more[0] if more else None
     problem = _problem(
@@ -251,7 +253,8 @@ def flash_attn_varlen_func(
         ``cu_seqlens_q`` (batch_size, nheads, seqlen_q).
     """
     check_tensors(q=q, k=k, v=v)
-    check_optional(qv=qv)
+    if qv is not None:
+        check_tensors(qv=qv)
     q, k, v, *more = autocast(*(x for x in (q, k, v, qv) if x is not None))
     qv = more[0] if more else None
     check_optional(
@@ -425,8 +428,10 @@ def flash_attn_with_kvcache(
         empty: they are not kept.
     """
     check_tensors(q=q, k_cache=k_cache, v_cache=v_cache)
+    if qv is not None:
+        check_tensors(qv=qv)
     check_optional(
-        k=k, v=v, qv=qv, rotary_cos=rotary_cos, rotary_sin=rotary_sin,
+        k=k, v=v, rotary_cos=rotary_cos, rotary_sin=rotary_sin,
         cache_batch_idx=cache_batch_idx,
         cache_leftpad=cache_leftpad, page_table=page_table, cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k_new=cu_seqlens_k_new, rotary_seqlens=rotary_seqlens,
@@ -434,13 +439,15 @@ def flash_attn_with_kvcache(
     )  # fmt: skip
     q, k, v, qv = autocast_like_cache(k_cache, q, k, v, qv)
     check_metadata(maybe_contiguous(scheduler_metadata), q)
+    cu_seqlens_q = maybe_contiguous(cu_seqlens_q)
+    check_index(cu_seqlens_q, "cu_seqlens_q", q, (None,))
     batch_size = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
     lengths = lengths_tensor(cache_seqlens, q, batch_size)
     leftpad = maybe_contiguous(cache_leftpad)
     check_index(leftpad, "cache_leftpad", q, (batch_size,))
     layout = hopper_layout(
         q,
-        maybe_contiguous(cu_seqlens_q),
+        cu_seqlens_q,
         None,
         None,
         maybe_contiguous(lengths),
@@ -632,7 +639,7 @@ def _flash_attn_forward(
         scheduler_metadata, num_splits, pack_gqa, sm_margin,
     )  # fmt: skip
     given = _contiguous(given)
-    if (given.out_ is None and not given.has_cache) or torch.compiler.is_compiling():
+    if (given.out_ is None and not has_cache(given)) or torch.compiler.is_compiling():
         return hopper_ops.forward(*given)
     with torch.no_grad():
         return solve(given)
@@ -647,7 +654,7 @@ _MAY_BE_COPIED = (
 
 def _contiguous(given: ForwardArguments) -> ForwardArguments:
     """Last dimensions together, except of what is written in place; bounds on the host."""
-    inputs = ("q",) if given.has_cache else ("q", "k", "v")
+    inputs = ("q",) if has_cache(given) else ("q", "k", "v")
     changes = {name: maybe_contiguous(getattr(given, name)) for name in (*inputs, *_MAY_BE_COPIED)}
     return given._replace(
         **changes,  # type: ignore[arg-type]

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .core import rng
+from .core.arguments import check_tensors
 from .core.outputs import last_dim_contiguous
 from .core.problem import is_float8
 from .core.validate import check_index, check_integer, check_qkv, check_tensor, require
@@ -82,7 +83,8 @@ def quantize_fp8(
     Raises:
         ConstraintError: an argument is wrong.
     """
-    q, k, v = (last_dim_contiguous(x) if isinstance(x, Tensor) else x for x in (q, k, v))
+    check_tensors(q=q, k=k, v=v)
+    q, k, v = last_dim_contiguous(q), last_dim_contiguous(k), last_dim_contiguous(v)
     _check(q, k, v, cu_seqlens_q, cu_seqlens_k)
     if hadamard:
         q, k = _rotated(q, seed), _rotated(k, seed)

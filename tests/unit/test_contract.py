@@ -562,6 +562,9 @@ def decoding_tensors():
     return [torch.randn(shape) for shape in shapes]
 
 
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.10."), reason="PyTorch 2.10 traces no properties of tuples"
+)
 @pytest.mark.parametrize("lengths", [3, torch.tensor([3, 8], dtype=torch.int32)], ids=type)
 def test_compiled_decoding_writes_into_the_caches(lengths):
     torch._dynamo.reset()

@@ -14,9 +14,16 @@ import flash_attn
 from flash_attn.errors import UnsupportedProblemError
 from flash_attn.hopper_interface import _flash_attn_forward
 from flash_attn.hopper_interface import flash_attn_func as hopper_func
+from flash_attn.layers.rotary import (
+    apply_rotary_emb,
+    apply_rotary_emb_kv_,
+    apply_rotary_emb_qkv_,
+)
+from flash_attn.modules.mha import MHA
 from flash_attn.ops.activations import swiglu
 from flash_attn.ops.triton.cross_entropy import cross_entropy_loss
 
+MODULE = MHA(64, 4, causal=True, rotary_emb_dim=16, use_flash_attn=True)
 BOUNDS = torch.tensor([0, 2, 5], dtype=torch.int32)
 Q, KV, QKV = (2, 5, 4, 16), (2, 5, 2, 2, 16), (2, 5, 3, 4, 16)
 
@@ -41,10 +48,19 @@ ATTENTION: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
     "FlashAttention-3": (lambda q: hopper_func(q, q, q), [Q]),
     "its log-sum-exp": (lambda q: hopper_func(q, q, q, return_attn_probs=True)[1], [Q]),
 }
-OTHERS: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
-    "FlashAttention-3, private": (lambda q: _flash_attn_forward(q, q, q)[0], [Q]),
+TABLES = torch.rand(5, 8), torch.rand(5, 8)
+AROUND: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
     "cross entropy": (lambda x: cross_entropy_loss(x, torch.tensor([1, 0, 2]))[0], [(3, 4)]),
     "swiglu": (swiglu, [(3, 4), (3, 4)]),
+    "rotary": (lambda x: apply_rotary_emb(x, *TABLES), [Q]),
+    "rotary in place": (lambda x: apply_rotary_emb_qkv_(x * 1, *TABLES), [QKV]),
+    "rotary of keys": (lambda x: apply_rotary_emb_kv_(x * 1, *TABLES), [KV]),
+    "a module with rotary embedding": (lambda x: MODULE(x), [(2, 5, 64)]),
+}
+OTHERS: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
+    "FlashAttention-3, private": (lambda q: _flash_attn_forward(q, q, q)[0], [Q]),
+    "cross entropy": AROUND["cross entropy"],
+    "swiglu": AROUND["swiglu"],
 }
 
 
@@ -53,9 +69,9 @@ def leaves(shapes: list[tuple[int, ...]]) -> list[Tensor]:
     return [torch.randn(shape, requires_grad=True) for shape in shapes]
 
 
-@pytest.mark.parametrize("name", ATTENTION)
+@pytest.mark.parametrize("name", [*ATTENTION, *AROUND])
 def test_function_transforms_give_the_gradients(name: str) -> None:
-    function, shapes = ATTENTION[name]
+    function, shapes = (ATTENTION | AROUND)[name]
 
     def loss(*xs: Tensor) -> Tensor:
         return (function(*xs) ** 2).sum()
@@ -136,3 +152,27 @@ def test_slopes_get_no_gradient() -> None:
     flash_attn.flash_attn_func(q, q, q, alibi_slopes=slopes).sum().backward()
     assert q.grad is not None
     assert slopes.grad is None
+
+
+COMPILED = {
+    "one tensor as q, k and v": (lambda x: func(x), [Q]),
+    "one tensor as k and v": (lambda q, k: flash_attn.flash_attn_func(q, k, k), [Q, Q]),
+    "packed": ATTENTION["varlen"],
+    "swiglu": AROUND["swiglu"],
+    "rotary": AROUND["rotary"],
+    "cross entropy": AROUND["cross entropy"],
+    "a module with rotary embedding": AROUND["a module with rotary embedding"],
+}
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_gradients(name: str) -> None:
+    """Also where PyTorch's compiler has gone wrong before."""
+    function, shapes = COMPILED[name]
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    plain, traced = leaves(shapes), leaves(shapes)
+    (function(*plain) ** 2).sum().backward()
+    (compiled(*traced) ** 2).sum().backward()
+    for x, y in zip(plain, traced, strict=True):
+        torch.testing.assert_close(y.grad, x.grad)

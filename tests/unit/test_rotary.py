@@ -393,7 +393,7 @@ def test_compiled_equals_eager(device, inplace):
     [
         ({"x": (2, 5, 16)}, "`x` must have shape"),
         ({"x": (2, 5, 2, 264)}, "at most 256"),
-        ({"x": (2, 5, 2, 8)}, "rotary_dim must be <= headdim, found 16"),
+        ({"x": (2, 5, 2, 8)}, "rotary_dim must be <= headdim: `cos` has 8"),
         ({"x": (2, 6, 2, 16)}, "at least 6 rows"),
         ({"cos": (4, 8)}, "same shape"),
         ({"cos": (5, 1, 8), "sin": (5, 1, 8)}, "same shape"),

@@ -37,11 +37,6 @@ class Options(NamedTuple):
     block_table: Tensor | None = None
 
     @property
-    def shared(self) -> tuple[Any, ...]:
-        """What all four operators take after their tensors, from dropout_p to alibi_slopes."""
-        return self[:7]
-
-    @property
     def is_plain(self) -> bool:
         """Whether all numbers are Python's own."""
         dropout_p, scale, causal, left, right, softcap, *_ = self
@@ -52,9 +47,18 @@ class Options(NamedTuple):
             and {type(dropout_p), type(scale), type(softcap)} <= {int, float}
         )
 
-    @property
-    def lengths(self) -> tuple[Any, ...]:
-        return (self.cu_seqlens_q, self.cu_seqlens_k, self.max_seqlen_q, self.max_seqlen_k)
+
+# No properties: PyTorch 2.10 cannot trace those of named tuples.
+
+
+def shared(options: Options) -> tuple[Any, ...]:
+    """What all four operators take after their tensors, from dropout_p to alibi_slopes."""
+    return options[:7]
+
+
+def lengths(options: Options) -> tuple[Any, ...]:
+    """What the packed operators take before that."""
+    return options[8:12]
 
 
 def run_forward(
@@ -65,9 +69,10 @@ def run_forward(
     direct = _may_bypass(q, k, v, options)
     if options.cu_seqlens_q is None:
         forward = ops.solve_forward if direct else ops.forward
-        return forward(q, k, v, *options.shared, return_softmax)
+        return forward(q, k, v, *shared(options), return_softmax)
     forward = ops.solve_varlen_forward if direct else ops.varlen_forward
-    return forward(q, k, v, *options.lengths, *options.shared, return_softmax, options.block_table)
+    tail = (*shared(options), return_softmax, options.block_table)
+    return forward(q, k, v, *lengths(options), *tail)
 
 
 def _may_bypass(q: Tensor, k: Tensor, v: Tensor, options: Options) -> bool:
@@ -90,14 +95,14 @@ def _run_backward(
         )
     q, k, v, out, softmax_lse, rng_state = saved
     inputs: Any = (last_dim_contiguous(dout), q, k, v, out, softmax_lse, *grads)
-    tail = (*options.shared, options.deterministic, rng_state)
+    tail = (*shared(options), options.deterministic, rng_state)
     # Gradients are never recorded here: double differentiation is refused.
     direct = _may_bypass(q, k, v, options) and eager.is_unobserved(inputs[0], *inputs[4:])
     if options.cu_seqlens_q is None:
         (ops.solve_backward if direct else ops.backward)(*inputs, *tail)
     else:
         backward = ops.solve_varlen_backward if direct else ops.varlen_backward
-        backward(*inputs, *options.lengths, *tail)
+        backward(*inputs, *lengths(options), *tail)
 
 
 _TENSOR_OPTIONS = ("alibi_slopes", "cu_seqlens_q", "cu_seqlens_k", "block_table")
@@ -256,7 +261,7 @@ def remember_dense(
         _dense.clear()
     # A tensor among the arguments may change its value.
     if type(arguments[3]) is tuple and not any(isinstance(x, Tensor) for x in _flat(arguments)):
-        values = ops.dense_problem(q, k, v, *options.shared)[3:]
+        values = ops.dense_problem(q, k, v, *shared(options))[3:]
         _dense[(q.shape[-1:], arguments)] = _DenseCall(options, values)
 
 
@@ -271,6 +276,9 @@ def attention(
     """(out, softmax_lse, s_dmask), recorded for autograd only if a gradient can be asked for."""
     q, k, v = last_dim_contiguous(q), last_dim_contiguous(k), last_dim_contiguous(v)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        if torch.compiler.is_compiling():
+            # One tensor in two places: refused by PyTorch 2.13, a wrong gradient in 2.11.
+            k, v = k.view_as(k), v.view_as(v)
         return Attention.apply(q, k, v, options, return_softmax)[:3]
     return run_forward(q, k, v, options, return_softmax)[:3]
 
@@ -287,11 +295,11 @@ def extended_attention(
     """The same with a mask or sinks, for which FlashAttention-2's operators have no arguments."""
     options = options._replace(dropout_p=float(options.dropout_p))
     return_softmax = return_softmax and options.dropout_p > 0.0
-    tail: tuple[Any, ...] = (*options.shared, return_softmax)
+    tail: tuple[Any, ...] = (*shared(options), return_softmax)
     if options.cu_seqlens_q is None:
         problem = ops.dense_problem(q, k, v, *tail)
     else:
-        tail = (*options.lengths, *tail, options.block_table)
+        tail = (*lengths(options), *tail, options.block_table)
         problem = ops.varlen_problem(q, k, v, *tail)
     transform = problem.transform._replace(attn_mask=attn_mask, sinks=sinks)
     problem = problem._replace(transform=transform, deterministic=options.deterministic)

@@ -66,12 +66,6 @@ class ForwardArguments(NamedTuple):
     pack_gqa: bool | None = None
     sm_margin: int = 0
 
-    @property
-    def has_cache(self) -> bool:
-        """Whether new keys are appended, or rotated."""
-        new = (self.k_new, self.v_new, self.rotary_cos, self.rotary_sin, self.seqlens_rotary)
-        return any(x is not None for x in (*new, self.cu_seqlens_k_new))
-
     def problem(self) -> AttentionProblem:
         """The problem that the arguments describe, before anything is appended.
 
@@ -108,6 +102,13 @@ class ForwardArguments(NamedTuple):
             sm_margin=self.sm_margin,
         )
         return with_empty_lse(problem, self.k_new)
+
+
+def has_cache(arguments: ForwardArguments) -> bool:
+    """Whether new keys are appended, or rotated. (No property, which PyTorch 2.10 cannot trace.)"""
+    new = (arguments.k_new, arguments.v_new, arguments.cu_seqlens_k_new)
+    rotary = (arguments.rotary_cos, arguments.rotary_sin, arguments.seqlens_rotary)
+    return any(x is not None for x in (*new, *rotary))
 
 
 def hopper_layout(
@@ -215,7 +216,9 @@ def hopper_problem(
 def with_empty_lse(problem: AttentionProblem, k_new: Tensor | None = None) -> AttentionProblem:
     """Where there is no key at all, by the shapes, every row's LSE is +inf instead of -inf."""
     appended = 0 if k_new is None else k_new.numel()
-    if problem.k.numel() + appended == 0 or (problem.is_paged and problem.max_seqlen_k == 0):
+    table = problem.layout.page_table
+    no_pages = table is not None and table.shape[1] * problem.k.shape[1] == 0
+    if problem.k.numel() + appended == 0 or no_pages:
         return problem._replace(empty_lse=float("inf"))
     return problem
 
@@ -235,7 +238,7 @@ def solve(arguments: ForwardArguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         UnsupportedProblemError: no permitted backend computes it.
     """
     problem = arguments.problem()
-    if arguments.has_cache:
+    if has_cache(arguments):
         result = attend_with_kvcache(
             problem,
             arguments.k_new,

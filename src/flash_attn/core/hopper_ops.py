@@ -16,7 +16,14 @@ from torch import Tensor
 from ..errors import ConstraintError
 from . import problem_ops
 from .derivatives import first_order
-from .hopper import BackwardArguments, ForwardArguments, fake_result, solve, solve_backward
+from .hopper import (
+    BackwardArguments,
+    ForwardArguments,
+    fake_result,
+    has_cache,
+    solve,
+    solve_backward,
+)
 from .outputs import last_dim_contiguous, softmax_d_shape
 
 NAMESPACE = "flash_attn_3"
@@ -92,7 +99,7 @@ backward = torch.ops.flash_attn_3._flash_attn_backward
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     given = ForwardArguments(*inputs)._replace(out_=None)
     named = given._asdict()
-    ctx.has_cache = given.has_cache
+    ctx.has_cache = has_cache(given)
     ctx.names = [name for name, x in named.items() if isinstance(x, Tensor)]
     ctx.numbers = {name: x for name, x in named.items() if not isinstance(x, Tensor)}
     ctx.save_for_backward(*output[:2], *(named[name] for name in ctx.names))

@@ -310,7 +310,7 @@ def _check_table_dtype(x: Tensor, name: str, dtype: torch.dtype) -> None:
     """The queries' dtype; beside float8 queries, whose tables would be coarse, any floating one."""
     if x.dtype != dtype and not (is_float8(dtype) and x.is_floating_point()):
         raise ConstraintError(
-            f"{name} must have the same dtype as query, found {x.dtype} and {dtype}"
+            f"{name} must have the same dtype as query: `{name}` has {x.dtype}, `q` {dtype}"
         )
 
 

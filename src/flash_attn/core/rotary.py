@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConstraintError
-from .validate import require
+from .validate import check_integer, require
 
 MAX_HEADDIM = 256
 
@@ -116,6 +116,9 @@ def check_rotary(
 
 def _check_tensors(x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor | None) -> None:
     shape = "(batch_size, seqlen, nheads, headdim)"
+    for given, name in ((x, "x"), (cos, "cos"), (sin, "sin"), (cu_seqlens, "cu_seqlens")):
+        if not isinstance(given, Tensor) and (name != "cu_seqlens" or given is not None):
+            raise ConstraintError(f"`{name}` must be a torch.Tensor, found {type(given).__name__}")
     if cu_seqlens is not None:
         shape = "(total, nheads, headdim) with `cu_seqlens`"
     require(
@@ -135,7 +138,11 @@ def _check_tensors(x: Tensor, cos: Tensor, sin: Tensor, cu_seqlens: Tensor | Non
         if table is not None and table.device != x.device:
             raise ConstraintError(f"`{name}` must be on {x.device} like `x`, found {table.device}")
     headdim, rotary_dim = x.shape[-1], 2 * cos.shape[1]
-    require(rotary_dim <= headdim, f"rotary_dim must be <= headdim, found {rotary_dim}, {headdim}")
+    require(
+        rotary_dim <= headdim,
+        f"rotary_dim must be <= headdim: `cos` has {rotary_dim // 2} columns for pairs, `x` head "
+        f"dim {headdim}",
+    )
     require(
         headdim <= MAX_HEADDIM, f"`x` must have head dim at most {MAX_HEADDIM}, found {headdim}"
     )
@@ -172,7 +179,9 @@ def _check_length(
     max_seqlen: int | Tensor | None,
 ) -> None:
     """The tables reach the last position, where the host knows it."""
-    offset = 0 if isinstance(seqlen_offsets, Tensor) else seqlen_offsets
+    offset = 0
+    if not isinstance(seqlen_offsets, Tensor):
+        offset = check_integer(seqlen_offsets, "seqlen_offsets")
     require(offset >= 0, f"`seqlen_offsets` must not be negative, found {offset}")
     if cu_seqlens is None:
         seqlen = x.shape[1]
@@ -180,7 +189,7 @@ def _check_length(
         # Reading a length off the device would stall it; positions are clamped anyway.
         seqlen = 1 if x.shape[0] else 0
     else:
-        seqlen = max_seqlen
+        seqlen = check_integer(max_seqlen, "max_seqlen")
     require(
         cos.shape[0] >= seqlen + offset,
         f"`cos` and `sin` must have at least {seqlen + offset} rows (seqlen {seqlen} and offset "

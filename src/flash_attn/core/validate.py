@@ -176,8 +176,9 @@ def _shape(packed: bool, name: str) -> str:
 
 
 def _check_layout(problem: AttentionProblem) -> None:
-    q, k, layout, batch_size = problem.q, problem.k, problem.layout, problem.batch_size
+    q, k, layout = problem.q, problem.k, problem.layout
     check_index(layout.cu_seqlens_q, "cu_seqlens_q", q, (None,))
+    batch_size = problem.batch_size
     require(batch_size >= 0, "`cu_seqlens_q` must have batch_size + 1 elements, found none")
     check_index(layout.cu_seqlens_k, "cu_seqlens_k", q, (batch_size + 1,))
     check_index(layout.seqused_q, "seqused_q", q, (batch_size,))
@@ -186,6 +187,10 @@ def _check_layout(problem: AttentionProblem) -> None:
     rows = batch_size if layout.cache_batch_idx is None else None
     check_index(layout.page_table, "block_table", q, (rows, None))
     check_index(layout.cache_batch_idx, "cache_batch_idx", q, (batch_size,))
+    if layout.page_table is not None and batch_size > 0 == layout.page_table.shape[0]:
+        raise ConstraintError(
+            f"`block_table` must have at least one row, found {tuple(layout.page_table.shape)}"
+        )
     if layout.page_table is not None:
         if k.shape[1] == 0 and k.shape[0] > 0:
             raise ConstraintError("`k` must have pages of at least one row, found page size 0")

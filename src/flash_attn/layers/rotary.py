@@ -84,7 +84,6 @@ class ApplyRotaryEmb(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
         x: Tensor,
         cos: Tensor,
         sin: Tensor,
@@ -95,12 +94,17 @@ class ApplyRotaryEmb(torch.autograd.Function):
         max_seqlen: int | Tensor | None = None,
         conjugate: bool = False,
     ) -> Tensor:
-        out = apply_rotary(
+        return apply_rotary(
             x, cos, sin, seqlen_offsets, cu_seqlens, max_seqlen, interleaved, inplace, conjugate
         )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        # What callers leave out at the end has its default.
+        given = (*inputs, *(False, False, 0, None, None, False)[len(inputs) - 3 :])
+        _, cos, sin, interleaved, _, seqlen_offsets, cu_seqlens, max_seqlen, conjugate = given
         offsets = _save(ctx, seqlen_offsets, cos, sin, cu_seqlens)
         ctx.options = (interleaved, offsets, max_seqlen, conjugate)
-        return out
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
@@ -234,7 +238,6 @@ class ApplyRotaryEmbQKV_(torch.autograd.Function):  # noqa: N801 - the name is p
 
     @staticmethod
     def forward(
-        ctx: Any,
         qkv: Tensor,
         cos: Tensor,
         sin: Tensor,
@@ -247,9 +250,14 @@ class ApplyRotaryEmbQKV_(torch.autograd.Function):  # noqa: N801 - the name is p
     ) -> Tensor:
         tables = _Tables(cos, sin, cos_k, sin_k)
         _rotate_packed(qkv, tables, interleaved, seqlen_offsets, num_heads_q, conjugate)
+        return qkv
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        given = (*inputs, *(None, None, False, 0, None, False)[len(inputs) - 3 :])
+        _, *tables, interleaved, seqlen_offsets, num_heads_q, conjugate = given
         offset = _save(ctx, seqlen_offsets, *tables)
         ctx.options = (interleaved, offset, num_heads_q, conjugate)
-        return qkv
 
     @staticmethod
     def backward(ctx: Any, dqkv: Tensor) -> tuple[Tensor | None, ...]:
@@ -307,7 +315,6 @@ class ApplyRotaryEmbKV_(torch.autograd.Function):  # noqa: N801 - the name is pu
 
     @staticmethod
     def forward(
-        ctx: Any,
         kv: Tensor,
         cos: Tensor,
         sin: Tensor,
@@ -329,8 +336,13 @@ class ApplyRotaryEmbKV_(torch.autograd.Function):  # noqa: N801 - the name is pu
             inplace=True,
             conjugate=conjugate,
         )
-        ctx.options = (interleaved, _save(ctx, seqlen_offsets, cos, sin), conjugate)
         return kv
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        given = (*inputs, *(False, 0, False)[len(inputs) - 3 :])
+        _, cos, sin, interleaved, seqlen_offsets, conjugate = given
+        ctx.options = (interleaved, _save(ctx, seqlen_offsets, cos, sin), conjugate)
 
     @staticmethod
     def backward(ctx: Any, dkv: Tensor) -> tuple[Tensor | None, ...]:
@@ -430,7 +442,8 @@ class RotaryEmbedding(torch.nn.Module):
             and seqlen <= self._seq_len_cached
             and cached.device == device
             and cached.dtype == dtype
-            and not (self.training and cached.is_inference())  # autograd cannot save those
+            # Autograd cannot save tensors of inference mode. (A compiler cannot ask.)
+            and not (self.training and not torch.compiler.is_compiling() and cached.is_inference())
         ):
             return
         self._seq_len_cached = seqlen

@@ -67,7 +67,9 @@ def sqrelu_bwd(g: Tensor, x: Tensor) -> Tensor:
 
 def swiglu_fwd(x: Tensor, y: Tensor) -> Tensor:
     """Return ``silu(x) * y`` in the dtype of ``x``, rounded once."""
-    return (F.silu(_wide(x)) * y).to(x.dtype)
+    out = F.silu(_wide(x)) * y
+    # Not a conversion to what it is: PyTorch 2.11 compiles a wrong gradient around one.
+    return out if out.dtype == x.dtype else out.to(x.dtype)
 
 
 def swiglu_bwd(x: Tensor, y: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
@@ -83,9 +85,12 @@ class _SwiGLU(torch.autograd.Function):
     """Keep the narrow inputs instead of the wide intermediates that autograd would keep."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
-        ctx.save_for_backward(x, y)
+    def forward(x: Tensor, y: Tensor) -> Tensor:
         return swiglu_fwd(x, y)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     @first_order

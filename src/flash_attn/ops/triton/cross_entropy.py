@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...core.derivatives import first_order
 from ...core.toolchain import explains_toolchain
+from ...core.validate import check_number
 from ...errors import ConstraintError
 
 _FORWARD_BLOCK = 16 * 1024
@@ -185,28 +186,31 @@ def _merge_ranks(
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
         logits: Tensor,
         labels: Tensor,
         precomputed_lse: Tensor | None,
         options: _Options,
         inplace_backward: bool,
         process_group: Any,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         partial = options.total_classes > logits.shape[1]
         forward = _forward_kernel if _runs_on_kernels(logits) else _forward_torch
         lse, losses, z_losses = forward(logits, labels, precomputed_lse, options, partial)
         if partial:
             lse, losses, z_losses = _merge_ranks(lse, losses, labels, options, process_group)
+        # An input may not be saved as an output.
+        return losses, z_losses, lse.view_as(lse) if lse is precomputed_lse else lse
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        logits, labels, _, ctx.options, ctx.inplace_backward, _ = inputs
+        _, z_losses, lse = output
         ctx.save_for_backward(logits, labels, lse)
-        ctx.options = options
-        ctx.inplace_backward = inplace_backward
-        ctx.mark_non_differentiable(z_losses)
-        return losses, z_losses
+        ctx.mark_non_differentiable(z_losses, lse)
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, dlosses: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dlosses: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         logits, labels, lse = ctx.saved_tensors
         out = logits if ctx.inplace_backward else torch.empty_like(logits)
         backward = _backward_kernel if _runs_on_kernels(logits) else _backward_torch
@@ -217,6 +221,9 @@ class _CrossEntropy(torch.autograd.Function):
 def _check(
     logits: Tensor, labels: Tensor, precomputed_lse: Tensor | None, logit_scale: float
 ) -> None:
+    for name, given in (("logits", logits), ("labels", labels)):
+        if not isinstance(given, Tensor):
+            raise ConstraintError(f"`{name}` must be a torch.Tensor, found {type(given).__name__}")
     if logits.dim() != 2 or logits.shape[1] == 0:
         raise ConstraintError(
             "`logits` must have shape (rows, classes) with at least one class, "
@@ -274,7 +281,8 @@ def cross_entropy_loss(
     Raises:
         ConstraintError: an argument has a wrong shape, dtype, device or value.
     """
-    logit_scale, label_smoothing = float(logit_scale), float(label_smoothing)
+    logit_scale = float(check_number(logit_scale, "logit_scale"))
+    label_smoothing = float(check_number(label_smoothing, "label_smoothing"))
     _check(logits, labels, precomputed_lse, logit_scale)
     n_cols = logits.shape[1]
     world_size, rank = 1, 0
@@ -283,7 +291,7 @@ def cross_entropy_loss(
     options = _Options(
         label_smoothing=label_smoothing,
         logit_scale=logit_scale,
-        lse_square_scale=float(lse_square_scale),
+        lse_square_scale=float(check_number(lse_square_scale, "lse_square_scale")),
         ignore_index=int(ignore_index),
         class_start=rank * n_cols,
         total_classes=world_size * n_cols,
@@ -293,7 +301,7 @@ def cross_entropy_loss(
         precomputed_lse = precomputed_lse.detach().float().contiguous() if usable else None
     if logits.stride(-1) != 1:
         logits = logits.contiguous()
-    losses, z_losses = _CrossEntropy.apply(
+    losses, z_losses, _ = _CrossEntropy.apply(
         logits, labels.contiguous(), precomputed_lse, options, inplace_backward, process_group
     )
     return losses, z_losses

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...core.derivatives import first_order
 from ...core.toolchain import explains_toolchain
+from ...core.validate import check_number
 from ...errors import ConstraintError
 
 # A program keeps a whole row in registers; wider rows are left to PyTorch.
@@ -385,6 +386,9 @@ def _forward_torch(inputs: _Inputs, options: _Options) -> _Outputs:
 
 def _check(inputs: _Inputs, dropout_p: float) -> None:
     x = inputs.x
+    for name, given in zip(inputs._fields, inputs, strict=True):
+        if not isinstance(given, Tensor) and (given is not None or name == "x"):
+            raise ConstraintError(f"`{name}` must be a torch.Tensor, found {type(given).__name__}")
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ConstraintError(
             f"`x` must have a non-empty last dimension, found shape {tuple(x.shape)}"
@@ -488,6 +492,7 @@ def layer_norm_fn(
         ConstraintError: an argument has a wrong shape, device or value.
     """
     inputs = _Inputs(x, weight, bias, residual, x1, weight1, bias1, rowscale)
+    eps, dropout_p = check_number(eps, "eps"), check_number(dropout_p, "dropout_p")
     _check(inputs, dropout_p)
     if residual is not None:
         residual_dtype = residual.dtype

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...core.arguments import check_optional
 from ...core.rotary import check_rotary, rotate
+from ...errors import ConstraintError
 
 __all__ = ["apply_rotary"]
 
@@ -56,7 +56,8 @@ def apply_rotary(
     Raises:
         ConstraintError: an argument has a wrong shape, dtype, device, layout or value.
     """
-    check_optional(x=x, cos=cos, sin=sin)
+    if not isinstance(x, Tensor):
+        raise ConstraintError(f"`x` must be a torch.Tensor, found {type(x).__name__}")
     if x.device.type in ("cpu", "meta"):
         return _apply_in_torch(
             x, cos, sin, seqlen_offsets, cu_seqlens, max_seqlen, interleaved, inplace, conjugate
