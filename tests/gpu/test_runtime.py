@@ -177,7 +177,8 @@ def delay(monkeypatch: pytest.MonkeyPatch, step: str, cycles: int = 20_000_000) 
 
 
 @pytest.fixture
-def portable() -> Iterator[None]:
+def portable(each_choice: str) -> Iterator[None]:
+    """Inside of the choice of the file, so that this one wins."""
     with use_backend("triton"):
         yield
 

@@ -21,6 +21,7 @@ from flash_attn import (
     flash_attn_varlen_qkvpacked_func,
     flash_attn_with_kvcache,
 )
+from flash_attn.core.validate import check_not_expanded
 from flash_attn.errors import ConstraintError, FlashAttentionError
 from flash_attn.flash_attn_interface import flash_attn_gpu
 
@@ -291,6 +292,15 @@ def test_what_is_written_to_must_not_be_expanded():
         flash_attn_gpu.fwd(q, q, q, wide, None, 0.0, *tail, False)
     with pytest.raises(ConstraintError, match="`dq` is written to and must not be expanded"):
         flash_attn_gpu.bwd(q, q, q, q, q, lse, wide, None, None, None, 0.0, *tail, False)
+
+
+def test_strides_of_what_has_no_elements_do_not_matter():
+    """As PyTorch gives them to a selection of several batches of nothing."""
+    x = torch.empty_strided((3, 0, 1, 16), (0, 16, 0, 1), dtype=torch.float16).requires_grad_()
+    out = flash_attn.flash_attn_func(x, x, x)
+    (dx,) = torch.autograd.grad(out.sum(), x)
+    assert dx.shape == x.shape
+    check_not_expanded(x, "dq")
 
 
 @pytest.mark.parametrize("state", [zeros(2), zeros(1, dtype=torch.int64)], ids=["float", "short"])

@@ -370,8 +370,10 @@ def check_state(rng_state: Tensor, q: Tensor) -> None:
 
 
 def check_not_expanded(x: Tensor, name: str) -> None:
-    """Every element of ``x``, which is written to, has a place of its own."""
-    if any(size > 1 and step == 0 for size, step in zip(x.shape, x.stride(), strict=True)):
+    """Every element of ``x``, which is written to, has a place of its own; without elements strides
+    do not matter."""
+    steps = zip(x.shape, x.stride(), strict=True)
+    if any(size > 1 and step == 0 for size, step in steps) and x.numel() > 0:
         raise ConstraintError(
             f"`{name}` is written to and must not be expanded, found strides {x.stride()}"
         )
