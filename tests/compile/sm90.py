@@ -14,18 +14,17 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from io import StringIO
-from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
+import barriers
+import descriptors
 import torch
 import triton
 from triton import knobs
@@ -66,7 +65,6 @@ FEATURES = (
     "alibi softcap sinks",
     "packed alibi softcap sinks",
 )
-_BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _OPCODE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)")
 
 
@@ -125,12 +123,14 @@ class Case(NamedTuple):
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler made of a kernel."""
+    """What the compiler made of a kernel; ``lost`` and ``unused`` as in ``aot.Resources``."""
 
     spilled: int
     shared: int
     seconds: float
     warnings: list[str]
+    lost: list[str]
+    unused: list[str]
     opcodes: Counter[str] = field(repr=False)
 
     def failures(self, case: Case) -> list[str]:
@@ -139,6 +139,8 @@ class Compiled:
         if self.shared > plans.SHARED_LIMIT:
             found.append(f"{self.shared} bytes of shared memory, limit {plans.SHARED_LIMIT}")
         found += self.warnings
+        found += [f"lost descriptor: {one}" for one in self.lost]
+        found += [f"unused barrier: {one}" for one in self.unused]
         plan, block_d = case.plan, launch.columns_of(case.problem)[0]
         # Of each consumer: one k-step of scores is 16 columns, of values 16 keys; scores appear
         # before the loop and in it, values in it and after it.
@@ -188,23 +190,16 @@ def compile_case(case: Case) -> Compiled:
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log.getvalue())
     if not spills:
         raise RuntimeError("no log of the assembler: set TRITON_ALWAYS_COMPILE=1")
+    code = descriptors.disassemble(compiled.asm["cubin"])
     return Compiled(
         spilled=sum(int(number) for pair in spills for number in pair),
         shared=compiled.metadata.shared,
         seconds=seconds,
         warnings=[x.strip() for x in log.getvalue().splitlines() if re.search(r"\bC75\d\d\b", x)],
-        opcodes=_opcodes(compiled.asm["cubin"]),
+        lost=descriptors.lost(code),
+        unused=barriers.unused(compiled.asm["ttgir"]),
+        opcodes=Counter(_OPCODE.findall(code)),
     )
-
-
-def _opcodes(cubin: bytes) -> Counter[str]:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(cubin)
-        done = subprocess.run(
-            [str(_BIN / "nvdisasm"), "-c", str(path)], capture_output=True, text=True, check=True
-        )
-    return Counter(_OPCODE.findall(done.stdout))
 
 
 def plans_in_use() -> list[tuple[int, bool, plans.ForwardPlan]]:
