@@ -92,7 +92,7 @@ class Case(NamedTuple):
     headdim_v: int | None = None
 
 
-# Of the plans with housekeeping, which none in use has, one that spills nothing.
+# Housekeeping, which no plan in use has, is compiled once.
 HOUSEKEEPING = Case("causal")
 CASES = [
     *map(Case, VISIBILITIES),
