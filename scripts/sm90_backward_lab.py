@@ -721,6 +721,27 @@ class Parent:
         print(f"wall {time.monotonic() - STARTED:.0f}s, json {self.options.json}", flush=True)
 
 
+def options_of_parent(
+    parser: argparse.ArgumentParser,
+    compile_worker: Callable[[], None],
+    gpu_worker: Callable[[], None],
+) -> argparse.Namespace | None:
+    """The options of a lab, of which ``parser`` has those of its own; None in a worker's process,
+    whose work is done by then."""
+    parser.add_argument("--json", default="")
+    parser.add_argument("--compile-only", action="store_true")
+    parser.add_argument("--role", choices=("parent", "compile", "gpu"), default="parent")
+    options = parser.parse_args()
+    options.seqlens = [int(x) for x in options.seqlens.split(",")]
+    options.headdims = [int(x) for x in options.headdims.split(",") if x]
+    folder = os.path.join(tempfile.gettempdir(), "sm90_backward_lab")
+    os.environ.setdefault("TRITON_CACHE_DIR", folder)
+    if options.role == "parent":
+        return options
+    (compile_worker if options.role == "compile" else gpu_worker)()
+    return None
+
+
 def main() -> None:
     """See the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -733,23 +754,11 @@ def main() -> None:
     parser.add_argument("--sections", default="4,32,128", help="megabytes of L2 for heads together")
     parser.add_argument("--match", default="", help="only variants whose name contains this")
     parser.add_argument("--headdims", default="", help="only these; all if empty")
-    parser.add_argument("--json", default="")
     parser.add_argument("--processes", type=int, default=0)
-    parser.add_argument("--compile-only", action="store_true")
-    parser.add_argument("--role", choices=("parent", "compile", "gpu"), default="parent")
-    options = parser.parse_args()
-    options.seqlens = [int(x) for x in options.seqlens.split(",")]
-    options.headdims = [int(x) for x in options.headdims.split(",") if x]
+    options = options_of_parent(parser, compile_worker, gpu_worker)
+    if options is None:
+        return
     options.sections = [int(x) for x in options.sections.split(",")]
-    os.environ.setdefault(
-        "TRITON_CACHE_DIR", os.path.join(tempfile.gettempdir(), "sm90_backward_lab")
-    )
-    if options.role == "compile":
-        compile_worker()
-        return
-    if options.role == "gpu":
-        gpu_worker()
-        return
     parent = Parent(options)
     parent.compile_all()
     if not options.compile_only:

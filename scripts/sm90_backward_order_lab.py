@@ -19,14 +19,13 @@ import os
 import queue
 import statistics
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sm90_backward_lab import Cell, Process, build_launcher, emit
+from sm90_backward_lab import Cell, Process, build_launcher, emit, options_of_parent
 
 STARTED = time.monotonic()
 SECTIONS = (4, 32, 128)
@@ -298,20 +297,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seqlens", default="4096,16384,2048,1024", help="in this order")
     parser.add_argument("--headdims", default="128,64", help="in this order")
-    parser.add_argument("--json", default="")
-    parser.add_argument("--compile-only", action="store_true")
-    parser.add_argument("--role", choices=("parent", "compile", "gpu"), default="parent")
-    options = parser.parse_args()
-    options.seqlens = [int(x) for x in options.seqlens.split(",")]
-    options.headdims = [int(x) for x in options.headdims.split(",")]
-    os.environ.setdefault(
-        "TRITON_CACHE_DIR", os.path.join(tempfile.gettempdir(), "sm90_backward_lab")
-    )
-    if options.role == "compile":
-        compile_worker()
-        return
-    if options.role == "gpu":
-        gpu_worker()
+    options = options_of_parent(parser, compile_worker, gpu_worker)
+    if options is None:
         return
     parent = Parent(options)
     parent.compile_all()

@@ -509,19 +509,19 @@ def check_direction(
     assert ratio <= 1e-2, f"{name}: norm off by {ratio}"
 
 
-def float8_score_error(problem: AttentionProblem) -> float:
+def float8_score_error(problem: AttentionProblem, cuts: int = 1) -> float:
     """What tensor cores may lose of a score when they multiply float8 themselves.
 
     They cut each product to about 14 bits of the largest number that it is added to, products or
     the sum so far (DeepSeek-AI, "DeepSeek-V3 Technical Report", 2024, section 3.3.2). |q| |k|
-    bounds all of these, and there are as many products as columns.
+    bounds all of these. One such cut is allowed; ``cuts`` is for inputs where they add up.
     """
     q, transform = problem.q, problem.transform
     if q.dtype != torch.float8_e4m3fn or not q.is_cuda:
         return 0.0
     if torch.cuda.get_device_capability(q.device) < (8, 9):
         return 0.0
-    size = abs(transform.softmax_scale) * problem.headdim
+    size = abs(transform.softmax_scale) * cuts
     for x, descale in ((q, transform.q_descale), (problem.k, transform.k_descale)):
         finite = x.float().nan_to_num(0.0, 0.0, 0.0)
         size *= float(finite.norm(dim=-1).max())
