@@ -28,12 +28,14 @@ class Watched:
             list(command), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             errors="replace", env=dict(env), start_new_session=True,
         )  # fmt: skip
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
 
     def _read(self) -> None:
         assert self._child.stdout is not None
-        for line in self._child.stdout:
-            self._lines.put(line.rstrip("\n"))
+        with self._child.stdout as stream:
+            for line in stream:
+                self._lines.put(line.rstrip("\n"))
         self._lines.put(None)
 
     def lines(self) -> Iterator[str]:
@@ -56,3 +58,4 @@ class Watched:
         """End the child and its children: their group is of their own."""
         os.killpg(self._child.pid, signal.SIGKILL)
         self._child.wait()
+        self._reader.join(timeout=10)
