@@ -17,7 +17,7 @@ def endurance_block(data: dict[str, Any]) -> list[str]:
             "",
             f"{part['launches']} launches forward and as many backward over {part['shapes']} "
             f"random shapes {'all ended' if ended else 'until one did not end'}; the last results "
-            f"of {len(part['wrong'])} shapes differ from the reference.",
+            f"of {len(part['wrong']) or 'none'} of them differ from the reference's.",
         ]
         failures += [] if ended else [f"launches: {part['end']}"]
         failures += [f"{name}: {', '.join(found)}" for name, found in part["wrong"].items()]

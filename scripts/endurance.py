@@ -20,6 +20,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -214,14 +215,44 @@ def work(args: argparse.Namespace) -> int:
 
 
 # ------------------------------------------------------------------------------------ the parent
-def listen(job: str, args: argparse.Namespace, until: float) -> tuple[list[dict[str, Any]], str]:
-    """What the child said, and how it ended."""
+def shares(job: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """What each child is told: launches are divided, with seeds of their own."""
+    names = ("launches", "shapes", "repeats", "backend", "device", "seed")
+    whole = {name: getattr(args, name) for name in names}
+    if job == "repeats":
+        return [whole]
+    count = max(1, min(args.workers, args.shapes))
+    parts = []
+    for number in range(count):
+        shapes = args.shapes // count + (number < args.shapes % count)
+        launches = args.launches * shapes // args.shapes
+        share = {"shapes": shapes, "launches": launches, "seed": args.seed + number}
+        parts.append(whole | share)
+    return parts
+
+
+def listen_to_all(
+    job: str, args: argparse.Namespace, until: float
+) -> tuple[list[dict[str, Any]], str]:
+    """What all children said, and how the first that did not end well ended."""
+    told = shares(job, args)
+    with ThreadPoolExecutor(len(told)) as pool:
+        heard = list(pool.map(lambda share: listen(job, share, args.patience, until), told))
+    said = [message for messages, _ in heard for message in messages]
+    ends = [end for _, end in heard]
+    return said, next((end for end in ends if end != "exit code 0"), ends[0])
+
+
+def listen(
+    job: str, share: dict[str, Any], patience: float, until: float
+) -> tuple[list[dict[str, Any]], str]:
+    """What a child said, and how it ended."""
     command = [sys.executable, str(Path(__file__).resolve()), "--work", job]
-    for name in ("launches", "shapes", "repeats", "backend", "device", "seed"):
-        command += [f"--{name}", str(getattr(args, name))]
+    for name, value in share.items():
+        command += [f"--{name}", str(value)]
     paths = [str(REPOSITORY / "src"), os.environ.get("PYTHONPATH", "")]
     variables = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    child = Watched(command, args.patience, until, variables)
+    child = Watched(command, patience, until, variables)
     said, rest, name = [], [], ""
     for line in child.lines():
         if not line.startswith("@@"):
@@ -232,8 +263,6 @@ def listen(job: str, args: argparse.Namespace, until: float) -> tuple[list[dict[
             name = message["name"]
             continue
         said.append(message | {"name": name})
-        if len(said) % 100 == 0:
-            print(f"{len(said)} shapes", flush=True)
     end = child.end
     if end != "exit code 0":
         end += f" at {name or 'the start'}" + (": " + " | ".join(rest[-3:])[:300] if rest else "")
@@ -286,6 +315,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=REPEATS, help="of one problem")
     parser.add_argument("--backend", default="sm90", help="whose kernels")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=1, help="children that share the launches")
     parser.add_argument("--jobs", default="repeats,launches")
     parser.add_argument("--patience", type=float, default=60.0, help="seconds of silence: a hang")
     parser.add_argument("--max-seconds", type=float, default=math.inf, help="for everything")
@@ -305,7 +335,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     data = new_result("endurance", args.commit, {"backend": args.backend, "seed": args.seed})
     for job in args.jobs.split(","):
         began = time.monotonic()
-        said, end = listen(job, args, until)
+        said, end = listen_to_all(job, args, until)
         sum_up = of_repeats if job == "repeats" else of_launches
         data[job] = sum_up(said, end, time.monotonic() - began)
         print(f"{job}: {len(said)} shapes, {end}, {data[job]['seconds']} s", flush=True)

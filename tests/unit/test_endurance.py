@@ -5,6 +5,7 @@ Children compute on the CPU here, and a shell script stands in for compute-sanit
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 import os
@@ -94,18 +95,8 @@ def test_bits_tell_zeros_apart_and_nan_the_same() -> None:
         assert not torch.equal(bits, endurance.bits(-x.to(dtype)))
 
 
-SMALL = [
-    "--device",
-    "cpu",
-    "--backend",
-    "cpu",
-    "--launches",
-    "4",
-    "--shapes",
-    "2",
-    "--repeats",
-    "2",
-]
+SMALL = ["--device", "cpu", "--backend", "cpu", "--launches", "4", "--shapes", "2"]
+SMALL += ["--repeats", "2", "--workers", "2"]
 
 
 @pytest.mark.slow
@@ -119,6 +110,18 @@ def test_endurance_run_and_section(tmp_path: Path) -> None:
     assert "4 launches forward and as many backward over 2 random shapes all ended" in text
     assert "| d128 causal dense 2 h8/4 q[700] k[700] | 2 | 0 | 0 | 0 | 0 | 0 |" in text
     assert "Without a figure" not in text
+
+
+def test_launches_are_divided() -> None:
+    args = argparse.Namespace(launches=10, shapes=5, repeats=3, backend="b", device="cpu", seed=7)
+    args.workers = 2
+    first, second = endurance.shares("launches", args)
+    assert (first["shapes"], first["launches"], first["seed"]) == (3, 6, 7)
+    assert (second["shapes"], second["launches"], second["seed"]) == (2, 4, 8)
+    (whole,) = endurance.shares("repeats", args)
+    assert (whole["shapes"], whole["repeats"]) == (5, 3)
+    args.workers = 9
+    assert len(endurance.shares("launches", args)) == 5
 
 
 def test_a_child_that_fails_is_a_complaint(tmp_path: Path) -> None:
