@@ -105,7 +105,7 @@ def known_tools(program: str) -> dict[str, str]:
     """The program's version, and whether it can select kernels by name."""
     text = output_of(program, "--help")
     version = re.search(r"\b\d{4}\.\d+\.\d+\b", output_of(program, "--version"))
-    selects = "kernel_substring" in text or "--kernel-name" in text
+    selects = "--kernel-name" in text
     return {
         "version": version[0] if version else "unknown",
         "selects": "yes" if selects else "",
@@ -117,7 +117,7 @@ def command_for(program: str, tool: str, selects: bool) -> list[str]:
     """The sanitizer's part of the command line."""
     options = ["--tool", tool, "--print-limit", "50"]
     if selects:
-        options += ["--kernel-name", f"kernel_substring={KERNELS}"]
+        options += ["--kernel-name", f"kns={KERNELS}"]
     return [program, *options]
 
 
@@ -179,14 +179,19 @@ def measure(args: argparse.Namespace, data: dict[str, Any]) -> None:
     program = find_sanitizer(args.sanitizer)
     known = {} if program is None else known_tools(program)
     data["sanitizer"] = {"path": program or "none", **known}
+    selects = bool(known.get("selects"))
     print(f"compute-sanitizer: {data['sanitizer']}", flush=True)
     tools = ["none", *(args.tools if program is not None else [])]
     for position, tool in enumerate(tools):
         began = time.monotonic()
         share = (until - began) / (len(tools) - position)
-        selects = bool(known.get("selects"))
         prefix = [] if tool == "none" else command_for(str(program), tool, selects)
         lines, end = run(prefix, args, began + max(share, 1.0))
+        if tool != "none" and selects and not any(line.startswith("@@") for line in lines):
+            selects, known["selects"] = False, "refused: " + " | ".join(lines[:3])[:200]
+            data["sanitizer"] |= known
+            prefix = command_for(str(program), tool, selects)
+            lines, end = run(prefix, args, began + max(share, 1.0))
         row = {"tool": tool, **sum_up(lines, end), "seconds": round(time.monotonic() - began, 1)}
         row["clean"] = is_clean(row, len(args.cases))
         data["rows"].append(row)

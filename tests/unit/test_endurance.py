@@ -166,7 +166,7 @@ case "$1" in
 esac
 tool=$2
 shift 4
-[ "$1" = --kernel-name ] && shift 2
+[ "$1" = --kernel-name ] && { echo "Error: unknown key"; exit 1; }
 echo "========= COMPUTE-SANITIZER"
 if [ "$tool" = racecheck ]; then
   echo "========= Error: Race reported between Write access at k+0x120 in a.py:4"
@@ -209,6 +209,7 @@ def test_sanitizer_run_and_section(tmp_path: Path, stand_in: str) -> None:
     data = json.loads((tmp_path / "s.json").read_text())
     assert data["sanitizer"]["version"] == "2026.1.0"
     assert data["sanitizer"]["tools"] == "memcheck racecheck"
+    assert data["sanitizer"]["selects"] == "refused: Error: unknown key"
     clean = {row["tool"]: row["clean"] for row in data["rows"]}
     assert clean == {"none": True, "memcheck": True, "racecheck": False}
     text = report.block([data])
