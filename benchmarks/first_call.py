@@ -1,9 +1,10 @@
 """Times the first call of a new process, with a warm and with an empty Triton cache.
 
 Every figure is of a process of its own, in seconds: importing torch and triton and creating the
-device's context (which other programs need, too), importing flash_attn, the first forward and the
-first backward call until the device is done, and each kernel's compilation as Triton reports it.
-What counts is what comes beyond torch, triton and the context.
+device's context (which other programs need, too), importing flash_attn, Triton's hash of its own
+files (once in every process that uses Triton), the first forward and the first backward call until
+the device is done, and each kernel's compilation as Triton reports it. What counts is all that a
+first forward call takes beyond torch, triton and the context.
 
     python benchmarks/first_call.py --out benchmarks/results/NAME.json
 
@@ -36,6 +37,8 @@ CASES = ("d128-causal", "d64-full", "d256-causal")
 KINDS = ("warm", "cold")
 # Seconds beyond torch, triton and the context, and of one kernel's compilation.
 GOALS = {"warm": 0.5, "cold": 5.0}
+# Phases of a first forward call.
+BEYOND = ("import flash_attn", "Triton's hash", "forward")
 
 
 # ------------------------------------------------------------------------------------- the child
@@ -71,13 +74,15 @@ def child(case: str) -> dict[str, Any]:
         from flash_attn import flash_attn_func
 
         mark()
+        getattr(triton.runtime.cache, "triton_key", lambda: None)()
+        mark()
         out = flash_attn_func(*leaves, causal=is_causal)
         mark()
         grads = torch.autograd.grad(out, leaves, dout)
         mark()
         if on_gpu:
             check(leaves, dout, out, grads, is_causal)
-    names = ("import flash_attn", "forward", "backward")
+    names = (*BEYOND, "backward")
     phases = dict(zip(names, (b - a for a, b in zip(marks, marks[1:], strict=False)), strict=True))
     return {"torch, triton, context": marks[0] - STARTED, **phases, "kernels": kernels}
 
@@ -117,7 +122,7 @@ def start(case: str, cache: str | None, seconds: float) -> dict[str, Any]:
 
 def beyond(run: dict[str, Any]) -> float:
     """Seconds of a first forward call beyond torch, triton and the context."""
-    return run["import flash_attn"] + run["forward"]
+    return sum(run[name] for name in BEYOND)
 
 
 def summarise(kind: str, case: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
