@@ -298,6 +298,8 @@ def main(argv: Sequence[str]) -> int:
             install_stub(stack)
         print(BESIDE)
         figures[BESIDE] = beside(args)
+        if args.out:
+            write_json(args.out, data)
         for name in args.backends:
             if time.monotonic() > until:
                 data["left_out"].append(name)
@@ -306,6 +308,8 @@ def main(argv: Sequence[str]) -> int:
                 data["served"][name] = served(args)
                 print(f"{name} ({data['served'][name]})")
                 figures[name] = measure(args)
+            if args.out:
+                write_json(args.out, data)
     if args.out:
         write_json(args.out, data)
     return int(bool(data["left_out"]))
