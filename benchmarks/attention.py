@@ -168,34 +168,41 @@ class Session:
         dtype = torch.float16 if cell.dtype == "float16" else self.dtype
         inputs = make_inputs(cell, dtype, self.device)
         want = reference_slice(cell, inputs)
-        runners = {}
+        runners: dict[str, dict[str, Runner]] = {which: {} for which in PASSES}
         for name in self.providers:
             try:
-                runner = self._checked(name, cell, inputs, want, record)
+                runner, served = self._checked(name, cell, inputs, want, record)
             except Exception as error:
                 _survive(self.clock, record["failures"], name, error)
                 continue
-            if runner is not None:
-                runners[name] = runner
+            for which in served:
+                runners[which][name] = runner
         for which in self.passes:
-            self._time_pass(cell, which, runners, record)
+            self._time_pass(cell, which, runners[which], record)
 
     def _checked(
         self, name: str, cell: Cell, inputs: Inputs, want: dict[str, Tensor], record: dict[str, Any]
-    ) -> Runner | None:
-        """The provider on this cell, or None if it is wrong."""
+    ) -> tuple[Runner, Sequence[str]]:
+        """The provider on this cell, and the passes to time: none if it is wrong."""
         runner = self.makers[name](cell, inputs)
         mine = name in ("ours", "ordered") and inputs.q.is_cuda
         plans = recorded_plans() if mine else None
         with plans or contextlib.nullcontext() as used:
-            errors = errors_of(cell, runner, want, "bwd" in self.passes)
+            errors = errors_of(cell, runner, want, backward=False)
+            served = self.passes
+            if "bwd" in self.passes:
+                try:
+                    errors = errors_of(cell, runner, want, backward=True)
+                except Exception as error:  # forward may be served nevertheless
+                    _survive(self.clock, record["failures"], f"{name}/bwd", error)
+                    served = [which for which in self.passes if which != "bwd"]
         if used:
             record["plans"] = used | record["plans"]
         record["errors"][name] = {key: float(f"{value:.3e}") for key, value in errors.items()}
         if not is_wrong(errors):
-            return runner
+            return runner, served
         record["failures"][name] = f"wrong: relative errors {record['errors'][name]}"
-        return None
+        return runner, ()
 
     def _prepare(
         self, which: str, name: str, runner: Runner, failures: dict[str, str]

@@ -249,6 +249,25 @@ def test_a_missing_peer_ends_its_own_timing_only(tmp_path: Path) -> None:
     assert cell["failures"]["fa4"].startswith("PeerMissingError")
 
 
+def test_a_peer_without_a_backward_pass_is_timed_forward(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    operators = Operators()
+
+    def refuse(*tensors: Tensor, **options: Any) -> None:
+        raise RuntimeError("no such head dim")
+
+    monkeypatch.setattr(operators, "bwd", refuse)
+    monkeypatch.setattr(peers, "fa3_operators", lambda: operators)
+    arguments = ["--device", "cpu", "--cells", "d16-full-s20-b1-h2", "--rounds", "1"]
+    arguments += ["--out", str(tmp_path / "r.json"), "--providers", "fa3,ours"]
+    assert attention.main(arguments) == 1
+    (cell,) = json.loads((tmp_path / "r.json").read_text())["cells"]
+    assert list(cell["passes"]["fwd"]) == ["fa3", "ours"]
+    assert list(cell["passes"]["bwd"]) == ["ours"]
+    assert cell["failures"] == {"fa3/bwd": "RuntimeError: no such head dim"}
+
+
 # ---------------------------------------------------------------------------------------- tables
 def result_of(times: dict[str, dict[str, float]], **settings: Any) -> dict[str, Any]:
     """A result file of backward milliseconds by cell and provider."""

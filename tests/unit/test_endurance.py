@@ -64,6 +64,7 @@ def test_random_shapes_are_the_same_each_time_and_of_all_kinds() -> None:
     assert wide
     assert all(shape.batch and not shape.deterministic for shape in wide)
     assert all(sum(x) > 0 for shape in shapes for x in (shape.lengths_q, shape.lengths_k))
+    assert not any(1 in shape.lengths_k for shape in shapes)
     assert len({shape.name for shape in shapes}) > 290
 
 
