@@ -81,6 +81,7 @@ def _barrier_and_data(numbers, IS_USED: gl.constexpr):
         mbarrier.arrive(barrier, count=1)
 
 
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION is unset")
 @pytest.mark.parametrize("is_used", [True, False])
 def test_the_compiler_gives_away_what_nobody_uses(is_used: bool) -> None:
     numbers = torch.empty(256, dtype=torch.int32, device="meta")
