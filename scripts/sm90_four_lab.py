@@ -11,6 +11,8 @@ in row 0 of consumer 0, columns 0 to 15, with the bits of a barrier's first stat
 the same with `mbarrier.inval` before the memory goes to results, expected right. Fewer consumers
 with the same overlap were never seen wrong; those here have as many barriers as four consumers.
 
+Where compute-sanitizer is installed, its racecheck looks at one launch of "4 rr" and "4 rr unused".
+
 Each variant has a process and a time limit. What is wrong is told apart: never written, NaN, off,
 outside of the result, log-sum-exp, bits that differ between runs; where, and the bits that lie
 there. The exit status says whether all but "unused" were right.
@@ -234,8 +236,9 @@ def places(counts: Any, saved: Any, variant: Variant, shape: tuple[int, ...]) ->
     )
 
 
-def work(name: str, compile_only: bool) -> None:
-    """What a worker process does."""
+def work(name: str, compile_only: bool, once: bool) -> None:
+    """What a worker process does; with ``once`` one launch of the first shape."""
+    global REPEATS
     import torch
 
     variant = variants()[name]
@@ -245,7 +248,8 @@ def work(name: str, compile_only: bool) -> None:
         if compile_only:
             compile_one(variant, launch, stack)
             return
-        for shape in SHAPES:
+        REPEATS = 1 if once else REPEATS
+        for shape in SHAPES[:1] if once else SHAPES:
             say(stage=shape)
             for text in check(variant, shape, launch):
                 say(bad=f"{shape}: {text}")
@@ -313,7 +317,8 @@ def sanitize(deadline: float) -> None:
     for name in ("4 rr", "4 rr unused"):
         left = deadline - (time.monotonic() - STARTED)
         if left > 10:
-            text, end = output_of([tool, "--tool", "racecheck", *command(name, False)], left)
+            once = [*command(name, False), "--once"]
+            text, end = output_of([tool, "--tool", "racecheck", *once], min(left, 25))
             found = [line for line in text.splitlines() if line.startswith("=====")]
             print("racecheck", name, end, *found[:4], *found[-2:], sep="\n    ")
 
@@ -327,10 +332,11 @@ def main() -> int:
     parser.add_argument("--compile-only", action="store_true", help="compile, without a GPU")
     parser.add_argument("--json", type=Path, help="write all that was found")
     parser.add_argument("--work", help=argparse.SUPPRESS)
+    parser.add_argument("--once", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.work:
         try:
-            work(args.work, args.compile_only)
+            work(args.work, args.compile_only, args.once)
         except Exception:
             traceback.print_exc()
             return 1
