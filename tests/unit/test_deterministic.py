@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -11,7 +11,7 @@ from torch import Tensor
 
 import flash_attn
 from flash_attn import hopper_interface
-from flash_attn.core import registry
+from flash_attn.core import registry, repeated
 from flash_attn.core.problem import AttentionProblem, AttentionResult, BackwardInputs
 from flash_attn.flash_attn_interface import flash_attn_gpu
 
@@ -121,8 +121,68 @@ def test_operators(listener: Listener, wanted: bool) -> None:
     assert listener.heard == [wanted] * 3
 
 
-def test_repeated_calls_are_told_apart(listener: Listener) -> None:
-    q, k, v = dense()
-    for wanted in (False, False, False, True, False):
-        flash_attn.flash_attn_func(q, k, v, deterministic=wanted).sum().backward()
-    assert listener.heard == [False, False, False, True, False]
+class Recorder(Listener):
+    """A listener whose calls are repeated: a repeated backward pass notes what the one that was
+    recorded asked for."""
+
+    def repeats_now(self) -> bool:
+        return True
+
+    def record_forward(
+        self, problem: AttentionProblem, tensors: Sequence[Tensor]
+    ) -> tuple[AttentionResult, repeated.Solve]:
+        def solve(tensors: Sequence[Tensor], asked: int = 2) -> tuple[Tensor, ...]:
+            result = self.forward(problem._replace(**dict(zip("qkv", tensors, strict=False))))
+            return (result.out, result.softmax_lse)[:asked]
+
+        return self.forward(problem), solve
+
+    def record_backward(
+        self, problem: AttentionProblem, inputs: BackwardInputs, tensors: Sequence[Tensor]
+    ) -> tuple[Tensor, repeated.Solve]:
+        def solve(tensors: Sequence[Tensor], asked: int = 1) -> tuple[Tensor, ...]:
+            own = BackwardInputs(*tensors[-6:], rng_state=inputs.rng_state)
+            asked_of = problem._replace(**dict(zip("qkv", tensors, strict=False)))
+            self.repeats += 1
+            return (self.backward(asked_of, own),)
+
+        return self.backward(problem, inputs), solve
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.repeats = 0
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
+    made = Recorder()
+    monkeypatch.setitem(registry._loaded, "reference", made)
+    repeated.clear()
+    with flash_attn.use_backend("reference"):
+        yield made
+    repeated.clear()
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("name", [name for name in CALLS if name != "dense with sinks"])
+def test_repeated_calls_are_told_apart(recorder: Recorder, name: str, first: bool) -> None:
+    asked = [first] * 5 + [not first] * 5 + [first, not first]
+    for wanted in asked:
+        out = CALLS[name](deterministic=wanted)
+        out.backward(torch.ones_like(out))  # not an expanded number, which is another call
+    assert recorder.heard == asked
+    assert recorder.repeats >= 5
+
+
+@pytest.mark.parametrize("name", [name for name in CALLS if name != "dense with sinks"])
+def test_what_pytorch_is_told_counts_for_repeated_calls(recorder: Recorder, name: str) -> None:
+    asked = [False] * 5 + [True] * 5 + [False, True]
+    try:
+        for wanted in asked:
+            out = CALLS[name]()
+            torch.use_deterministic_algorithms(wanted)
+            out.backward(torch.ones_like(out))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert recorder.heard == asked
+    assert recorder.repeats >= 5

@@ -206,7 +206,8 @@ class RepeatedAttention(torch.autograd.Function):
         q, k, v, out, softmax_lse = ctx.saved_tensors
         grads = (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
         tensors = (q, k, v, dout, out, softmax_lse, *grads)
-        solve = repeated.find_plain(ctx.call.values, tensors) if eager.nobody_watches() else None
+        values = ctx.call.backward_values()
+        solve = repeated.find_plain(values, tensors) if eager.nobody_watches() else None
         if solve is not None:
             solve(tensors)
         else:
@@ -216,10 +217,18 @@ class RepeatedAttention(torch.autograd.Function):
 
 class _DenseCall(NamedTuple):
     """What arguments of the dense public function amount to: ``values`` are those of its problem
-    after q, k and v."""
+    after q, k and v, and ``ordered`` those of a deterministic one, whose gradients are another
+    call."""
 
     options: Options
     values: tuple[Any, ...]
+    ordered: tuple[Any, ...]
+
+    def backward_values(self) -> tuple[Any, ...]:
+        """Those of the problem whose gradients are asked for now, as in attend_backward."""
+        if self.options.deterministic or torch.are_deterministic_algorithms_enabled():
+            return self.ordered
+        return self.values
 
 
 _dense: dict[tuple[Any, ...], _DenseCall] = {}
@@ -261,8 +270,9 @@ def remember_dense(
         _dense.clear()
     # A tensor among the arguments may change its value.
     if type(arguments[3]) is tuple and not any(isinstance(x, Tensor) for x in _flat(arguments)):
-        values = ops.dense_problem(q, k, v, *shared(options))[3:]
-        _dense[(q.shape[-1:], arguments)] = _DenseCall(options, values)
+        problem = ops.dense_problem(q, k, v, *shared(options))
+        ordered = problem._replace(deterministic=True)
+        _dense[(q.shape[-1:], arguments)] = _DenseCall(options, problem[3:], ordered[3:])
 
 
 def _flat(arguments: tuple[Any, ...]) -> Iterator[Any]:
