@@ -70,11 +70,17 @@ WAYS = (
 
 
 def allowed_bytes(cell: Cell) -> int:
-    """What the workspace of backward may be; rows are counted in blocks of 128 a sequence."""
+    """What the workspace of backward may be; rows are counted in blocks of 128 a sequence.
+
+    Of packed sequences the operator's result softmax_d has a layout of its own, without those
+    blocks, and is counted beside delta.
+    """
     sequences = cell.lengths or (cell.seqlen,) * cell.batch
     rows = sum(sequences) + 128 * (len(sequences) + 1)
     columns = -(-cell.headdim // 64) * 64
     bound = 4 * cell.nheads * rows * (columns + 2)
+    if cell.lengths:
+        bound += 4 * cell.nheads * sum(sequences)
     if cell.kv_heads < cell.nheads:
         bound += 2 * 4 * cell.kv_heads * rows * columns
     return bound + SMALL
