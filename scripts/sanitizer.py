@@ -13,6 +13,7 @@ to. Only kernels of the Hopper backend are instrumented, where the tool can sele
 from __future__ import annotations
 
 import argparse
+import ast
 import os
 import re
 import shutil
@@ -21,6 +22,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,11 @@ PLACES = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer", "/opt/nvid
 _SUMMARY = re.compile(r"=+ ((?:ERROR|RACECHECK|LEAK) SUMMARY: .*)")
 _REPORT = re.compile(r"=+ ((?:Error|Warning|Invalid|Barrier|Potential|Race|Divergent|Missing).*)")
 _PLACE = re.compile(r"=+ {4,}at (?:.*::)?(\w+)\S* in (\S+)")
+# "Error: Race reported between Read access at KERNEL+0x1a0 in FILE:LINE", and further lines "and
+# Write access at KERNEL+0xfb60 in FILE:LINE [10 hazards]".
+_RACE = re.compile(r"=+ .*Race reported between (\w+) access at (?:.*::)?(\w+)\S* in (\S+)")
+_OTHER = re.compile(r"=+ {4,}and (\w+) access at (?:.*::)?(\w+)\S* in (\S+)")
+SOURCES = Path(flash_attn.__file__).parent / "kernels"
 
 
 def cases() -> dict[str, Shape]:
@@ -114,11 +121,11 @@ def known_tools(program: str) -> dict[str, str]:
     }
 
 
-def command_for(program: str, tool: str, selects: bool) -> list[str]:
+def command_for(program: str, tool: str, kernels: str, selects: bool) -> list[str]:
     """The sanitizer's part of the command line."""
-    options = ["--tool", tool, "--print-limit", "50"]
+    options = ["--tool", tool, "--print-limit", "1000"]
     if selects:
-        options += ["--kernel-name", f"kns={KERNELS}"]
+        options += ["--kernel-name", f"kns={kernels}"]
     return [program, *options]
 
 
@@ -138,22 +145,46 @@ def run(prefix: Sequence[str], args: argparse.Namespace, until: float) -> tuple[
     return lines, child.end
 
 
+@lru_cache
+def _functions(path: Path) -> list[tuple[int, int, str]]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    found = [x for x in ast.walk(tree) if isinstance(x, ast.FunctionDef)]
+    return [(x.lineno, x.end_lineno or x.lineno, x.name) for x in found]
+
+
+def function_at(place: str) -> str:
+    """The function around a "file:line", which means the same after edits elsewhere; what the
+    compiler adds by itself has the line of the kernel's own definition."""
+    name, _, number = place.rpartition(":")
+    path = SOURCES / Path(name).name
+    if not number.isdigit() or not path.is_file():
+        return place
+    around = [x for x in _functions(path) if x[0] <= int(number) <= x[1]]
+    return f"{path.name} {max(around)[2]}" if around else place
+
+
 def sum_up(lines: Sequence[str], end: str) -> dict[str, Any]:
     """Cases that were computed, the tool's summaries, and its reports with the kernel they name."""
     done = {}
     reports: Counter[str] = Counter()
-    last = None
+    last = race = None
     for line in lines:
         if line.startswith("@@"):
             name, _, text = line[2:].partition(": ")
             done[name] = text
         place, report = _PLACE.match(line), _REPORT.match(line)
-        if report is not None:
-            last = re.sub(r"0x[0-9a-f]+|\d{4,}", "N", report[1])[:160]
+        first, other = _RACE.match(line), _OTHER.match(line)
+        if first is not None:
+            race, last = first, None
+        elif other is not None and race is not None:
+            both = [f"{x[1].lower()} in {function_at(x[3])}" for x in (race, other)]
+            reports[f"race in {race[2]}: {' and '.join(both)}"] += 1
+        elif report is not None:
+            race, last = None, re.sub(r"0x[0-9a-f]+|\d{4,}", "N", report[1])[:160]
             reports[last] += 1
         elif place is not None and last is not None:
             reports[last] -= 1
-            reports[f"{last} in {place[1]} ({place[2]})"] += 1
+            reports[f"{last} in {place[1]}: {function_at(place[2])}"] += 1
             last = None
     summaries = [match[1] for match in map(_SUMMARY.match, lines) if match is not None]
     tail = [] if end == "exit code 0" else [line[:200] for line in lines[-5:]]
@@ -186,13 +217,16 @@ def measure(args: argparse.Namespace, data: dict[str, Any]) -> None:
     for position, tool in enumerate(tools):
         began = time.monotonic()
         share = (until - began) / (len(tools) - position)
-        prefix = [] if tool == "none" else command_for(str(program), tool, selects)
+        prefix = [] if tool == "none" else command_for(str(program), tool, args.kernels, selects)
         lines, end = run(prefix, args, began + max(share, 1.0))
         if tool != "none" and selects and not any(line.startswith("@@") for line in lines):
             selects, known["selects"] = False, "refused: " + " | ".join(lines[:3])[:200]
             data["sanitizer"] |= known
-            prefix = command_for(str(program), tool, selects)
+            prefix = command_for(str(program), tool, args.kernels, selects)
             lines, end = run(prefix, args, began + max(share, 1.0))
+        if args.raw is not None:
+            args.raw.mkdir(parents=True, exist_ok=True)
+            (args.raw / f"{tool}.txt").write_text("\n".join(lines), encoding="utf-8")
         row = {"tool": tool, **sum_up(lines, end), "seconds": round(time.monotonic() - began, 1)}
         row["clean"] = is_clean(row, len(args.cases))
         data["rows"].append(row)
@@ -213,6 +247,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--cases", default=",".join(cases()), type=names_among(cases()))
     parser.add_argument("--sanitizer", help="path of compute-sanitizer")
     parser.add_argument("--backend", default="sm90", help="whose kernels")
+    parser.add_argument("--kernels", default=KERNELS, help="a part of the names of those looked at")
+    parser.add_argument("--raw", type=Path, help="folder for all that the tools say")
     parser.add_argument("--patience", type=float, default=120.0, help="seconds of silence: a hang")
     parser.add_argument("--max-seconds", type=float, default=540.0, help="shared by the tools")
     parser.add_argument("--out", type=Path, help="JSON file, written after every tool")
@@ -227,7 +263,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ):
         print("needs a GPU of compute capability 9.0", file=sys.stderr)
         return 2
-    data = new_result("sanitizer", args.commit, {"cases": args.cases, "kernels": KERNELS})
+    data = new_result("sanitizer", args.commit, {"cases": args.cases, "kernels": args.kernels})
     data["rows"] = []
     measure(args, data)
     tools = {row["tool"] for row in data["rows"]}

@@ -171,6 +171,7 @@ shift 4
 echo "========= COMPUTE-SANITIZER"
 if [ "$tool" = racecheck ]; then
   echo "========= Error: Race reported between Write access at k+0x120 in a.py:4"
+  echo "=========     and Read access at k+0x220 in a.py:9 [4 hazards]"
   echo "========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)"
   exec "$@"
 fi
@@ -215,9 +216,7 @@ def test_sanitizer_run_and_section(tmp_path: Path, stand_in: str) -> None:
     assert clean == {"none": True, "memcheck": True, "racecheck": False}
     text = report.block([data])
     assert "| memcheck | 1 of 1 | ERROR SUMMARY: 0 errors |" in text
-    assert (
-        "- racecheck, 1 times: Error: Race reported between Write access at k+N in a.py:4" in text
-    )
+    assert "- racecheck, 1 times: race in k: write in a.py:4 and read in a.py:9" in text
 
 
 def test_without_a_sanitizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,9 +237,16 @@ def test_sanitizer_reports_are_counted_by_kind_and_place() -> None:
     row = {"tool": "memcheck", **sanitizer.sum_up(lines, "exit code 1")}
     assert row["cases"] == {"a": "right", "b": "dq: 1.0e+00"}
     assert row["summaries"] == ["ERROR SUMMARY: 2 errors"]
-    place = "in attention_forward_sm90 (standard.py:263)"
+    place = "in attention_forward_sm90: standard.py:263"
     assert row["reports"] == {f"Invalid __shared__ read of size N bytes {place}": 2}
     assert not sanitizer.is_clean(row, 2)
+
+
+def test_places_are_functions_of_the_kernels() -> None:
+    path = sanitizer.SOURCES / "gluon_async.py"
+    line = path.read_text().splitlines().index("    _instruction(_barrier(NUMBER, THREADS))") + 1
+    assert sanitizer.function_at(f"gluon_async.py:{line}") == "gluon_async.py meet"
+    assert sanitizer.function_at("gluon_async.py:1") == "gluon_async.py:1"
 
 
 @pytest.mark.parametrize(
