@@ -52,7 +52,9 @@ def sanitizer_block(data: dict[str, Any]) -> list[str]:
         right = sum(text == "right" for text in row["cases"].values())
         summary = "; ".join(row["summaries"]) or "–"
         table.append([row["tool"], f"{right} of {wanted}", summary, str(row["seconds"])])
+        known = row.get("explained", {})
         failures += [f"{row['tool']}, {count} times: {text}"
+                     + (f" (no fault: {known[text]})" if text in known else "")
                      for text, count in row["reports"].items()]  # fmt: skip
         if row["end"] != "exit code 0":
             failures.append(f"{row['tool']}: {row['end']}")

@@ -242,6 +242,22 @@ def test_sanitizer_reports_are_counted_by_kind_and_place() -> None:
     assert not sanitizer.is_clean(row, 2)
 
 
+def test_explained_races_are_clean_and_others_are_not() -> None:
+    def row(read: str, write: str) -> dict[str, Any]:
+        lines = ["@@a: right",
+                 f"========= Error: Race reported between Read access at {read}",
+                 f"=========     and Write access at {write} [4 hazards]",
+                 "========= RACECHECK SUMMARY: 1 hazard displayed (1 error)"]  # fmt: skip
+        return {"tool": "racecheck", **sanitizer.sum_up(lines, "exit code 0")}
+
+    source = (sanitizer.SOURCES / "sm90_forward.py").read_text().splitlines()
+    lines = {name: source.index(f"def {name}(mailbox, slot{more}):") + 2
+             for name, more in (("get", ""), ("put", ", number"))}  # fmt: skip
+    places = {x: f"attention_forward_sm90+0x10 in sm90_forward.py:{n}" for x, n in lines.items()}
+    assert sanitizer.is_clean(row(places["get"], places["put"]), 1)
+    assert not sanitizer.is_clean(row(places["get"], "attention_forward_sm90+0x1 in x.py:3"), 1)
+
+
 def test_places_are_functions_of_the_kernels() -> None:
     path = sanitizer.SOURCES / "gluon_async.py"
     line = path.read_text().splitlines().index("    _instruction(_barrier(NUMBER, THREADS))") + 1
