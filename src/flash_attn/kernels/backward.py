@@ -26,6 +26,7 @@ from .common import (
     chunk_start,
     clamp,
     dropout_keep,
+    eights,
     int64,
     is_between,
     key_bounds,
@@ -74,7 +75,8 @@ def attention_row_statistics(
     """delta and log-sum-exp in base 2 of 128 rows, BLOCK_M at a time; HEAD_DIM is that of v.
 
     Rows past a sequence's end, up to a multiple of 128, and rows that see no key get 0 and +inf,
-    so that the main kernels need no masks when they load.
+    so that the main kernels need no masks when they load. Strides that are multiples of 8 are not
+    announced here: the order of these sums is that of the addresses that a thread loads together.
     """
     b, h, tile, q_start, rows_q = tile_of_program(
         tl.program_id(0), cu_seqlens_q, batch_size, nheads, seqlen_q, num_tiles,
@@ -206,11 +208,18 @@ def attention_dkdv(
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     IS_VARLEN_Q: tl.constexpr, IS_VARLEN_K: tl.constexpr, HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, WIDE: tl.constexpr, EIGHTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one tile of keys; see the module's docstring."""
     HAS_CHUNK: tl.constexpr = chunk is not None
     HAS_MASK: tl.constexpr = attn_mask is not None
+    if EIGHTS:
+        stride_qb, stride_qm, stride_qh = eights(stride_qb, stride_qm, stride_qh)
+        stride_kb, stride_kn, stride_kh = eights(stride_kb, stride_kn, stride_kh)
+        stride_vb, stride_vn, stride_vh = eights(stride_vb, stride_vn, stride_vh)
+        stride_gb, stride_gm, stride_gh = eights(stride_gb, stride_gm, stride_gh)
+        stride_dkb, stride_dkn, stride_dkh = eights(stride_dkb, stride_dkn, stride_dkh)
+        stride_dvb, stride_dvn, stride_dvh = eights(stride_dvb, stride_dvn, stride_dvh)
     # Locate the tile. Without reversal the first keys, which most queries see, come first.
     b, h_k, tile, k_start, all_k = tile_of_program(
         tl.program_id(0), cu_seqlens_k, batch_size, nheads_k, seqlen_k, num_tiles,
@@ -375,11 +384,17 @@ def attention_dq(
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     IS_VARLEN_Q: tl.constexpr, IS_VARLEN_K: tl.constexpr, HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, WIDE: tl.constexpr, EIGHTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq of one tile of queries; see the module's docstring."""
     HAS_CHUNK: tl.constexpr = chunk is not None
     HAS_MASK: tl.constexpr = attn_mask is not None
+    if EIGHTS:
+        stride_qb, stride_qm, stride_qh = eights(stride_qb, stride_qm, stride_qh)
+        stride_kb, stride_kn, stride_kh = eights(stride_kb, stride_kn, stride_kh)
+        stride_vb, stride_vn, stride_vh = eights(stride_vb, stride_vn, stride_vh)
+        stride_gb, stride_gm, stride_gh = eights(stride_gb, stride_gm, stride_gh)
+        stride_dqb, stride_dqm, stride_dqh = eights(stride_dqb, stride_dqm, stride_dqh)
     # Locate the tile.
     b, h, tile, q_start, all_q = tile_of_program(
         tl.program_id(0), cu_seqlens_q, batch_size, nheads, seqlen_q, num_tiles,
@@ -501,10 +516,15 @@ def attention_dmask(
     ONE_ROW: tl.constexpr, ONE_KEY: tl.constexpr,  # the mask has one row, or key, for all
     IS_VARLEN_Q: tl.constexpr, IS_VARLEN_K: tl.constexpr, HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, WIDE: tl.constexpr, EIGHTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradient of one tile of the mask's own elements; see the module's docstring."""
     HAS_CHUNK: tl.constexpr = chunk is not None
+    if EIGHTS:
+        stride_qb, stride_qm, stride_qh = eights(stride_qb, stride_qm, stride_qh)
+        stride_kb, stride_kn, stride_kh = eights(stride_kb, stride_kn, stride_kh)
+        stride_vb, stride_vn, stride_vh = eights(stride_vb, stride_vn, stride_vh)
+        stride_gb, stride_gm, stride_gh = eights(stride_gb, stride_gm, stride_gh)
     # Locate the tile.
     pid = tl.program_id(0)
     own_n = pid % tiles_n

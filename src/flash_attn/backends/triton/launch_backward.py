@@ -23,6 +23,7 @@ from .launch import (
     needs_wide_offsets,
     plan_key,
     row_strides,
+    strides_are_eights,
     tiles_of,
 )
 
@@ -86,7 +87,7 @@ def _launch_row_statistics(
         problem.batch_size, problem.nheads, q.shape[-3], tiles,
         problem.layout.seqused_q, dlse, *((None,) * 2 if dlse is None else lse_strides(dlse)),
         HEAD_DIM=problem.headdim_v,
-        BLOCK_M=64 if facts.block_dv <= 64 else min(32, 8192 // facts.block_dv),
+        BLOCK_M=64 if facts.block_dv <= 32 else min(32, 8192 // facts.block_dv),
         BLOCK_D=facts.block_dv, IS_VARLEN=problem.is_varlen_q,
         num_warps=4,
     )  # fmt: skip
@@ -127,6 +128,7 @@ def _common_arguments(
         "IS_VARLEN_Q": problem.is_varlen_q,
         "IS_VARLEN_K": layout.cu_seqlens_k is not None,
         "WIDE": needs_wide_offsets(*tensors) or mask_is_wide(problem),
+        "EIGHTS": strides_are_eights(*tensors),
         **facts.constexprs,
     }
 
