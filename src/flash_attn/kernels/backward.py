@@ -10,7 +10,8 @@
 * ``attention_row_statistics``: delta and log-sum-exp of all rows, padded.
 * ``attention_dkdv``: one program owns one tile of keys of one key head and walks over the queries
   that see it, for every query head of the group, so that dk and dv are summed in float32 in
-  registers. It works on transposed tiles (keys x queries).
+  registers. It works on transposed tiles (keys x queries). Where both do not fit in registers, a
+  launch makes one of them.
 * ``attention_dq``: one program owns one tile of queries and walks over its keys.
 * ``attention_dmask``: one program owns one tile of the mask's own elements and walks over all
   sequences, heads, rows and keys that share them.
@@ -137,7 +138,8 @@ def dkdv_tiles(dk, dv, k_tile, v_tile, q_base, dout_base, lse_log2, softmax_d, r
                MASKED: tl.constexpr, MASK_ROWS: tl.constexpr,
                HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
                HAS_ALIBI: tl.constexpr, HAS_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr,
-               WIDE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+               WIDE: tl.constexpr, WITH_DK: tl.constexpr, WITH_DV: tl.constexpr,
+               PRECISION: tl.constexpr):  # fmt: skip
     """Walk over the tiles [begin, end) of queries of a group of heads; the updated (dk, dv).
 
     One loop runs over all heads and tiles: a loop within a loop would double the registers.
@@ -176,18 +178,23 @@ def dkdv_tiles(dk, dv, k_tile, v_tile, q_base, dout_base, lse_log2, softmax_d, r
                                cols_v, seqlen_q, HEAD_DIM_V, BLOCK_DV, MASK_ROWS, False,
                                WIDE)  # fmt: skip
         dropped = p
-        dp = tl.dot(v_tile, tl.trans(dout), input_precision=PRECISION)
+        if WITH_DK:
+            dp = tl.dot(v_tile, tl.trans(dout), input_precision=PRECISION)
         if HAS_DROPOUT:
             keep = tl.trans(dropout_keep(rng_state, head_batch + g, rows, start_n,
                                          keep_threshold, BLOCK_M, BLOCK_N))  # fmt: skip
             dropped = tl.where(keep, p * dropout_scale, 0.0)
-            dp = tl.where(keep, dp * dropout_scale, 0.0)
-        delta = tl.load(softmax_d + statistics)
-        ds = p * (dp - delta[None, :])
-        if HAS_SOFTCAP:
-            ds = ds * (1.0 - capped * capped)
-        dv = tl.dot(dropped.to(dout.dtype), dout, dv, input_precision=PRECISION)
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+            if WITH_DK:
+                dp = tl.where(keep, dp * dropout_scale, 0.0)
+        if WITH_DK:
+            delta = tl.load(softmax_d + statistics)
+            ds = p * (dp - delta[None, :])
+            if HAS_SOFTCAP:
+                ds = ds * (1.0 - capped * capped)
+        if WITH_DV:
+            dv = tl.dot(dropped.to(dout.dtype), dout, dv, input_precision=PRECISION)
+        if WITH_DK:
+            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv
 
 
@@ -209,6 +216,7 @@ def attention_dkdv(
     IS_VARLEN_Q: tl.constexpr, IS_VARLEN_K: tl.constexpr, HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr,
     HAS_DROPOUT: tl.constexpr, WIDE: tl.constexpr, EIGHTS: tl.constexpr, PRECISION: tl.constexpr,
+    WITH_DK: tl.constexpr, WITH_DV: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one tile of keys; see the module's docstring."""
     HAS_CHUNK: tl.constexpr = chunk is not None
@@ -294,7 +302,7 @@ def attention_dkdv(
             stride_qh, stride_gm, stride_gh, stride_dh, head_batch, softmax_scale, softcap,
             alibi_slopes, mask, stride_ah, keep_threshold, dropout_scale, HEAD_DIM, HEAD_DIM_V,
             BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, True, True, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
-            HAS_ALIBI, HAS_MASK, HAS_DROPOUT, WIDE, PRECISION,
+            HAS_ALIBI, HAS_MASK, HAS_DROPOUT, WIDE, WITH_DK, WITH_DV, PRECISION,
         )  # fmt: skip
     acc_dk, acc_dv = dkdv_tiles(
         acc_dk, acc_dv, k_tile, v_tile, q, dout, lse_log2, softmax_d, rng_state, b_loop, c,
@@ -302,7 +310,7 @@ def attention_dkdv(
         stride_qh, stride_gm, stride_gh, stride_dh, head_batch, softmax_scale, softcap,
         alibi_slopes, mask, stride_ah, keep_threshold, dropout_scale, HEAD_DIM, HEAD_DIM_V,
         BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, False, False, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
-        HAS_ALIBI, HAS_MASK, HAS_DROPOUT, WIDE, PRECISION,
+        HAS_ALIBI, HAS_MASK, HAS_DROPOUT, WIDE, WITH_DK, WITH_DV, PRECISION,
     )  # fmt: skip
     acc_dk, acc_dv = dkdv_tiles(
         acc_dk, acc_dv, k_tile, v_tile, q, dout, lse_log2, softmax_d, rng_state, c, d,
@@ -310,7 +318,7 @@ def attention_dkdv(
         stride_qh, stride_gm, stride_gh, stride_dh, head_batch, softmax_scale, softcap,
         alibi_slopes, mask, stride_ah, keep_threshold, dropout_scale, HEAD_DIM, HEAD_DIM_V,
         BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, HAS_LEFT, True, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
-        HAS_ALIBI, HAS_MASK, HAS_DROPOUT, WIDE, PRECISION,
+        HAS_ALIBI, HAS_MASK, HAS_DROPOUT, WIDE, WITH_DK, WITH_DV, PRECISION,
     )  # fmt: skip
 
     # Scale and store.
@@ -321,8 +329,10 @@ def attention_dkdv(
     dk += batch_k * stride_dkb + head_k * stride_dkh + first_k * stride_dkn
     dv += batch_k * stride_dvb + head_k * stride_dvh + first_k * stride_dvn
     end_k = all_k - start_n
-    store_rows(dk, acc_dk * softmax_scale, offs_n, stride_dkn, cols, end_k, HEAD_DIM, WIDE)
-    store_rows(dv, acc_dv, offs_n, stride_dvn, cols_v, end_k, HEAD_DIM_V, WIDE)
+    if WITH_DK:
+        store_rows(dk, acc_dk * softmax_scale, offs_n, stride_dkn, cols, end_k, HEAD_DIM, WIDE)
+    if WITH_DV:
+        store_rows(dv, acc_dv, offs_n, stride_dvn, cols_v, end_k, HEAD_DIM_V, WIDE)
 
 
 @triton.jit

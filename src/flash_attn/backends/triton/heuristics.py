@@ -327,6 +327,21 @@ def _lookup(key: PlanKey) -> TilePlan:
     return plan
 
 
+def dkdv_kernels(key: PlanKey) -> tuple[str, ...]:
+    """What makes dk and dv: one launch for both, or one for each where the tables, or an override,
+    have plans for that.
+
+    Both computes each tile of scores once, but keeps two tiles of gradients in registers: at head
+    dim 256 tiles of 128 keys fit with one of them only.
+    """
+    if overridden(key):
+        return ("dkdv",)
+    apart = overridden(key._replace(kernel="dk")) is not None
+    if not apart and extended_plan(key) is None:
+        apart = "dk" in _TABLES[family_of(key)][size_of(key)]
+    return ("dk", "dv") if apart else ("dkdv",)
+
+
 def overlaps_backward(key: PlanKey, seqlen: int) -> bool:
     """Whether the two gradient kernels run on two streams, so that one fills the other's last wave.
 
