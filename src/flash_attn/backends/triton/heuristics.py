@@ -92,7 +92,7 @@ _SM80 = {
     256: _variants(
         forward=[(64, 64, 8, 2), (64, 32, 8, 2), (64, 32, 8, 1)],
         dkdv=[(32, 64, 8, 2), (16, 32, 8, 1)],
-        dq=[(64, 64, 8, 2), (64, 32, 8, 1), (32, 128, 8, 1), (64, 32, 8, 1)],
+        dq=[(64, 64, 8, 2), (64, 64, 8, 2), (32, 128, 8, 1), (64, 32, 8, 1)],
     ),
 }
 # The other Ampere, Ada and GeForce Blackwell GPUs, and any unknown one: 99 KB of shared memory.
