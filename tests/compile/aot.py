@@ -123,7 +123,7 @@ def recorded(arch: str) -> Iterator[list[Launch]]:
 
     def plan_key(kernel: str, *args: Any) -> PlanKey:
         key = _real_plan_key(kernel, *args)._replace(arch=arch)
-        keys["attention_" + kernel] = key
+        keys["attention_" + ("dkdv" if kernel in ("dk", "dv") else kernel)] = key
         return key
 
     _real_plan_key = launch.plan_key

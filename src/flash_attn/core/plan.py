@@ -21,7 +21,7 @@ class PlanKey(NamedTuple):
     """What a tile plan may depend on.
 
     Attributes:
-        kernel: "forward", "dkdv", "dq" or "dmask".
+        kernel: "forward", "dkdv", "dk" or "dv" (those of "dkdv" apart), "dq" or "dmask".
         arch: "sm90", "gfx942", ...
         triton: (major, minor) of the Triton in use.
         itemsize: bytes of an element of q.

@@ -38,7 +38,7 @@ _SM90 = {
 _SM80 = {
     16: _plans(forward=(64, 64, 4, 2), dkdv=(64, 64, 4, 2), dq=(64, 64, 4, 2)),
     32: _plans(forward=(64, 64, 4, 2), dkdv=(64, 64, 4, 2), dq=(64, 32, 4, 2)),
-    64: _plans(forward=(128, 64, 8, 2), dkdv=(32, 128, 8, 2), dq=(32, 32, 4, 1)),
+    64: _plans(forward=(128, 64, 8, 2), dkdv=(32, 128, 8, 2), dq=(64, 32, 4, 1)),
     128: _plans(forward=(64, 64, 8, 2), dkdv=(32, 32, 8, 2), dq=(64, 32, 8, 1)),
     256: _plans(forward=(32, 32, 4, 1), dkdv=(16, 32, 8, 1), dq=(32, 32, 8, 1)),
     512: _plans(forward=(32, 64, 8, 2), dkdv=(32, 32, 8, 2), dq=(32, 32, 8, 1)),
@@ -115,6 +115,8 @@ def extended_plan(key: PlanKey) -> TilePlan | None:
         return _dmask_plan(family, size)
     if size <= 256 and not key.mask_tensor:
         return _float8_plan(key, size)
+    if (family, size, key.kernel, key.padded) == ("sm80", 64, "dkdv", True):
+        return TilePlan(32, 64, 8, 2)  # masks of columns besides: 16 bytes spill with 32x128
     plans = _TABLES[family][size][key.kernel]
     variant = 2 if key.heavy or key.mask_tensor else int(key.masked)
     return plans[min(variant, len(plans) - 1)]

@@ -56,6 +56,16 @@ def lse_strides(x: Tensor) -> tuple[int, int]:
     return (0, x.stride(0)) if x.dim() == 2 else (x.stride(0), x.stride(1))
 
 
+def strides_are_eights(*tensors: Tensor) -> bool:
+    """Whether all strides, last ones aside, are multiples of 8 and some are not of 16.
+
+    Of multiples of 16 Triton knows by itself; those of 8 make a difference (16 bytes at a time) and
+    are announced for a whole launch, so that there are at most twice as many kernels.
+    """
+    strides = [x for tensor in tensors for x in tensor.stride()[:-1]]
+    return all(x % 8 == 0 for x in strides) and any(x % 16 for x in strides)
+
+
 def needs_wide_offsets(*tensors: Tensor) -> bool:
     """Whether offsets of rows within a sequence, a page or a tile can exceed 31 bits."""
     return any(abs(row_strides(x)[1]) * max(x.shape[-3], 256) >= 2**31 for x in tensors)
@@ -315,7 +325,7 @@ def _launch_forward(
     if signed or q.element_size() == 1 or transform.softmax_scale < 1e-6:
         # No sums that start from the mask: float8 ones have too few bits, the others overflow.
         simple = simple and transform.attn_mask is None
-    wide = needs_wide_offsets(q, k, v, one_out, *([] if qv is None else [qv]))
+    inputs = (q, k, v) if qv is None else (q, k, v, qv)
     float8_p = is_float8(v.dtype) and float8_weights(plan_key("forward", problem, facts))
     attention_forward[(plan.programs * splits,)](
         q, k, v, out, lse,
@@ -349,7 +359,8 @@ def _launch_forward(
         FOLD_SCALE=simple and (signed or transform.softmax_scale > 0.0),
         PACK_GQA=plan.pack_gqa,
         FLOAT8_P=float8_p,
-        WIDE=wide or mask_is_wide(problem),
+        WIDE=needs_wide_offsets(*inputs, one_out) or mask_is_wide(problem),
+        EIGHTS=strides_are_eights(*inputs, out),
         **named,
         **compile_options(plan.tile),
     )  # fmt: skip
