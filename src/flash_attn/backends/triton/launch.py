@@ -13,15 +13,22 @@ from ...core.device import arch_of, guard, multiprocessors_of
 from ...core.outputs import empty_lse, empty_out, new_s_dmask
 from ...core.plan import PlanKey, TilePlan
 from ...core.problem import AttentionProblem, AttentionResult, is_float8
+from ...kernels import backward as backward_kernels
 from ...kernels import combine as combine_kernels
+from ...kernels import common, kv_append, rotary
 from ...kernels import forward as forward_kernels
-from ...kernels.softmax_debug import softmax_debug
-from .._launcher import Launcher, scratch
+from ...kernels import softmax_debug as debug_kernels
+from .._launcher import Launcher, scratch, settle_keys
 from .extended_plans import converts_float8_ahead, float8_product, float8_weights
 from .heuristics import plan_for
 
+# Of all kernels that attend: whoever launches one imports this module.
+settle_keys(
+    common, forward_kernels, backward_kernels, combine_kernels, debug_kernels, kv_append, rotary
+)
 attention_forward = Launcher(forward_kernels.attention_forward)
 attention_combine = Launcher(combine_kernels.attention_combine)
+softmax_debug = debug_kernels.softmax_debug
 
 _major, _minor = triton.__version__.split(".")[:2]
 _TRITON = (int(_major), int(_minor))
