@@ -49,9 +49,9 @@ _Run = Callable[[_Grid, int, Sequence[Any]], object]
 def settle_keys(*modules: ModuleType) -> None:
     """Ask for the keys of all kernels and helpers of ``modules``, callees' modules first.
 
-    Under its key a compiled kernel lies in Triton's cache. A kernel's key holds the constants that
-    a helper uses only if the helper's own key was asked for before, for another kernel: processes
-    that launch kernels in different orders would each compile what the other has.
+    Under its key a compiled kernel lies in Triton's cache. In Triton 3.6 (no longer 3.9) it holds
+    the constants that a helper uses only if the helper's own key was asked for before, for another
+    kernel: processes that launch in different orders would each compile what the other has.
     """
     for module in modules:
         for value in vars(module).values():
