@@ -30,7 +30,8 @@ from unittest import mock
 
 import torch
 from cells import BESIDE, Cell, fields_of, parse_cells
-from peers import PROVIDERS, Inputs, Maker, PeerMissingError, Runner, add_peers, make_inputs
+from options import existing_folder, names_among
+from peers import PROVIDERS, Inputs, Maker, Runner, add_peers, make_inputs
 from recording import describe, new_result, write_json
 from timing import Clock, CudaClock, DeviceLostError, HostClock, rotations
 from torch import Tensor
@@ -292,9 +293,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     """The command line; names that do not exist end the program."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--cells", default="portable", type=parse_cells, help="groups and names")
-    parser.add_argument("--pass", dest="passes", default="fwd,bwd", help="fwd, bwd or both")
-    parser.add_argument("--providers", default="ours,flex,flash,cudnn", help=", ".join(PROVIDERS))
-    parser.add_argument("--peers", type=Path, help="folder of FlashAttention-3 and -4")
+    parser.add_argument("--pass", dest="passes", default="fwd,bwd", type=names_among(PASSES))
+    parser.add_argument("--providers", default="ours,flex,flash,cudnn", type=names_among(PROVIDERS))
+    parser.add_argument("--peers", type=existing_folder, help="of FlashAttention-3 and -4")
     parser.add_argument("--title", default="", help="of the README's section")
     parser.add_argument("--backend", default="auto", help="of ours, as flash_attn.set_backend")
     parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds of a cell")
@@ -304,13 +305,6 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--commit", help="recorded instead of asking git")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: to try out")
     args = parser.parse_args(arguments)
-    args.passes, args.providers = args.passes.split(","), args.providers.split(",")
-    for name, values, known in (
-        ("--pass", args.passes, PASSES),
-        ("--providers", args.providers, PROVIDERS),
-    ):
-        if not set(values) <= set(known):
-            parser.error(f"{name} takes {', '.join(known)}, found {','.join(values)}")
     if args.rounds < 1:
         parser.error(f"--rounds must be at least 1, found {args.rounds}")
     return args
@@ -324,11 +318,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("no GPU is visible", file=sys.stderr)
         return 2
     if args.peers is not None:
-        try:
-            add_peers(args.peers)
-        except PeerMissingError as error:
-            print(error, file=sys.stderr)
-            return 2
+        add_peers(args.peers)
     torch.backends.cuda.matmul.allow_tf32 = False  # the reference is float32
     clock = CudaClock(args.budget) if on_gpu else HostClock()
     dtype = torch.bfloat16 if on_gpu else torch.float32

@@ -31,6 +31,7 @@ STARTED = time.perf_counter()
 
 import torch  # noqa: E402
 import triton  # noqa: E402
+from options import names_among  # noqa: E402
 from recording import REPOSITORY, new_result, write_json  # noqa: E402
 
 CASES = ("d128-causal", "d64-full", "d256-causal")
@@ -187,8 +188,8 @@ def complaints(rows: Sequence[dict[str, Any]]) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print and write; 0 if all goals are reached."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--cases", default=",".join(CASES))
-    parser.add_argument("--kinds", default=",".join(KINDS))
+    parser.add_argument("--cases", default=",".join(CASES), type=names_among(CASES))
+    parser.add_argument("--kinds", default=",".join(KINDS), type=names_among(KINDS))
     parser.add_argument("--processes", type=int, default=5, help="with a warm cache")
     parser.add_argument("--cold-processes", type=int, default=2, help="with an empty one")
     parser.add_argument("--patience", type=float, default=150.0, help="seconds for one process")
@@ -203,8 +204,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     until = time.monotonic() + args.max_seconds
     data = new_result("first_call", args.commit, {"stub": not torch.cuda.is_available()})
     data |= {"left_out": [], "rows": []}
-    for case in args.cases.split(","):
-        for kind in args.kinds.split(","):
+    for case in args.cases:
+        for kind in args.kinds:
             if time.monotonic() > until:
                 data["left_out"].append(f"{kind} {case}")
                 continue

@@ -27,7 +27,8 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from cells import Cell
-from peers import PeerMissingError, add_peers, fa3_kernels, fa3_operators
+from options import existing_folder
+from peers import add_peers, fa3_kernels, fa3_operators
 from recording import new_result, write_json
 from stub import install_stub
 from timing import rotations
@@ -244,7 +245,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--calls", type=int, default=200, help="in one round")
     parser.add_argument("--backends", nargs="+", default=["auto", "triton"], metavar="NAME")
-    parser.add_argument("--peers", type=Path, help="folder of FlashAttention-3")
+    parser.add_argument("--peers", type=existing_folder, help="of FlashAttention-3")
     parser.add_argument("--max-seconds", type=float, default=math.inf, help="no backend after it")
     parser.add_argument("--out", type=Path, help="also write the figures as JSON")
     parser.add_argument("--commit", help="recorded instead of asking git")
@@ -278,7 +279,7 @@ def served(args: argparse.Namespace) -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Measure, print and write; 1 if a backend was left out, 2 if a peer is not there."""
+    """Measure, print and write; 1 if a backend was left out."""
     args = parse(argv)
     until = time.monotonic() + args.max_seconds
     settings = {x: getattr(args, x) for x in ("batch", "seqlen", "nheads", "headdim", "calls")}
@@ -289,11 +290,7 @@ def main(argv: Sequence[str]) -> int:
     print(data["environment"], settings)
     with ExitStack() as stack:
         if args.peers is not None:
-            try:
-                add_peers(args.peers)
-            except PeerMissingError as error:
-                print(error, file=sys.stderr)
-                return 2
+            add_peers(args.peers)
         if not ON_GPU:
             install_stub(stack)
         print(BESIDE)

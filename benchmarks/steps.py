@@ -24,7 +24,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from cells import Cell
-from peers import PeerMissingError, add_peers, differentiable, fa3_kernels, fa4_kernels
+from options import existing_folder, names_among
+from peers import add_peers, differentiable, fa3_kernels, fa4_kernels
 from recording import REPOSITORY, describe, new_result, write_json
 from timing import rotations
 from torch import Tensor, nn
@@ -248,24 +249,18 @@ def measure(job: str, sizes: Sizes, args: argparse.Namespace) -> dict[str, Any]:
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line; names that do not exist end the program."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--jobs", default=",".join(JOBS), help="separated by commas")
-    parser.add_argument("--providers", default="flash,cudnn,ours,ordered,fa3", help="likewise")
-    parser.add_argument("--peers", type=Path, help="folder of FlashAttention-3 and -4")
+    parser.add_argument("--jobs", default=",".join(JOBS), type=names_among(JOBS))
+    parser.add_argument(
+        "--providers", default="flash,cudnn,ours,ordered,fa3", type=names_among(PROVIDERS)
+    )
+    parser.add_argument("--peers", type=existing_folder, help="of FlashAttention-3 and -4")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=0.15, help="of one measurement")
     parser.add_argument("--max-seconds", type=float, default=math.inf, help="no new job after it")
     parser.add_argument("--out", type=Path, help="JSON file, written after every job")
     parser.add_argument("--commit", help="recorded instead of asking git")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: to try out")
-    args = parser.parse_args(arguments)
-    args.jobs, args.providers = args.jobs.split(","), args.providers.split(",")
-    for name, values, known in (
-        ("--jobs", args.jobs, JOBS),
-        ("--providers", args.providers, PROVIDERS),
-    ):
-        if not set(values) <= set(known):
-            parser.error(f"{name} takes {', '.join(known)}, found {','.join(values)}")
-    return args
+    return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -275,11 +270,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("no GPU is visible", file=sys.stderr)
         return 2
     if args.peers is not None:
-        try:
-            add_peers(args.peers)
-        except PeerMissingError as error:
-            print(error, file=sys.stderr)
-            return 2
+        add_peers(args.peers)
     sizes = GPU_SIZES if args.device == "cuda" else CPU_SIZES
     settings = {"dtype": str(sizes.dtype).removeprefix("torch."), "rounds": args.rounds}
     data = new_result("steps", args.commit, settings)

@@ -33,6 +33,7 @@ from watching import Watched
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 
+from options import names_among  # noqa: E402
 from recording import new_result, write_json  # noqa: E402
 
 import flash_attn  # noqa: E402
@@ -41,6 +42,7 @@ LAUNCHES, SHAPES, REPEATS = 10_000, 1000, 1000
 # Relative, in the Frobenius norm, in bfloat16.
 WRONG_ABOVE = {"lse": 1e-4}
 WRONG_ABOVE |= dict.fromkeys(("out", "dq", "dk", "dv"), 1.5e-2)
+JOBS = ("launches", "repeats")
 RESULTS = ("out", "lse", "dq", "dk", "dv")
 MASKS: dict[str, dict[str, Any]] = {
     "full": {},
@@ -296,7 +298,7 @@ def of_repeats(said: Sequence[dict[str, Any]], end: str, seconds: float) -> dict
 def complaints(data: dict[str, Any]) -> list[str]:
     """Everything that was not as it must be."""
     found = []
-    for job in ("launches", "repeats"):
+    for job in JOBS:
         part = data.get(job)
         if part is None:
             found.append(f"{job}: not run")
@@ -318,7 +320,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--backend", default="sm90", help="whose kernels")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=1, help="children that share the launches")
-    parser.add_argument("--jobs", default="repeats,launches")
+    parser.add_argument("--jobs", default="repeats,launches", type=names_among(JOBS))
     parser.add_argument("--patience", type=float, default=60.0, help="seconds of silence: a hang")
     parser.add_argument("--max-seconds", type=float, default=math.inf, help="for everything")
     parser.add_argument("--out", type=Path, help="JSON file")
@@ -335,7 +337,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     until = time.monotonic() + min(args.max_seconds, 1e6)
     data = new_result("endurance", args.commit, {"backend": args.backend, "seed": args.seed})
-    for job in args.jobs.split(","):
+    for job in args.jobs:
         began = time.monotonic()
         said, end = listen_to_all(job, args, until)
         sum_up = of_repeats if job == "repeats" else of_launches

@@ -31,6 +31,7 @@ from watching import Watched
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 
+from options import names_among  # noqa: E402
 from recording import new_result, write_json  # noqa: E402
 
 import flash_attn  # noqa: E402
@@ -208,8 +209,8 @@ def measure(args: argparse.Namespace, data: dict[str, Any]) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """0 if every tool is there and all is clean, 1 if not, 2 if it cannot run here."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--tools", default=",".join(TOOLS), help="separated by commas")
-    parser.add_argument("--cases", default=",".join(cases()), help="likewise")
+    parser.add_argument("--tools", default=",".join(TOOLS), type=names_among(TOOLS))
+    parser.add_argument("--cases", default=",".join(cases()), type=names_among(cases()))
     parser.add_argument("--sanitizer", help="path of compute-sanitizer")
     parser.add_argument("--backend", default="sm90", help="whose kernels")
     parser.add_argument("--patience", type=float, default=120.0, help="seconds of silence: a hang")
@@ -219,13 +220,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: to try out")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
-    args.tools, args.cases = args.tools.split(","), args.cases.split(",")
-    for name, values, known in (
-        ("--tools", args.tools, TOOLS),
-        ("--cases", args.cases, list(cases())),
-    ):
-        if not set(values) <= set(known):
-            parser.error(f"{name} takes {', '.join(known)}, found {','.join(values)}")
     if args.child:
         return compute(args.cases, args.backend, args.device)
     if args.device == "cuda" and (

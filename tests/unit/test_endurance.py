@@ -259,3 +259,5 @@ def test_names_that_are_none() -> None:
     for option in ("--tools", "--cases"):
         with pytest.raises(SystemExit):
             sanitizer.main(["--device", "cpu", option, "none"])
+    with pytest.raises(SystemExit):
+        endurance.main(["--device", "cpu", "--jobs", "repeats,none"])
