@@ -325,7 +325,7 @@ def _ratios(rows: Sequence[dict[str, Any]], title: str, ways: dict[str, str]) ->
         if known:
             best, letter = min(known)
             found.append((times["bfloat16"] / best, letter))
-    worst = min(found)[0] if len(found) == len(rows) else 0.0
+    worst = min(found)[0] if found and len(found) == len(rows) else 0.0
     figures = "  ".join(f"{ratio:.3f}{letter}" for ratio, letter in found)
     ends = "all >= 1" if worst >= 1.0 else "not all >= 1"
     return worst, f"{title:<25} {figures}  {ends} {' '.join(failures)[:100]}".rstrip()
