@@ -88,7 +88,8 @@ class Resources:
         shared: bytes of shared memory of a block.
         seconds: how long the compilation took.
         lost: products of Hopper's that may read through something that is no descriptor.
-        unused: barriers whose memory the compiler gives to other data.
+        unused: barriers that nobody uses, whose memory is free to the compiler.
+        overlaid: barriers whose memory the compiler gave to other data as well.
     """
 
     registers: int
@@ -97,6 +98,7 @@ class Resources:
     seconds: float
     lost: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
+    overlaid: tuple[str, ...] = ()
 
     def failures(self, arch: str) -> list[str]:
         """What makes the kernel unfit for ``arch``."""
@@ -107,6 +109,7 @@ class Resources:
             found.append(f"{self.shared} bytes of shared memory, limit {SHARED_LIMIT[arch]}")
         found += [f"lost descriptor: {one}" for one in self.lost]
         found += [f"unused barrier: {one}" for one in self.unused]
+        found += [f"overlaid barrier: {one}" for one in self.overlaid]
         return found
 
     def as_dict(self) -> dict[str, Any]:
@@ -164,12 +167,16 @@ def resources_of(compiled: Any, arch: str, seconds: float = 0.0) -> Resources:
         registers, spilled = _usage_amd(compiled.asm["amdgcn"])
     else:
         registers, spilled = _usage_nvidia(compiled.asm["cubin"])
-    lost, unused = [], []
+    faults: list[list[str]] = []
     if arch == "sm90":
-        lost = descriptors.lost(descriptors.disassemble(compiled.asm["cubin"]))
-        unused = barriers.unused(compiled.asm["ttgir"])
+        ttgir = compiled.asm["ttgir"]
+        faults = [
+            descriptors.lost(descriptors.disassemble(compiled.asm["cubin"])),
+            barriers.unused(ttgir),
+            barriers.overlaid(barriers.allocated(ttgir)),
+        ]
     return Resources(
-        registers, spilled, compiled.metadata.shared, seconds, tuple(lost), tuple(unused)
+        registers, spilled, compiled.metadata.shared, seconds, *(tuple(one) for one in faults)
     )
 
 

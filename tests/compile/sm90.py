@@ -18,7 +18,7 @@ import sys
 import time
 from collections import Counter
 from contextlib import redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import StringIO
 from typing import Any, NamedTuple
 from unittest import mock
@@ -123,7 +123,7 @@ class Case(NamedTuple):
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler made of a kernel; ``lost`` and ``unused`` as in ``aot.Resources``."""
+    """What the compiler made of a kernel; ``lost`` and what follows as in ``aot.Resources``."""
 
     spilled: int
     shared: int
@@ -131,6 +131,7 @@ class Compiled:
     warnings: list[str]
     lost: list[str]
     unused: list[str]
+    overlaid: list[str]
     opcodes: Counter[str] = field(repr=False)
 
     def failures(self, case: Case) -> list[str]:
@@ -141,6 +142,7 @@ class Compiled:
         found += self.warnings
         found += [f"lost descriptor: {one}" for one in self.lost]
         found += [f"unused barrier: {one}" for one in self.unused]
+        found += [f"overlaid barrier: {one}" for one in self.overlaid]
         plan, block_d = case.plan, launch.columns_of(case.problem)[0]
         # Of each consumer: one k-step of scores is 16 columns, of values 16 keys; scores appear
         # before the loop and in it, values in it and after it.
@@ -198,6 +200,7 @@ def compile_case(case: Case) -> Compiled:
         warnings=[x.strip() for x in log.getvalue().splitlines() if re.search(r"\bC75\d\d\b", x)],
         lost=descriptors.lost(code),
         unused=barriers.unused(compiled.asm["ttgir"]),
+        overlaid=barriers.overlaid(barriers.allocated(compiled.asm["ttgir"])),
         opcodes=Counter(_OPCODE.findall(code)),
     )
 
@@ -225,8 +228,18 @@ def all_cases() -> list[Case]:
         Case(plan, block_d, "causal" if masked else "full", torch.float16)
         for (block_d, masked), plan in longest.items()
     ]
-    cases += feature_cases()
+    cases += feature_cases() + trial_cases()
     return list(dict.fromkeys(cases))
+
+
+def trial_cases() -> list[Case]:
+    """Plans with four consumers, which are in no table yet."""
+    four = plans.ForwardPlan(4, 64, 3, plans.ROUND_ROBIN, 2, 1)
+    masked = replace(four, scheduler=plans.DYNAMIC, skip=True)
+    return [
+        *(Case(plan, 64, "full") for plan in (four, replace(four, slim=True))),
+        *(Case(replace(masked, **x), 64, "causal") for x in ({}, {"slim": True}, {"late": True})),
+    ]
 
 
 def feature_cases() -> list[Case]:
@@ -290,6 +303,7 @@ def selection() -> list[Case]:
         planned(128, "window", "packed sinks")._replace(pack=8),
         planned(256, "causal", "packed")._replace(pack=4),
     ]
+    cases += trial_cases()
     return list(dict.fromkeys(cases))
 
 

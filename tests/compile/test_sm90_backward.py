@@ -41,7 +41,7 @@ def test_compiles_within_the_limits(headdim: int, tmp_path: Path) -> None:
     assert {kernel["plan"] for kernel in kernels} == plans
     for kernel in kernels:
         if kernel["plan"] == "housekeeping":  # in no plan in use: newer Tritons spill a few bytes
-            assert not kernel["lost"] + kernel["unused"], kernel
+            assert not kernel["lost"] + kernel["unused"] + kernel["overlaid"], kernel
         else:
             assert not kernel["failures"], kernel
     assert "0 bytes spill stores" in log  # the log is there
