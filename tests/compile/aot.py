@@ -66,13 +66,15 @@ class Launch(NamedTuple):
 
     @property
     def plan(self) -> list[int | None]:
-        """Tile sizes, warps and stages, as far as the call names them."""
+        """Tile sizes, warps and stages, as far as the call names them; a limit of registers."""
         names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
-        return [self.keywords.get(name) for name in names]
+        limit = [self.keywords["maxnreg"]] if "maxnreg" in self.keywords else []
+        return [self.keywords.get(name) for name in names] + limit
 
     def under(self, plan: TilePlan) -> Launch:
         """The same call with another plan."""
-        return self._replace(keywords={**self.keywords, **launch.compile_options(plan)})
+        others = {key: value for key, value in self.keywords.items() if key != "maxnreg"}
+        return self._replace(keywords={**others, **launch.compile_options(plan)})
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,12 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton exists on Linux only")
 
+import aot
 import triton
-from cases import KNOWN_SPILLS
+from cases import KNOWN_SPILLS, Case, run_case
 
 from flash_attn.backends.triton.heuristics import plan_for
-from flash_attn.core.plan import PlanKey
+from flash_attn.core.plan import PlanKey, TilePlan
 
 _SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "compile_matrix.py"
 _ARCHS = ("sm80", "sm86", "sm89", "sm90", "sm100", "sm120", "gfx942")
@@ -62,6 +63,17 @@ def test_tiles_that_do_not_fit_are_found(arch: str, plan: str, complaint: str) -
     done = _compile(*arguments)
     assert done.returncode == 1, done.stdout + done.stderr
     assert complaint in done.stdout
+
+
+@pytest.mark.skipif(triton.knobs.runtime.interpret, reason="nothing is compiled")
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION is unset")
+def test_a_limit_of_registers_is_kept() -> None:
+    (one,) = aot.record(lambda: run_case(Case("forward", 64)), "sm90")
+    limited = one.under(TilePlan(64, 64, 4, 2, max_registers=128))
+    assert limited.plan == [64, 64, 4, 2, 128]
+    assert limited.under(TilePlan(64, 64, 4, 2)).plan == [64, 64, 4, 2]
+    assert aot.compile_launch(limited, "sm90").registers <= 128
+    assert aot.compile_launch(one, "sm90").registers > 128
 
 
 @pytest.mark.parametrize("arch", [*_ARCHS, "sm75", "sm103", "sm121", "gfx90a", "gfx950", "gfx1100"])

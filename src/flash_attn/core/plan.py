@@ -53,12 +53,18 @@ class PlanKey(NamedTuple):
 
 @dataclass(frozen=True)
 class TilePlan:
-    """Tile of queries by keys that one program works on, and how it is compiled."""
+    """Tile of queries by keys that one program works on, and how it is compiled.
+
+    Attributes:
+        max_registers: of a thread (NVIDIA), where the compiler takes so many more than it needs
+            that fewer programs share a multiprocessor; None leaves it to the compiler.
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
 
 
 _overrides: dict[str, TilePlan] = {}

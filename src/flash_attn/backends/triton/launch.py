@@ -154,12 +154,15 @@ def packs_heads(problem: AttentionProblem, plan: TilePlan) -> bool:
 
 def compile_options(plan: TilePlan) -> dict[str, int]:
     """Tile sizes and compiler options as launch keywords."""
-    return {
+    options = {
         "BLOCK_M": plan.block_m,
         "BLOCK_N": plan.block_n,
         "num_warps": plan.num_warps,
         "num_stages": plan.num_stages,
     }
+    if plan.max_registers is not None:
+        options["maxnreg"] = plan.max_registers
+    return options
 
 
 def tiles_of(rows: int, batch_size: int, packed: bool, block: int) -> int:
