@@ -231,10 +231,12 @@ def compile_worker() -> None:
             cell.run(one)
 
         try:
-            last = aot.record(launches, "sm90")[-1]
-            found = aot.compile_launch(last, "sm90")
+            _, compiled = aot.compile_kernel(aot.record(launches, "sm90")[-1], "sm90")
+            # A cache may hold machine code and its description alone: no more is looked at.
+            used = aot.Resources(*aot.usage_of(compiled, "sm90"), compiled.metadata.shared, 0.0)
             emit(event="compiled", headdim=headdim, causal=is_causal, candidate=fields,
-                 failures=found.failures("sm90"), **found.as_dict())  # fmt: skip
+                 failures=used.failures("sm90"), registers=used.registers, spilled=used.spilled,
+                 shared=used.shared)  # fmt: skip
         except Exception as error:  # whatever the compiler raises
             emit(event="compiled", headdim=headdim, causal=is_causal, candidate=fields,
                  failures=[repr(error)[-120:]])  # fmt: skip
