@@ -2,19 +2,24 @@
 
     python benchmarks/extensions.py --out result.json
     python benchmarks/extensions.py --match float8 --rounds 3 --ways bfloat16,float8
+    python benchmarks/extensions.py --match "float8 d64 .*causal" --seqlens 1024,4096,16384 \\
+        --ways bfloat16,float8 --plans 64x64w4s3,64x64w4s3r128,128x64w8s2
 
 Cells: float8 beside bfloat16, and its ways to multiply values; decoding with and without heads
 packed into rows; masks, chunks, sinks; head dims of v and second products. All on the portable
 kernels. Each way's error is that of one head against float32 arithmetic.
 
 The run ends with a line for each cell of whole sequences, bfloat16's time over float8's, and PASS
-if none is below 1: only then is the exit code 0, where there are such cells.
+if none is below 1: only then is the exit code 0, where there are such cells. Plans to try (tile,
+warps, stages, limit of registers) are timed beside both in the same cells, with values converted
+ahead and in the loop, and named with bfloat16's time over theirs, best first.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import re
 import statistics
 import sys
 import time
@@ -33,6 +38,7 @@ from flash_attn import use_backend
 from flash_attn.backends.triton import launch
 from flash_attn.core import reference, repeated
 from flash_attn.core.attend import attend, attend_backward
+from flash_attn.core.plan import TilePlan
 from flash_attn.core.problem import (
     AttentionProblem,
     BackwardInputs,
@@ -43,6 +49,9 @@ from flash_attn.core.problem import (
 
 TOKENS, HIDDEN = 16384, 2048
 FLOAT8 = torch.float8_e4m3fn
+SEQLENS = (1024, 4096, 16384)
+_SIXTEEN, _AHEAD, _IN_LOOP = "bfloat16 ", " ahead", " in the loop"
+_PLAN = re.compile(r"(\d+)x(\d+)w(\d+)s(\d+)(?:r(\d+))?")
 
 
 class Way(NamedTuple):
@@ -71,7 +80,30 @@ def _make(
     return AttentionProblem(q, k, v, ScoreTransform(headdims[0] ** -0.5), **more)
 
 
-def float8_cells() -> Iterator[tuple[str, Cell]]:
+def parse_plan(text: str) -> TilePlan:
+    """``64x128w4s3``, or ``64x128w4s3r128`` with at most 128 registers a thread."""
+    found = _PLAN.fullmatch(text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"no plan, like 64x128w4s3 or 64x128w4s3r128: {text!r}")
+    return TilePlan(*(int(x) for x in found.groups() if x is not None))
+
+
+def plan_ways(plans: Sequence[str], sixteen: AttentionProblem, eight: AttentionProblem) -> Cell:
+    """Each plan for bfloat16, and for float8 with values converted before and in the loop."""
+    found = {}
+    for text in plans:
+        plan = parse_plan(text)
+        patch = {"plan_for": lambda key, plan=plan: plan}
+        found[_SIXTEEN + text] = Way(sixteen, patch)
+        for name, ahead in ((_AHEAD, True), (_IN_LOOP, False)):
+            where = {"converts_float8_ahead": lambda key, rows, ahead=ahead: ahead}
+            found[text + name] = Way(eight, patch | where)
+    return found
+
+
+def float8_cells(
+    seqlens: Sequence[int] = SEQLENS, plans: Sequence[str] = ()
+) -> Iterator[tuple[str, Cell]]:
     """Whole sequences; "ahead": values converted by a kernel before."""
     ways = {
         "float8": {},
@@ -80,7 +112,7 @@ def float8_cells() -> Iterator[tuple[str, Cell]]:
         "float8 weights": {"float8_weights": lambda key: True},
     }
     for headdim in (64, 128, 256):
-        for seqlen in (1024, 4096, 16384):
+        for seqlen in seqlens:
             for causal in (False, True):
                 heads = (HIDDEN // headdim,) * 2
                 more = {"visibility": Visibility(None, 0 if causal else None)}
@@ -88,6 +120,7 @@ def float8_cells() -> Iterator[tuple[str, Cell]]:
                 cell = {"bfloat16": Way(_make(*shape, **more), {})}
                 eight = _make(*shape, dtype=FLOAT8, **more)
                 cell |= {name: Way(eight, patches) for name, patches in ways.items()}
+                cell |= plan_ways(plans, cell["bfloat16"].problem, eight)
                 yield f"float8 d{headdim} s{seqlen} {'causal' if causal else 'full'}", cell
 
 
@@ -158,9 +191,12 @@ def headdim_cells() -> Iterator[tuple[str, Cell]]:
     )
 
 
-def cells() -> Iterator[tuple[str, Cell]]:
-    """All of them."""
-    for group in (float8_cells, decode_cells, feature_cells, headdim_cells):
+def cells(
+    seqlens: Sequence[int] = SEQLENS, plans: Sequence[str] = ()
+) -> Iterator[tuple[str, Cell]]:
+    """All of them; the arguments are those of the float8 cells."""
+    yield from float8_cells(seqlens, plans)
+    for group in (decode_cells, feature_cells, headdim_cells):
         yield from group()
 
 
@@ -264,11 +300,55 @@ def verdict(rows: Sequence[dict[str, Any]], left_out: Sequence[str]) -> tuple[li
     return lines, passed
 
 
+def ranking(rows: Sequence[dict[str, Any]], plans: Sequence[str]) -> list[str]:
+    """Lines for each plan: bfloat16's time over the plan's in each cell, best float8 plan first.
+
+    Of both ways to convert values the faster one counts, and is named: a for ahead, l for the loop.
+    """
+    ranked = []
+    for plan in plans:
+        eight = _ratios(rows, plan, {plan + _AHEAD: "a", plan + _IN_LOOP: "l"})
+        ranked.append((*eight, _ratios(rows, _SIXTEEN + plan, {_SIXTEEN + plan: ""})[1]))
+    ranked.sort(reverse=True)
+    return [line for _, line, _ in ranked] + [line for _, _, line in ranked]
+
+
+def _ratios(rows: Sequence[dict[str, Any]], title: str, ways: dict[str, str]) -> tuple[float, str]:
+    """bfloat16's time over that of the fastest of ``ways``, named by their letters: the lowest
+    ratio, 0 where one is missing, and the line with all."""
+    found, failures = [], []
+    for row in rows:
+        times = row["median_ms"]
+        failures += [text for way, text in row["failures"].items() if way in ways]
+        known = [(times[way], letter) for way, letter in ways.items() if way in times]
+        if known:
+            best, letter = min(known)
+            found.append((times["bfloat16"] / best, letter))
+    worst = min(found)[0] if found and len(found) == len(rows) else 0.0
+    figures = "  ".join(f"{ratio:.3f}{letter}" for ratio, letter in found)
+    ends = "all >= 1" if worst >= 1.0 else "not all >= 1"
+    return worst, f"{title:<25} {figures}  {ends} {' '.join(failures)[:100]}".rstrip()
+
+
+def _lengths(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+def _plans(text: str) -> tuple[str, ...]:
+    """The plans as they are written, once each can be read."""
+    plans = tuple(text.split(","))
+    for plan in plans:
+        parse_plan(plan)
+    return plans
+
+
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--match", default="", help="only cells whose name contains this")
+    parser.add_argument("--match", default="", help="a regular expression for names of cells")
     parser.add_argument("--ways", default="", help="only these, separated by commas")
+    parser.add_argument("--seqlens", default=SEQLENS, type=_lengths, help="of the float8 cells")
+    parser.add_argument("--plans", default=(), type=_plans, help="to try for float8, as above")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--max-seconds", type=float, default=math.inf, help="no new cell after it")
     parser.add_argument("--out", type=Path, help="JSON file, written after every cell")
@@ -285,13 +365,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = {"rounds": options.rounds, "backend": "triton"}
     data = new_result("extensions", options.commit, settings)
     data |= {"rows": rows, "left_out": left_out}
-    for name, cell in cells():
-        if options.match not in name:
+
+    def is_wanted(way: str) -> bool:
+        return not wanted or way in wanted or any(plan in way for plan in options.plans)
+
+    for name, cell in cells(options.seqlens, options.plans):
+        if not re.search(options.match, name):
             continue
         if time.monotonic() > until:
             left_out.append(name)
             continue
-        chosen = {key: way for key, way in cell.items() if not wanted or key in wanted}
+        chosen = {key: way for key, way in cell.items() if is_wanted(key)}
         if not chosen:
             continue
         with use_backend("triton"):
@@ -300,9 +384,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.out:
             write_json(options.out, data)
     lines, passed = verdict(rows, left_out)
-    print("\n".join(lines), flush=True)
+    plans = ranking([row for row in rows if "bfloat16" in row["median_ms"]], options.plans)
+    print("\n".join(lines + plans), flush=True)
     if options.out:
-        write_json(options.out, data | {"verdict": lines, "passed": passed})
+        write_json(options.out, data | {"verdict": lines, "plans": plans, "passed": passed})
     return 0 if passed else 1
 
 

@@ -17,6 +17,7 @@ import itertools
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def complaint(arch: str, launches: list[Any], plan: Any = None) -> str:
     for label, one in launches:
         if plan is not None:
             rows = 16 if one.key.few_rows and one.key.kernel == "forward" else plan.block_m
-            one = one.under(type(plan)(rows, plan.block_n, plan.num_warps, plan.num_stages))
+            one = one.under(replace(plan, block_m=rows))
         try:
             failures = aot.compile_launch(one, arch).failures(arch)
         except Exception as error:  # whatever the compiler raises
@@ -80,7 +81,8 @@ def candidates(current: list[int], itemsize: int, stages: list[int]) -> Iterator
     before = TilePlan(*current)
 
     def distance(plan: TilePlan) -> tuple[int, ...]:
-        changed = [a != b for a, b in zip(current, vars(plan).values(), strict=True)]
+        pairs = zip(vars(before).values(), vars(plan).values(), strict=True)
+        changed = [a != b for a, b in pairs]
         return (-plan.block_m * plan.block_n, sum(changed), -plan.num_stages, -plan.block_n)
 
     yield from sorted((plan for plan in found if plan != before), key=distance)

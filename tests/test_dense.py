@@ -10,6 +10,7 @@ import torch
 from support import DTYPES, FAMILIES, HALF_DTYPES, HEADDIMS, ODD_HEADDIMS
 
 import flash_attn
+from flash_attn.core.plan import TilePlan, override
 from flash_attn.errors import ConstraintError
 
 pytestmark = pytest.mark.families
@@ -367,3 +368,37 @@ def test_any_scale_under_a_mask(
         device, dtype, seqlens=(33, 33), headdim=32, causal=causal, softmax_scale=softmax_scale
     )
     support.run_and_check(inputs)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"causal": True}, {"window_size": (20, 5), "softcap": 5.0}, {"dropout_p": 0.3}],
+    ids=str,
+)
+def test_feature_dk_and_dv_apart(
+    device: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A launch of the portable kernels for each gives what one for both does."""
+    if device == "cpu" and not support.INTERPRETED:
+        pytest.skip("the portable kernels need a GPU or the interpreter")
+    launch_backward = pytest.importorskip("flash_attn.backends.triton.launch_backward")
+    launched, launch = [], launch_backward._launch_dkdv
+
+    def noted(kernel: str, *rest: Any) -> None:
+        launched.append(kernel)
+        launch(kernel, *rest)
+
+    monkeypatch.setattr(launch_backward, "_launch_dkdv", noted)
+    inputs = support.dense(
+        device, torch.float16, seqlens=(70, 75), heads=(4, 2), headdim=40, **options
+    )
+    plan = TilePlan(32, 32, 4, 1)
+    found = []
+    for plans in ({"dkdv": plan}, {"dk": plan, "dv": plan}):
+        torch.manual_seed(1)
+        with flash_attn.use_backend("triton"), override(**plans):
+            found.append(support.run(inputs))
+    assert launched == ["dkdv", "dk", "dv"]
+    support.assert_same_bits(*found)
+    assert found[0].dk.any()
+    assert found[0].dv.any()

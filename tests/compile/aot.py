@@ -66,13 +66,15 @@ class Launch(NamedTuple):
 
     @property
     def plan(self) -> list[int | None]:
-        """Tile sizes, warps and stages, as far as the call names them."""
+        """Tile sizes, warps and stages, as far as the call names them; a limit of registers."""
         names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
-        return [self.keywords.get(name) for name in names]
+        limit = [self.keywords["maxnreg"]] if "maxnreg" in self.keywords else []
+        return [self.keywords.get(name) for name in names] + limit
 
     def under(self, plan: TilePlan) -> Launch:
         """The same call with another plan."""
-        return self._replace(keywords={**self.keywords, **launch.compile_options(plan)})
+        others = {key: value for key, value in self.keywords.items() if key != "maxnreg"}
+        return self._replace(keywords={**others, **launch.compile_options(plan)})
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ def recorded(arch: str) -> Iterator[list[Launch]]:
 
     def plan_key(kernel: str, *args: Any) -> PlanKey:
         key = _real_plan_key(kernel, *args)._replace(arch=arch)
-        keys["attention_" + kernel] = key
+        keys["attention_" + ("dkdv" if kernel in ("dk", "dv") else kernel)] = key
         return key
 
     _real_plan_key = launch.plan_key
@@ -161,10 +163,7 @@ def compile_kernel(one: Launch, arch: str) -> tuple[ASTSource, Any]:
 
 def resources_of(compiled: Any, arch: str, seconds: float = 0.0) -> Resources:
     """What a compiled kernel takes; ``seconds`` is how long its compilation took."""
-    if TARGETS[arch].backend == "hip":
-        registers, spilled = _usage_amd(compiled.asm["amdgcn"])
-    else:
-        registers, spilled = _usage_nvidia(compiled.asm["cubin"])
+    registers, spilled = usage_of(compiled, arch)
     faults: list[list[str]] = []
     if arch == "sm90":
         ttgir = compiled.asm["ttgir"]
@@ -176,6 +175,13 @@ def resources_of(compiled: Any, arch: str, seconds: float = 0.0) -> Resources:
     return Resources(
         registers, spilled, compiled.metadata.shared, seconds, *(tuple(one) for one in faults)
     )
+
+
+def usage_of(compiled: Any, arch: str) -> tuple[int, int]:
+    """(registers, spilled) as in :class:`Resources`; machine code alone is looked at."""
+    if TARGETS[arch].backend == "hip":
+        return _usage_amd(compiled.asm["amdgcn"])
+    return _usage_nvidia(compiled.asm["cubin"])
 
 
 def compile_launch(one: Launch, arch: str) -> Resources:

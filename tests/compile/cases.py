@@ -36,8 +36,11 @@ FORWARD_FEATURES = (
 )  # fmt: skip
 # (head dim of q, of v); with a second product only those of v that are larger.
 HEADDIMS_V = ((64, 512), (192, 128), (64, 32), (16, 256), (256, 512))
-# Strides that are no multiple of 16: keys and values are not loaded ahead but take turns in memory.
+# Strides that are no multiple of 16.
 UNEVEN_HEADDIMS_V = ((40, 24), (17, 12))
+# Nor of 8, with tiles of 64 and 32 columns: keys and values are not loaded ahead but take turns in
+# memory.
+IN_TURNS = (36, 20)
 # Bytes that spill: (architecture, kernel, label) under Triton 3.6. A product of 256-wide float32
 # rows, which tensor cores do not serve, keeps whole rows in a thread's registers, and dropout's
 # random numbers come on top. Tried: 16x16, 16x32 and 32x16 with 4 and 8 warps and 1 to 3 stages. Of
@@ -274,7 +277,7 @@ def quick_cases(arch: str) -> list[Case]:
     cases += [Case(kind) for kind in SMALLER]
     cases += _extended(few=True)
     if arch == "sm90":
-        uneven = UNEVEN_HEADDIMS_V
+        uneven = (*UNEVEN_HEADDIMS_V, IN_TURNS)
         cases += [Case("forward", d, "float16", "causal", "plain", dv) for d, dv in uneven]
     if arch in ("sm80", "gfx942"):
         cases += _attention(128, "bfloat16", "window", FORWARD_FEATURES)

@@ -6,16 +6,20 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 pytest.importorskip("triton", reason="Triton exists on Linux only")
 
+import aot
 import triton
-from cases import KNOWN_SPILLS
+from cases import KNOWN_SPILLS, Case, run_case
 
+from flash_attn.backends.triton.extended_plans import converts_float8_ahead
 from flash_attn.backends.triton.heuristics import plan_for
-from flash_attn.core.plan import PlanKey
+from flash_attn.core.plan import PlanKey, TilePlan
 
 _SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "compile_matrix.py"
 _ARCHS = ("sm80", "sm86", "sm89", "sm90", "sm100", "sm120", "gfx942")
@@ -62,6 +66,64 @@ def test_tiles_that_do_not_fit_are_found(arch: str, plan: str, complaint: str) -
     done = _compile(*arguments)
     assert done.returncode == 1, done.stdout + done.stderr
     assert complaint in done.stdout
+
+
+@pytest.mark.skipif(triton.knobs.runtime.interpret, reason="nothing is compiled")
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION is unset")
+def test_a_limit_of_registers_is_kept() -> None:
+    (one,) = aot.record(lambda: run_case(Case("forward", 64)), "sm90")
+    limited = one.under(TilePlan(64, 64, 4, 2, max_registers=128))
+    assert limited.plan == [64, 64, 4, 2, 128]
+    assert limited.under(TilePlan(64, 64, 4, 2)).plan == [64, 64, 4, 2]
+    assert aot.compile_launch(limited, "sm90").registers <= 128
+    assert aot.compile_launch(one, "sm90").registers > 128
+
+
+@pytest.mark.skipif(triton.knobs.runtime.interpret, reason="nothing is compiled")
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION is unset")
+@pytest.mark.parametrize(("arch", "code"), [("sm90", "cubin"), ("gfx942", "amdgcn")])
+def test_machine_code_alone_tells_registers_and_spills(arch: str, code: str) -> None:
+    """A cache may hold no more than that."""
+    (one,) = aot.record(lambda: run_case(Case("forward", 64)), arch)
+    _, compiled = aot.compile_kernel(one, arch)
+    whole = aot.resources_of(compiled, arch)
+    alone = SimpleNamespace(asm={code: compiled.asm[code]})
+    assert aot.usage_of(alone, arch) == (whole.registers, whole.spilled)
+    assert whole.registers > 0
+
+
+def _float8_key(block_d: int, masked: bool, **more: Any) -> PlanKey:
+    return PlanKey("forward", "sm90", (3, 6), 1, block_d, masked, False, block_dv=block_d, **more)
+
+
+@pytest.mark.parametrize(
+    ("key", "first"),
+    [
+        (_float8_key(64, False), 8192),
+        (_float8_key(64, True), None),
+        (_float8_key(64, True)._replace(block_dv=512), 8192),
+        (_float8_key(128, False), 8192),
+        (_float8_key(128, True), 8192),
+        (_float8_key(256, False), None),
+        (_float8_key(256, True), None),
+        (_float8_key(64, True)._replace(arch="sm80"), 1024),
+        (_float8_key(256, False)._replace(arch="sm80"), 1024),
+    ],
+)
+def test_rows_from_which_float8_is_converted_before(key: PlanKey, first: int | None) -> None:
+    assert not converts_float8_ahead(key, (first or 2**20) - 1)
+    assert converts_float8_ahead(key, first or 2**20) is (first is not None)
+
+
+def test_the_limit_of_registers_is_that_of_plain_float8_on_hopper() -> None:
+    key = _float8_key(64, True)
+    assert plan_for(key) == TilePlan(64, 64, 4, 3, max_registers=128)
+    others = {
+        "heavy": True, "windowed": True, "padded": True, "few_rows": True, "itemsize": 2,
+        "triton": (3, 9), "arch": "sm89", "block_d": 128,
+    }  # fmt: skip
+    for name, value in others.items():
+        assert plan_for(key._replace(**{name: value})).max_registers is None, name
 
 
 @pytest.mark.parametrize("arch", [*_ARCHS, "sm75", "sm103", "sm121", "gfx90a", "gfx950", "gfx1100"])

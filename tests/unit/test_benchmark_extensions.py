@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 import sys
@@ -74,7 +75,7 @@ def test_main(
         "float8": extensions.Way(small_problem(torch.float8_e4m3fn), {}),
         "float8 weights": extensions.Way(small_problem(torch.float8_e4m3fn), {}),
     }
-    monkeypatch.setattr(extensions, "cells", lambda: iter([("float8 x", cell), ("y", cell)]))
+    monkeypatch.setattr(extensions, "cells", lambda *_: iter([("float8 x", cell), ("y", cell)]))
     monkeypatch.setattr(extensions, "CudaClock", StandInClock)
     monkeypatch.setattr(extensions, "use_backend", lambda name: extensions.ExitStack())
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
@@ -102,3 +103,66 @@ def test_a_patched_way_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     extensions.caller(extensions.Way(problem, {"converts_float8_ahead": lambda *key: True}))()
     assert seen == [(True, True)]
     assert repeated.identify(problem) is not None
+
+
+def test_plans_are_read() -> None:
+    plan = extensions.parse_plan
+    assert plan("64x128w4s3") == extensions.TilePlan(64, 128, 4, 3)
+    assert plan("64x128w4s3r168") == extensions.TilePlan(64, 128, 4, 3, 168)
+    for text in ("64x128", "64x128w4s3r", "64x128w4s3 ", ""):
+        with pytest.raises(argparse.ArgumentTypeError, match="no plan"):
+            plan(text)
+
+
+def test_ways_of_a_plan_launch_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    problems = [small_problem(dtype) for dtype in (torch.bfloat16, torch.float8_e4m3fn)]
+    ways = extensions.plan_ways(["64x32w4s1", "16x32w2s2r99"], *problems)
+    seen: dict[str, tuple[Any, ...]] = {}
+    name = ""
+
+    def attend(problem: AttentionProblem) -> None:
+        launch = extensions.launch
+        key = launch.plan_key("forward", problem, launch.facts_of(problem))
+        plan = launch._plan_forward(problem, launch.facts_of(problem)).tile
+        seen[name] = (problem.q.dtype, plan, launch.converts_float8_ahead(key, 100))
+
+    monkeypatch.setattr(extensions, "attend", attend)
+    for name, way in ways.items():  # noqa: B007  attend reads it
+        extensions.caller(way)()
+    bfloat16, float8, plan = torch.bfloat16, torch.float8_e4m3fn, extensions.TilePlan
+    for text, expected in (
+        ("64x32w4s1", plan(64, 32, 4, 1)),
+        ("16x32w2s2r99", plan(16, 32, 2, 2, 99)),
+    ):
+        assert seen.pop("bfloat16 " + text)[:2] == (bfloat16, expected)
+        assert seen.pop(text + " ahead") == (float8, expected, True)
+        assert seen.pop(text + " in the loop") == (float8, expected, False)
+    assert not seen
+
+
+def test_ranking() -> None:
+    good, bad, lost = "64x64w4s3r128", "128x64w8s2", "64x64w4s2"
+    first = row("a", {f"{lost} in the loop": "spilled"}, bfloat16=1.2)
+    first["median_ms"] |= {
+        f"{good} ahead": 1.0,
+        f"{good} in the loop": 0.8,
+        f"{bad} ahead": 1.0,
+        f"{lost} ahead": 0.6,
+        f"bfloat16 {bad}": 1.5,
+    }
+    second = row("b", {f"{lost} ahead": "no memory"}, bfloat16=1.0)
+    second["median_ms"] |= {
+        f"{good} ahead": 0.5,
+        f"{good} in the loop": 0.8,
+        f"{bad} ahead": 1.1,
+        f"bfloat16 {good}": 0.8,
+    }
+    lines = extensions.ranking([first, second], [bad, lost, good])
+    assert [line.split() for line in lines] == [
+        [good, "1.500l", "2.000a", "all", ">=", "1"],
+        [bad, "1.200a", "0.909a", "not", "all", ">=", "1"],
+        [lost, "2.000a", "not", "all", ">=", "1", "spilled", "no", "memory"],
+        ["bfloat16", good, "1.250", "not", "all", ">=", "1"],
+        ["bfloat16", bad, "0.800", "not", "all", ">=", "1"],
+        ["bfloat16", lost, "not", "all", ">=", "1"],
+    ]

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -406,3 +410,30 @@ def test_scratch_memory_of_kernels_goes_through_tritons_launcher(driver, monkeyp
     (arguments,) = called
     assert arguments[:3] == (2, 1, 1)
     assert arguments[-7:] == (x.data_ptr(), y.data_ptr(), 64, 1, 2.5, 32, False)
+
+
+_KEYS = """
+import sys
+from flash_attn.backends.triton import launch_backward, launch_cache, launch_rotary
+from flash_attn.kernels import backward, combine, forward, kv_append, rotary, softmax_debug
+kernels = [
+    backward.attention_dkdv, backward.attention_dmask, backward.attention_dq,
+    backward.attention_row_statistics, combine.attention_combine, forward.attention_forward,
+    kv_append.append_kv, rotary.rotary_kernel, softmax_debug.softmax_debug,
+]
+keys = {kernel.__name__: kernel.cache_key for kernel in kernels[:: int(sys.argv[1])]}
+print(sorted(keys.items()))
+"""
+
+
+def test_keys_do_not_depend_on_what_was_launched_before() -> None:
+    source = Path(launcher.__file__).parents[2]
+    found = [
+        subprocess.run(
+            [sys.executable, "-c", _KEYS, step], capture_output=True, text=True, check=True,
+            env={**os.environ, "PYTHONPATH": str(source)},
+        ).stdout
+        for step in ("1", "-1")
+    ]  # fmt: skip
+    assert "attention_forward" in found[0]
+    assert found[0] == found[1]

@@ -26,6 +26,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -43,6 +44,19 @@ KNOWN_VERSION = (3, 6) <= (int(_major), int(_minor)) <= (3, 9)
 
 _Grid = tuple[int, int, int]
 _Run = Callable[[_Grid, int, Sequence[Any]], object]
+
+
+def settle_keys(*modules: ModuleType) -> None:
+    """Ask for the keys of all kernels and helpers of ``modules``, callees' modules first.
+
+    Under its key a compiled kernel lies in Triton's cache. In Triton 3.6 (no longer 3.9) it holds
+    the constants that a helper uses only if the helper's own key was asked for before, for another
+    kernel: processes that launch in different orders would each compile what the other has.
+    """
+    for module in modules:
+        for value in vars(module).values():
+            if isinstance(value, JITFunction):
+                _ = value.cache_key
 
 
 class Unrepeatable(Exception):

@@ -21,7 +21,7 @@ class PlanKey(NamedTuple):
     """What a tile plan may depend on.
 
     Attributes:
-        kernel: "forward", "dkdv", "dq" or "dmask".
+        kernel: "forward", "dkdv", "dk" or "dv" (those of "dkdv" apart), "dq" or "dmask".
         arch: "sm90", "gfx942", ...
         triton: (major, minor) of the Triton in use.
         itemsize: bytes of an element of q.
@@ -53,12 +53,18 @@ class PlanKey(NamedTuple):
 
 @dataclass(frozen=True)
 class TilePlan:
-    """Tile of queries by keys that one program works on, and how it is compiled."""
+    """Tile of queries by keys that one program works on, and how it is compiled.
+
+    Attributes:
+        max_registers: of a thread (NVIDIA), where the compiler takes so many more than it needs
+            that fewer programs share a multiprocessor; None leaves it to the compiler.
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
 
 
 _overrides: dict[str, TilePlan] = {}

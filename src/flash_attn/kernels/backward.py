@@ -10,7 +10,8 @@
 * ``attention_row_statistics``: delta and log-sum-exp of all rows, padded.
 * ``attention_dkdv``: one program owns one tile of keys of one key head and walks over the queries
   that see it, for every query head of the group, so that dk and dv are summed in float32 in
-  registers. It works on transposed tiles (keys x queries).
+  registers. It works on transposed tiles (keys x queries). Where both do not fit in registers, a
+  launch makes one of them.
 * ``attention_dq``: one program owns one tile of queries and walks over its keys.
 * ``attention_dmask``: one program owns one tile of the mask's own elements and walks over all
   sequences, heads, rows and keys that share them.
@@ -26,6 +27,7 @@ from .common import (
     chunk_start,
     clamp,
     dropout_keep,
+    eights,
     int64,
     is_between,
     key_bounds,
@@ -74,7 +76,8 @@ def attention_row_statistics(
     """delta and log-sum-exp in base 2 of 128 rows, BLOCK_M at a time; HEAD_DIM is that of v.
 
     Rows past a sequence's end, up to a multiple of 128, and rows that see no key get 0 and +inf,
-    so that the main kernels need no masks when they load.
+    so that the main kernels need no masks when they load. Strides that are multiples of 8 are not
+    announced here: the order of these sums is that of the addresses that a thread loads together.
     """
     b, h, tile, q_start, rows_q = tile_of_program(
         tl.program_id(0), cu_seqlens_q, batch_size, nheads, seqlen_q, num_tiles,
@@ -135,7 +138,8 @@ def dkdv_tiles(dk, dv, k_tile, v_tile, q_base, dout_base, lse_log2, softmax_d, r
                MASKED: tl.constexpr, MASK_ROWS: tl.constexpr,
                HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
                HAS_ALIBI: tl.constexpr, HAS_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr,
-               WIDE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+               WIDE: tl.constexpr, WITH_DK: tl.constexpr, WITH_DV: tl.constexpr,
+               PRECISION: tl.constexpr):  # fmt: skip
     """Walk over the tiles [begin, end) of queries of a group of heads; the updated (dk, dv).
 
     One loop runs over all heads and tiles: a loop within a loop would double the registers.
@@ -174,18 +178,23 @@ def dkdv_tiles(dk, dv, k_tile, v_tile, q_base, dout_base, lse_log2, softmax_d, r
                                cols_v, seqlen_q, HEAD_DIM_V, BLOCK_DV, MASK_ROWS, False,
                                WIDE)  # fmt: skip
         dropped = p
-        dp = tl.dot(v_tile, tl.trans(dout), input_precision=PRECISION)
+        if WITH_DK:
+            dp = tl.dot(v_tile, tl.trans(dout), input_precision=PRECISION)
         if HAS_DROPOUT:
             keep = tl.trans(dropout_keep(rng_state, head_batch + g, rows, start_n,
                                          keep_threshold, BLOCK_M, BLOCK_N))  # fmt: skip
             dropped = tl.where(keep, p * dropout_scale, 0.0)
-            dp = tl.where(keep, dp * dropout_scale, 0.0)
-        delta = tl.load(softmax_d + statistics)
-        ds = p * (dp - delta[None, :])
-        if HAS_SOFTCAP:
-            ds = ds * (1.0 - capped * capped)
-        dv = tl.dot(dropped.to(dout.dtype), dout, dv, input_precision=PRECISION)
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+            if WITH_DK:
+                dp = tl.where(keep, dp * dropout_scale, 0.0)
+        if WITH_DK:
+            delta = tl.load(softmax_d + statistics)
+            ds = p * (dp - delta[None, :])
+            if HAS_SOFTCAP:
+                ds = ds * (1.0 - capped * capped)
+        if WITH_DV:
+            dv = tl.dot(dropped.to(dout.dtype), dout, dv, input_precision=PRECISION)
+        if WITH_DK:
+            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv
 
 
@@ -206,11 +215,19 @@ def attention_dkdv(
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     IS_VARLEN_Q: tl.constexpr, IS_VARLEN_K: tl.constexpr, HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, WIDE: tl.constexpr, EIGHTS: tl.constexpr, PRECISION: tl.constexpr,
+    WITH_DK: tl.constexpr, WITH_DV: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one tile of keys; see the module's docstring."""
     HAS_CHUNK: tl.constexpr = chunk is not None
     HAS_MASK: tl.constexpr = attn_mask is not None
+    if EIGHTS:
+        stride_qb, stride_qm, stride_qh = eights(stride_qb, stride_qm, stride_qh)
+        stride_kb, stride_kn, stride_kh = eights(stride_kb, stride_kn, stride_kh)
+        stride_vb, stride_vn, stride_vh = eights(stride_vb, stride_vn, stride_vh)
+        stride_gb, stride_gm, stride_gh = eights(stride_gb, stride_gm, stride_gh)
+        stride_dkb, stride_dkn, stride_dkh = eights(stride_dkb, stride_dkn, stride_dkh)
+        stride_dvb, stride_dvn, stride_dvh = eights(stride_dvb, stride_dvn, stride_dvh)
     # Locate the tile. Without reversal the first keys, which most queries see, come first.
     b, h_k, tile, k_start, all_k = tile_of_program(
         tl.program_id(0), cu_seqlens_k, batch_size, nheads_k, seqlen_k, num_tiles,
@@ -285,7 +302,7 @@ def attention_dkdv(
             stride_qh, stride_gm, stride_gh, stride_dh, head_batch, softmax_scale, softcap,
             alibi_slopes, mask, stride_ah, keep_threshold, dropout_scale, HEAD_DIM, HEAD_DIM_V,
             BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, True, True, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
-            HAS_ALIBI, HAS_MASK, HAS_DROPOUT, WIDE, PRECISION,
+            HAS_ALIBI, HAS_MASK, HAS_DROPOUT, WIDE, WITH_DK, WITH_DV, PRECISION,
         )  # fmt: skip
     acc_dk, acc_dv = dkdv_tiles(
         acc_dk, acc_dv, k_tile, v_tile, q, dout, lse_log2, softmax_d, rng_state, b_loop, c,
@@ -293,7 +310,7 @@ def attention_dkdv(
         stride_qh, stride_gm, stride_gh, stride_dh, head_batch, softmax_scale, softcap,
         alibi_slopes, mask, stride_ah, keep_threshold, dropout_scale, HEAD_DIM, HEAD_DIM_V,
         BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, False, False, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
-        HAS_ALIBI, HAS_MASK, HAS_DROPOUT, WIDE, PRECISION,
+        HAS_ALIBI, HAS_MASK, HAS_DROPOUT, WIDE, WITH_DK, WITH_DV, PRECISION,
     )  # fmt: skip
     acc_dk, acc_dv = dkdv_tiles(
         acc_dk, acc_dv, k_tile, v_tile, q, dout, lse_log2, softmax_d, rng_state, c, d,
@@ -301,7 +318,7 @@ def attention_dkdv(
         stride_qh, stride_gm, stride_gh, stride_dh, head_batch, softmax_scale, softcap,
         alibi_slopes, mask, stride_ah, keep_threshold, dropout_scale, HEAD_DIM, HEAD_DIM_V,
         BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, HAS_LEFT, True, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
-        HAS_ALIBI, HAS_MASK, HAS_DROPOUT, WIDE, PRECISION,
+        HAS_ALIBI, HAS_MASK, HAS_DROPOUT, WIDE, WITH_DK, WITH_DV, PRECISION,
     )  # fmt: skip
 
     # Scale and store.
@@ -312,8 +329,10 @@ def attention_dkdv(
     dk += batch_k * stride_dkb + head_k * stride_dkh + first_k * stride_dkn
     dv += batch_k * stride_dvb + head_k * stride_dvh + first_k * stride_dvn
     end_k = all_k - start_n
-    store_rows(dk, acc_dk * softmax_scale, offs_n, stride_dkn, cols, end_k, HEAD_DIM, WIDE)
-    store_rows(dv, acc_dv, offs_n, stride_dvn, cols_v, end_k, HEAD_DIM_V, WIDE)
+    if WITH_DK:
+        store_rows(dk, acc_dk * softmax_scale, offs_n, stride_dkn, cols, end_k, HEAD_DIM, WIDE)
+    if WITH_DV:
+        store_rows(dv, acc_dv, offs_n, stride_dvn, cols_v, end_k, HEAD_DIM_V, WIDE)
 
 
 @triton.jit
@@ -375,11 +394,17 @@ def attention_dq(
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     IS_VARLEN_Q: tl.constexpr, IS_VARLEN_K: tl.constexpr, HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, WIDE: tl.constexpr, EIGHTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq of one tile of queries; see the module's docstring."""
     HAS_CHUNK: tl.constexpr = chunk is not None
     HAS_MASK: tl.constexpr = attn_mask is not None
+    if EIGHTS:
+        stride_qb, stride_qm, stride_qh = eights(stride_qb, stride_qm, stride_qh)
+        stride_kb, stride_kn, stride_kh = eights(stride_kb, stride_kn, stride_kh)
+        stride_vb, stride_vn, stride_vh = eights(stride_vb, stride_vn, stride_vh)
+        stride_gb, stride_gm, stride_gh = eights(stride_gb, stride_gm, stride_gh)
+        stride_dqb, stride_dqm, stride_dqh = eights(stride_dqb, stride_dqm, stride_dqh)
     # Locate the tile.
     b, h, tile, q_start, all_q = tile_of_program(
         tl.program_id(0), cu_seqlens_q, batch_size, nheads, seqlen_q, num_tiles,
@@ -501,10 +526,15 @@ def attention_dmask(
     ONE_ROW: tl.constexpr, ONE_KEY: tl.constexpr,  # the mask has one row, or key, for all
     IS_VARLEN_Q: tl.constexpr, IS_VARLEN_K: tl.constexpr, HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, WIDE: tl.constexpr, EIGHTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradient of one tile of the mask's own elements; see the module's docstring."""
     HAS_CHUNK: tl.constexpr = chunk is not None
+    if EIGHTS:
+        stride_qb, stride_qm, stride_qh = eights(stride_qb, stride_qm, stride_qh)
+        stride_kb, stride_kn, stride_kh = eights(stride_kb, stride_kn, stride_kh)
+        stride_vb, stride_vn, stride_vh = eights(stride_vb, stride_vn, stride_vh)
+        stride_gb, stride_gm, stride_gh = eights(stride_gb, stride_gm, stride_gh)
     # Locate the tile.
     pid = tl.program_id(0)
     own_n = pid % tiles_n

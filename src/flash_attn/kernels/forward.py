@@ -28,6 +28,7 @@ from .common import (
     LOG2E,
     clamp,
     dropout_keep,
+    eights,
     is_between,
     key_bounds,
     key_range,
@@ -235,7 +236,7 @@ def attention_forward(
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     HAS_ALIBI: tl.constexpr, HAS_DROPOUT: tl.constexpr, SPLIT: tl.constexpr,
     FOLD_SCALE: tl.constexpr, PACK_GQA: tl.constexpr, FLOAT8_P: tl.constexpr, WIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    EIGHTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """See the module's docstring. ``seqlen_q``/``seqlen_k`` are totals where packed, and
     ``seqlen_k`` is the table's capacity where paged."""
@@ -246,6 +247,14 @@ def attention_forward(
     HAS_QK_DESCALE: tl.constexpr = q_descale is not None or k_descale is not None
     HAS_DESCALE: tl.constexpr = HAS_QK_DESCALE or v_descale is not None
     P_SHIFT: tl.constexpr = 8 if FLOAT8_P else 0
+    if EIGHTS:
+        stride_qb, stride_qm, stride_qh = eights(stride_qb, stride_qm, stride_qh)
+        stride_kb, stride_kn, stride_kh = eights(stride_kb, stride_kn, stride_kh)
+        stride_vb, stride_vn, stride_vh = eights(stride_vb, stride_vn, stride_vh)
+        stride_ob, stride_om, stride_oh = eights(stride_ob, stride_om, stride_oh)
+        stride_os = stride_os // 8 * 8
+        if HAS_QV:
+            stride_wb, stride_wm, stride_wh = eights(stride_wb, stride_wm, stride_wh)
     # Locate the tile.
     pid = tl.program_id(0)
     split = 0

@@ -8,7 +8,7 @@ exist, are not written. New rows are dense or packed one sequence after another.
 import triton
 import triton.language as tl
 
-from .common import clamp, tile_of_program
+from .common import clamp, eights, tile_of_program
 
 _LENGTHS = ("batch_size", "nheads_k", "seqlen_new", "capacity", "page_size", "num_pages",
             "table_rows", "num_tiles", "stride_table")  # fmt: skip
@@ -36,8 +36,14 @@ def append_kv(
     HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     IS_VARLEN: tl.constexpr, IS_PAGED: tl.constexpr, HAS_BATCH_IDX: tl.constexpr,
+    EIGHTS: tl.constexpr,
 ):  # fmt: skip
     """See the module's docstring. ``seqlen_new`` counts all packed rows with IS_VARLEN."""
+    if EIGHTS:
+        stride_knb, stride_knm, stride_knh = eights(stride_knb, stride_knm, stride_knh)
+        stride_vnb, stride_vnm, stride_vnh = eights(stride_vnb, stride_vnm, stride_vnh)
+        stride_kcb, stride_kcn, stride_kch = eights(stride_kcb, stride_kcn, stride_kch)
+        stride_vcb, stride_vcn, stride_vch = eights(stride_vcb, stride_vcn, stride_vch)
     sequence, h, tile, start, rows = tile_of_program(
         tl.program_id(0), cu_seqlens_new, batch_size, nheads_k, seqlen_new, num_tiles,
         IS_VARLEN, False, BLOCK_M,

@@ -9,6 +9,8 @@ binary search, so hostile offsets can spoil a result, but nothing outside the te
 import triton
 import triton.language as tl
 
+from .common import eights
+
 _LENGTHS = ("total", "seqlen", "nheads", "seqlen_rotary", "batch_size", "search_step", "offset",
             "num_tiles")  # fmt: skip
 _METADATA = ("seqlen_offsets", "cu_seqlens")
@@ -36,6 +38,7 @@ def rotary_kernel(
     total, seqlen, nheads, seqlen_rotary, batch_size, search_step, offset, num_tiles,
     HEADDIM: tl.constexpr, ROTARY_HALF: tl.constexpr,
     INTERLEAVED: tl.constexpr, CONJUGATE: tl.constexpr, COPY_REST: tl.constexpr,
+    EIGHTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_REST: tl.constexpr,
 ):  # fmt: skip
     """Rotate x, (batch_size, seqlen, nheads, headdim) or packed (total, nheads, headdim), into out.
@@ -43,6 +46,13 @@ def rotary_kernel(
     ``total`` counts the rows of all sequences. ``seqlen_offsets`` may be None (``offset`` holds for
     all) and so may ``cu_seqlens`` (dense). ``out`` may be ``x``.
     """
+    if EIGHTS:
+        stride_out_batch, stride_out_seq, stride_out_head = eights(
+            stride_out_batch, stride_out_seq, stride_out_head
+        )
+        stride_x_batch, stride_x_seq, stride_x_head = eights(
+            stride_x_batch, stride_x_seq, stride_x_head
+        )
     pid = tl.program_id(0)
     rows = (pid % num_tiles).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     heads = (pid // num_tiles).to(tl.int64) * BLOCK_H + tl.arange(0, BLOCK_H)

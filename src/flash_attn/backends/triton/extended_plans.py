@@ -38,7 +38,7 @@ _SM90 = {
 _SM80 = {
     16: _plans(forward=(64, 64, 4, 2), dkdv=(64, 64, 4, 2), dq=(64, 64, 4, 2)),
     32: _plans(forward=(64, 64, 4, 2), dkdv=(64, 64, 4, 2), dq=(64, 32, 4, 2)),
-    64: _plans(forward=(128, 64, 8, 2), dkdv=(32, 128, 8, 2), dq=(32, 32, 4, 1)),
+    64: _plans(forward=(128, 64, 8, 2), dkdv=(32, 128, 8, 2), dq=(64, 32, 4, 1)),
     128: _plans(forward=(64, 64, 8, 2), dkdv=(32, 32, 8, 2), dq=(64, 32, 8, 1)),
     256: _plans(forward=(32, 32, 4, 1), dkdv=(16, 32, 8, 1), dq=(32, 32, 8, 1)),
     512: _plans(forward=(32, 64, 8, 2), dkdv=(32, 32, 8, 2), dq=(32, 32, 8, 1)),
@@ -115,16 +115,23 @@ def extended_plan(key: PlanKey) -> TilePlan | None:
         return _dmask_plan(family, size)
     if size <= 256 and not key.mask_tensor:
         return _float8_plan(key, size)
+    if (family, size, key.kernel, key.padded) == ("sm80", 64, "dkdv", True):
+        return TilePlan(32, 64, 8, 2)  # masks of columns besides: 16 bytes spill with 32x128
     plans = _TABLES[family][size][key.kernel]
     variant = 2 if key.heavy or key.mask_tensor else int(key.masked)
     return plans[min(variant, len(plans) - 1)]
 
 
 def _float8_plan(key: PlanKey, size: int) -> TilePlan | None:
-    """float8 takes the plans of 16-bit inputs but where newer compilers spill with them."""
-    causal = key.kernel == "forward" and key.masked and not key.heavy
+    """float8 takes the plans of 16-bit inputs but for some at head dim 64."""
+    if (key.itemsize, size, key.kernel, key.heavy) != (1, 64, "forward", False):
+        return None
+    newer = key.triton >= (3, 7)
+    if key.arch == "sm90" and not (key.windowed or key.padded or newer):
+        # Left alone, the compiler takes up to 161: three programs to a multiprocessor, not four.
+        return TilePlan(64, 64, 4, 3, max_registers=128)
     spills = key.arch == "sm89" or key.arch.startswith("sm10")
-    if key.itemsize == 1 and size == 64 and causal and spills and key.triton >= (3, 7):
+    if key.masked and spills and newer:
         return TilePlan(128, 64, 8, 2)
     return None
 
@@ -147,10 +154,12 @@ def converts_float8_ahead(key: PlanKey, rows: int) -> bool:
     """Whether float8 is converted before the kernel, once, where each key meets ``rows`` rows.
 
     Where float8 is multiplied as it is, that is the values alone, and reading them twice as wide
-    costs more than it saves up to some thousand rows, at wide heads always (measured on an H100).
+    costs more than it saves up to some thousand rows. At wide heads it always does, and at head dim
+    64 under a mask, which leaves half of the rows to a key (measured on an H100).
     """
     if float8_product(key):
-        return rows >= 8192 and key.block_d <= 128
+        narrow = size_of(key) == 64 and key.masked
+        return rows >= 8192 and key.block_d <= 128 and not narrow
     return rows >= 1024
 
 

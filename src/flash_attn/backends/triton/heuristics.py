@@ -92,7 +92,7 @@ _SM80 = {
     256: _variants(
         forward=[(64, 64, 8, 2), (64, 32, 8, 2), (64, 32, 8, 1)],
         dkdv=[(32, 64, 8, 2), (16, 32, 8, 1)],
-        dq=[(64, 64, 8, 2), (64, 32, 8, 1), (32, 128, 8, 1), (64, 32, 8, 1)],
+        dq=[(64, 64, 8, 2), (64, 64, 8, 2), (32, 128, 8, 1), (64, 32, 8, 1)],
     ),
 }
 # The other Ampere, Ada and GeForce Blackwell GPUs, and any unknown one: 99 KB of shared memory.
@@ -279,7 +279,6 @@ _PADDED: dict[str, _Table] = {
         128: _variants(dq=[(128, 64, 8, 2), (64, 64, 8, 2)]),
     },
     "float32": {
-        16: _variants(dq=[(32, 32, 4, 1), (32, 32, 4, 2)]),
         64: _variants(
             forward=[(32, 32, 4, 1), (32, 32, 8, 2)],
             dq=[(32, 32, 8, 1), (32, 32, 8, 2)],
@@ -326,6 +325,21 @@ def _lookup(key: PlanKey) -> TilePlan:
         tight = key.block_dv > 256 or (key.itemsize == 1 and key.arch == "sm89" and key.heavy)
         plan = TilePlan(16, min(plan.block_n, most), 4, 1 if tight else plan.num_stages)
     return plan
+
+
+def dkdv_kernels(key: PlanKey) -> tuple[str, ...]:
+    """What makes dk and dv: one launch for both, or one for each where the tables, or an override,
+    have plans for that.
+
+    Both computes each tile of scores once, but keeps two tiles of gradients in registers: at head
+    dim 256 tiles of 128 keys fit with one of them only.
+    """
+    if overridden(key):
+        return ("dkdv",)
+    apart = overridden(key._replace(kernel="dk")) is not None
+    if not apart and extended_plan(key) is None:
+        apart = "dk" in _TABLES[family_of(key)][size_of(key)]
+    return ("dk", "dv") if apart else ("dkdv",)
 
 
 def overlaps_backward(key: PlanKey, seqlen: int) -> bool:

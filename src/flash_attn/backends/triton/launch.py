@@ -13,15 +13,22 @@ from ...core.device import arch_of, guard, multiprocessors_of
 from ...core.outputs import empty_lse, empty_out, new_s_dmask
 from ...core.plan import PlanKey, TilePlan
 from ...core.problem import AttentionProblem, AttentionResult, is_float8
+from ...kernels import backward as backward_kernels
 from ...kernels import combine as combine_kernels
+from ...kernels import common, kv_append, rotary
 from ...kernels import forward as forward_kernels
-from ...kernels.softmax_debug import softmax_debug
-from .._launcher import Launcher, scratch
+from ...kernels import softmax_debug as debug_kernels
+from .._launcher import Launcher, scratch, settle_keys
 from .extended_plans import converts_float8_ahead, float8_product, float8_weights
 from .heuristics import plan_for
 
+# Of all kernels that attend: whoever launches one imports this module.
+settle_keys(
+    common, forward_kernels, backward_kernels, combine_kernels, debug_kernels, kv_append, rotary
+)
 attention_forward = Launcher(forward_kernels.attention_forward)
 attention_combine = Launcher(combine_kernels.attention_combine)
+softmax_debug = debug_kernels.softmax_debug
 
 _major, _minor = triton.__version__.split(".")[:2]
 _TRITON = (int(_major), int(_minor))
@@ -54,6 +61,16 @@ def row_strides(x: Tensor) -> tuple[int, int, int]:
 def lse_strides(x: Tensor) -> tuple[int, int]:
     """Strides of (batch, head) of softmax_lse or softmax_d; rows are contiguous."""
     return (0, x.stride(0)) if x.dim() == 2 else (x.stride(0), x.stride(1))
+
+
+def strides_are_eights(*tensors: Tensor) -> bool:
+    """Whether all strides, last ones aside, are multiples of 8 and some are not of 16.
+
+    Of multiples of 16 Triton knows by itself; those of 8 make a difference (16 bytes at a time) and
+    are announced for a whole launch, so that there are at most twice as many kernels.
+    """
+    strides = [x for tensor in tensors for x in tensor.stride()[:-1]]
+    return all(x % 8 == 0 for x in strides) and any(x % 16 for x in strides)
 
 
 def needs_wide_offsets(*tensors: Tensor) -> bool:
@@ -137,12 +154,15 @@ def packs_heads(problem: AttentionProblem, plan: TilePlan) -> bool:
 
 def compile_options(plan: TilePlan) -> dict[str, int]:
     """Tile sizes and compiler options as launch keywords."""
-    return {
+    options = {
         "BLOCK_M": plan.block_m,
         "BLOCK_N": plan.block_n,
         "num_warps": plan.num_warps,
         "num_stages": plan.num_stages,
     }
+    if plan.max_registers is not None:
+        options["maxnreg"] = plan.max_registers
+    return options
 
 
 def tiles_of(rows: int, batch_size: int, packed: bool, block: int) -> int:
@@ -315,7 +335,7 @@ def _launch_forward(
     if signed or q.element_size() == 1 or transform.softmax_scale < 1e-6:
         # No sums that start from the mask: float8 ones have too few bits, the others overflow.
         simple = simple and transform.attn_mask is None
-    wide = needs_wide_offsets(q, k, v, one_out, *([] if qv is None else [qv]))
+    inputs = (q, k, v) if qv is None else (q, k, v, qv)
     float8_p = is_float8(v.dtype) and float8_weights(plan_key("forward", problem, facts))
     attention_forward[(plan.programs * splits,)](
         q, k, v, out, lse,
@@ -349,7 +369,8 @@ def _launch_forward(
         FOLD_SCALE=simple and (signed or transform.softmax_scale > 0.0),
         PACK_GQA=plan.pack_gqa,
         FLOAT8_P=float8_p,
-        WIDE=wide or mask_is_wide(problem),
+        WIDE=needs_wide_offsets(*inputs, one_out) or mask_is_wide(problem),
+        EIGHTS=strides_are_eights(*inputs, out),
         **named,
         **compile_options(plan.tile),
     )  # fmt: skip

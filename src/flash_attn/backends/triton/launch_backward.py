@@ -12,7 +12,7 @@ from ...core.outputs import softmax_d_shape
 from ...core.problem import AttentionProblem, BackwardInputs
 from ...kernels import backward as kernels
 from .._launcher import Launcher, scratch
-from .heuristics import overlaps_backward, plan_for
+from .heuristics import dkdv_kernels, overlaps_backward, plan_for
 from .launch import (
     Facts,
     compile_options,
@@ -23,6 +23,7 @@ from .launch import (
     needs_wide_offsets,
     plan_key,
     row_strides,
+    strides_are_eights,
     tiles_of,
 )
 
@@ -55,12 +56,12 @@ def backward(problem: AttentionProblem, inputs: BackwardInputs) -> Tensor:
             # Joined again before this returns, so the caller's stream orders everything.
             current, side = torch.cuda.current_stream(), side_stream(problem.q.device.index or 0)
             side.wait_stream(current)
-            _launch_dkdv(problem, inputs, facts, lse_log2, softmax_d, common)
+            _launch_dk_and_dv(problem, inputs, facts, lse_log2, softmax_d, common)
             with torch.cuda.stream(side):
                 _launch_dq(problem, inputs, facts, lse_log2, softmax_d, common)
             current.wait_stream(side)
         else:
-            _launch_dkdv(problem, inputs, facts, lse_log2, softmax_d, common)
+            _launch_dk_and_dv(problem, inputs, facts, lse_log2, softmax_d, common)
             _launch_dq(problem, inputs, facts, lse_log2, softmax_d, common)
         if inputs.dmask is not None:
             _launch_dmask(problem, inputs, inputs.dmask, facts, lse_log2, softmax_d, common)
@@ -86,7 +87,7 @@ def _launch_row_statistics(
         problem.batch_size, problem.nheads, q.shape[-3], tiles,
         problem.layout.seqused_q, dlse, *((None,) * 2 if dlse is None else lse_strides(dlse)),
         HEAD_DIM=problem.headdim_v,
-        BLOCK_M=64 if facts.block_dv <= 64 else min(32, 8192 // facts.block_dv),
+        BLOCK_M=64 if facts.block_dv <= 32 else min(32, 8192 // facts.block_dv),
         BLOCK_D=facts.block_dv, IS_VARLEN=problem.is_varlen_q,
         num_warps=4,
     )  # fmt: skip
@@ -127,11 +128,12 @@ def _common_arguments(
         "IS_VARLEN_Q": problem.is_varlen_q,
         "IS_VARLEN_K": layout.cu_seqlens_k is not None,
         "WIDE": needs_wide_offsets(*tensors) or mask_is_wide(problem),
+        "EIGHTS": strides_are_eights(*tensors),
         **facts.constexprs,
     }
 
 
-def _launch_dkdv(
+def _launch_dk_and_dv(
     problem: AttentionProblem,
     inputs: BackwardInputs,
     facts: Facts,
@@ -139,7 +141,21 @@ def _launch_dkdv(
     softmax_d: Tensor,
     common: dict[str, Any],
 ) -> None:
-    plan = plan_for(plan_key("dkdv", problem, facts))
+    for kernel in dkdv_kernels(plan_key("dkdv", problem, facts)):
+        _launch_dkdv(kernel, problem, inputs, facts, lse_log2, softmax_d, common)
+
+
+def _launch_dkdv(
+    kernel: str,
+    problem: AttentionProblem,
+    inputs: BackwardInputs,
+    facts: Facts,
+    lse_log2: Tensor,
+    softmax_d: Tensor,
+    common: dict[str, Any],
+) -> None:
+    """``kernel``: "dkdv" for both, "dk" or "dv" for one of them."""
+    plan = plan_for(plan_key(kernel, problem, facts))
     packed = problem.layout.cu_seqlens_k is not None
     tiles = tiles_of(problem.k.shape[-3], problem.batch_size, packed, plan.block_n)
     batch_size = 1 if packed else problem.batch_size
@@ -150,6 +166,7 @@ def _launch_dkdv(
         *row_strides(inputs.dout), *row_strides(inputs.dk), *row_strides(inputs.dv),
         *lse_strides(softmax_d),
         nheads_k=problem.nheads_k, num_tiles=tiles,
+        WITH_DK=kernel != "dv", WITH_DV=kernel != "dk",
         **common, **compile_options(plan),
     )  # fmt: skip
 

@@ -11,7 +11,7 @@ from ...core.outputs import mark_written
 from ...core.problem import AttentionProblem, is_float8
 from ...kernels.combine import attention_combine
 from ...kernels.kv_append import append_kv as append_kv_kernel
-from .launch import row_strides, tiles_of
+from .launch import row_strides, strides_are_eights, tiles_of
 
 _BLOCK_M = 16
 
@@ -55,6 +55,7 @@ def append_kv(
             IS_VARLEN=packed,
             IS_PAGED=table is not None,
             HAS_BATCH_IDX=cache_row is not None,
+            EIGHTS=strides_are_eights(k_new, v_new, k, v),
             num_warps=4,
         )  # fmt: skip
     mark_written(problem.k, problem.v)

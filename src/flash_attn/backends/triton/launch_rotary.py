@@ -10,6 +10,7 @@ from ...core.outputs import mark_written
 from ...core.rotary import check_rotary
 from ...core.toolchain import explains_toolchain
 from ...kernels.rotary import rotary_kernel
+from .launch import strides_are_eights
 
 # Heads that share one reading of the tables. A constant: the head count must not choose a kernel.
 _BLOCK_H = 2
@@ -80,7 +81,8 @@ def _launch(
             total, seqlen, nheads, cos.shape[0], batch_size, _power_of_2(batch_size), offset,
             num_tiles,
             HEADDIM=headdim, ROTARY_HALF=half, INTERLEAVED=interleaved, CONJUGATE=conjugate,
-            COPY_REST=copies_rest, BLOCK_M=block_m, BLOCK_H=_BLOCK_H, BLOCK_K=block_k,
+            COPY_REST=copies_rest, EIGHTS=strides_are_eights(out, x),
+            BLOCK_M=block_m, BLOCK_H=_BLOCK_H, BLOCK_K=block_k,
             BLOCK_REST=_power_of_2(headdim - 2 * half) if copies_rest else 1,
             num_warps=4,
         )  # fmt: skip
