@@ -194,15 +194,14 @@ def causal_128() -> list[Variant]:
     late = replace(base, late=True)
     peel, overlap = replace(late, peel=True), replace(late, overlap=True)
     both = replace(peel, overlap=True)
-    early = replace(base, early=True, q_slots=2)
-    third = {"stages": 3, "out_halves": 0}  # a third stage takes the results' buffer
+    early = replace(both, late=False, early=True, q_slots=2)
     three = replace(late, consumers=3, block_n=64, stages=3, skip=True)
-    plans = [
-        base, late, replace(late, ping_pong=True), peel, overlap, both,
-        replace(both, ping_pong=True), early, replace(early, peel=True, overlap=True),
-        replace(late, **third), replace(both, **third),
-        three, replace(three, ping_pong=True), replace(three, overlap=True),
-    ]  # fmt: skip
+    plans = [base, late, peel, overlap, both, replace(late, ping_pong=True)]
+    plans += [replace(x, ping_pong=True) for x in (peel, overlap, both)]
+    plans += [replace(both, ping_pong=True, q_slots=2), early, replace(early, ping_pong=True)]
+    plans.append(replace(base, early=True, q_slots=2))
+    plans.append(replace(peel, stages=3, out_halves=0))  # a third stage in the results' place
+    plans += [three, replace(three, overlap=True)]
     return [Variant(128, True, plan) for plan in plans]
 
 

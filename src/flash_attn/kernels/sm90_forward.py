@@ -914,10 +914,10 @@ def weights_of(work, s, maximum, MAYBE_EMPTY: gl.constexpr):
 
 
 @gluon.jit
-def growth_of(work, m, shift, LAYOUT: gl.constexpr):
-    """(ROWS, 1): what sums with reference ``m`` are multiplied by if ``shift`` takes its place."""
+def growth_of(work, m, shift, sums):
+    """(ROWS, 1): what ``sums`` with reference ``m`` are multiplied by for that of ``shift``."""
     factor = gl.exp2(m * work.scale_log2 - shift)
-    return gl.expand_dims(gl.convert_layout(factor, gl.SliceLayout(1, LAYOUT)), 1)
+    return gl.expand_dims(gl.convert_layout(factor, gl.SliceLayout(1, sums.type.layout)), 1)
 
 
 @gluon.jit
@@ -1207,7 +1207,7 @@ def consumer(LANE: gl.constexpr, work, shared, target, lse, sinks):
             if config.TRACE:
                 wait_s += now()
             shared.k.release(use + 1, 0)
-            if not THROUGH_Q:
+            if not (THROUGH_Q or config.OVERLAP):
                 if i == tile.blocks - 1:
                     shared.q.release(tile_use, LANE)
             s = biased(work, span, capped(work, s), first_row, first_key, slope)
@@ -1218,26 +1218,23 @@ def consumer(LANE: gl.constexpr, work, shared, target, lse, sinks):
             p, shift = weights_of(work, s, m_new, MASKED)
             sums = partial_sums(p, BLOCK_N)
             if config.OVERLAP:
-                # The assembler moves a wait up to the last branch: here, in front of it, is what is
-                # to be done under the product.
-                if warp_has_moved(LANE):
-                    l = l * growth_of(work, m, shift, l.type.layout)
-                l = l + sums
+                # The assembler moves a wait for products up to the branch in front of it: this one
+                # keeps it behind the weights.
+                if i == tile.blocks - 1:
+                    shared.q.release(tile_use, LANE)
             if PIECES_V > 1:
                 acc, acc_1, acc_2 = warpgroup_mma_wait(0, deps=[acc, acc_1, acc_2])
             else:
                 acc = warpgroup_mma_wait(0, deps=[acc])
             shared.v.release(use, 0)
             if warp_has_moved(LANE):
-                if not config.OVERLAP:
-                    l = l * growth_of(work, m, shift, l.type.layout)
-                alpha = growth_of(work, m, shift, OUTPUT)
+                l = l * growth_of(work, m, shift, l)
+                alpha = growth_of(work, m, shift, acc)
                 acc = acc * alpha
                 if PIECES_V > 1:
                     acc_1 = acc_1 * alpha
                     acc_2 = acc_2 * alpha
-            if not config.OVERLAP:
-                l = l + sums
+            l = l + sums
             m = m_new
             weights = gl.convert_layout(p.to(DTYPE), WEIGHTS)
             use += 1
@@ -1401,7 +1398,8 @@ def attention_forward_sm90(
         SKIP: consumers leave out the last blocks of keys if none of their rows sees them.
         SLIM: the producer is one warp, and the counter has a warp of its own.
         LATE: with DYNAMIC, fetch a tile under the end of the tile before, not under its start.
-        OVERLAP: compute a block's weights while the products with the values before run.
+        OVERLAP: compute a block's weights while the products with the values before run; results
+            leave through a buffer of their own.
         PEEL: of a tile's blocks the first alone has keys that some row does not see, and each row
             sees one of that block, so only that one is masked.
         TRACE: write to ``trace`` where the time goes; without, it is not used.
@@ -1415,6 +1413,8 @@ def attention_forward_sm90(
     gl.static_assert(LENGTHS == SHAPES or (SCHEDULER == DYNAMIC and not SLIM))
     gl.static_assert(not HAS_CHUNK or (HAS_LEFT and HAS_RIGHT))
     gl.static_assert(not LATE or (SCHEDULER == DYNAMIC and not SLIM))
+    # What keeps the assembler from waiting earlier is that q's buffer is released there.
+    gl.static_assert(not OVERLAP or OUT_COLUMNS > 0)
     gl.static_assert(not PEEL or (HAS_RIGHT and not HAS_LEFT and LENGTHS == SHAPES))
     config = Config(PACK, BLOCK_N, BLOCK_D, BLOCK_DV, CONSUMERS, SCHEDULER, OUT_COLUMNS, EARLY,
                     PING_PONG, SKIP, HAS_LEFT, HAS_RIGHT, HAS_CHUNK, HAS_SOFTCAP, HAS_SINKS,

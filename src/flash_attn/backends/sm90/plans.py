@@ -37,7 +37,8 @@ class ForwardPlan:
         last_bytes: keys and values of the last heads, all worked on at a time; 0: as the others.
         slim: the producer is one warp, and the counter has a warp of its own.
         late: with DYNAMIC, fetch a tile under the end of the tile before, not under its start.
-        overlap: compute a block's weights while the products with the values before run.
+        overlap: compute a block's weights while the products with the values before run; not with
+            out_halves 0.
         peel: where :func:`masks_first_block_alone`, the loop over the other blocks has no mask.
     """
 
