@@ -65,7 +65,21 @@ FEATURES = (
     "alibi softcap sinks",
     "packed alibi softcap sinks",
 )
+_WAIT_OR_WEIGHT = re.compile(r"(WARPGROUP\.DEPBAR\.LE) gsb0, 0x(\d+)|(MUFU\.EX2)")
 _OPCODE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)")
+
+
+def weights_under_products(code: str) -> list[int]:
+    """After each wait that leaves products running: the powers computed before the next wait."""
+    counts: list[int] = []
+    is_running = False
+    for _, behind, power in _WAIT_OR_WEIGHT.findall(code):
+        if not power:
+            is_running = int(behind) > 0
+            counts += [0] * is_running
+        elif is_running:
+            counts[-1] += 1
+    return counts
 
 
 class Case(NamedTuple):
@@ -132,6 +146,7 @@ class Compiled:
     lost: list[str]
     unused: list[str]
     opcodes: Counter[str] = field(repr=False)
+    overlapped: list[int]
 
     def failures(self, case: Case) -> list[str]:
         """What makes the kernel unfit."""
@@ -147,6 +162,10 @@ class Compiled:
         products = plan.consumers * 2 * (block_d // 16 + plan.block_n // 16)
         if self.opcodes["HGMMA"] < products:
             found.append(f"{self.opcodes['HGMMA']} warpgroup MMAs, expected {products} or more")
+        # Of block_n / 2 weights of a thread; a few may be behind the wait.
+        most = [count for count in self.overlapped if count >= 0.9 * plan.block_n / 2]
+        if plan.overlap and len(most) < plan.consumers:
+            found.append(f"weights under products: {self.overlapped}")
         if not (self.opcodes["UTMALDG"] and self.opcodes["UTMASTG"]):
             found.append("no TMA")
         return found
@@ -199,6 +218,7 @@ def compile_case(case: Case) -> Compiled:
         lost=descriptors.lost(code),
         unused=barriers.unused(compiled.asm["ttgir"]),
         opcodes=Counter(_OPCODE.findall(code)),
+        overlapped=weights_under_products(code),
     )
 
 
