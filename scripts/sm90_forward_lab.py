@@ -2,7 +2,7 @@
 
     python scripts/sm90_forward_lab.py --out lab.json --deadline 460
     python scripts/sm90_forward_lab.py --trial --deadline 150 --fa3 FOLDER
-    python scripts/sm90_forward_lab.py --causal-128 --trace --deadline 100 --fa3 FOLDER
+    python scripts/sm90_forward_lab.py --causal-128 --trace --deadline 120 --fa3 FOLDER
     python scripts/sm90_forward_lab.py --list
 
 All plans are compiled at once in many processes. Each is then checked in a process of its own with
@@ -201,7 +201,7 @@ def causal_128() -> list[Variant]:
     plans += [replace(both, ping_pong=True, q_slots=2), early, replace(early, ping_pong=True)]
     plans.append(replace(base, early=True, q_slots=2))
     plans.append(replace(peel, stages=3, out_halves=0))  # a third stage in the results' place
-    plans += [three, replace(three, overlap=True)]
+    plans += [three, replace(three, ping_pong=True)]
     return [Variant(128, True, plan) for plan in plans]
 
 

@@ -18,7 +18,7 @@ import sys
 import time
 from collections import Counter
 from contextlib import redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import StringIO
 from typing import Any, NamedTuple
 from unittest import mock
@@ -245,8 +245,16 @@ def all_cases() -> list[Case]:
         Case(plan, block_d, "causal" if masked else "full", torch.float16)
         for (block_d, masked), plan in longest.items()
     ]
-    cases += feature_cases()
+    cases += feature_cases() + overlapping_cases()
     return list(dict.fromkeys(cases))
+
+
+def overlapping_cases() -> list[Case]:
+    """What no plan in use has: weights under products, loops without masks."""
+    plan = plans.forward_plan(plans.ForwardKey(128, True, 1 << 14))
+    plan = replace(plan, overlap=True, peel=True, ping_pong=True)
+    early = replace(plan, early=True, late=False, q_slots=2)
+    return [Case(plan, 128, "causal"), Case(early, 128, "causal")]
 
 
 def feature_cases() -> list[Case]:
@@ -289,6 +297,7 @@ def selection() -> list[Case]:
     cases = []
     for block_d, masked, plan in plans_in_use():
         cases.append(Case(plan, block_d, "causal" if masked else "full"))
+    cases += overlapping_cases()
     cases += [planned(headdim, "window", "packed sinks") for headdim in plans.BLOCK_DS]
     cases += [
         planned(256, "window", ""),
