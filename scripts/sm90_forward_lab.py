@@ -2,6 +2,7 @@
 
     python scripts/sm90_forward_lab.py --out lab.json --deadline 460
     python scripts/sm90_forward_lab.py --trial --deadline 150 --fa3 FOLDER
+    python scripts/sm90_forward_lab.py --causal-128 --trace --deadline 120 --fa3 FOLDER
     python scripts/sm90_forward_lab.py --list
 
 All plans are compiled at once in many processes. Each is then checked in a process of its own with
@@ -44,14 +45,16 @@ from flash_attn.backends.sm90.plans import (  # noqa: E402
     forward_plans,
 )
 
-SEQLENS = (512, 1024, 2048, 4096, 8192, 16384)
 PEERS = ("cudnn", "fa3")
 TOKENS, HIDDEN = 16384, 2048
 L2 = 32 << 20
 FLUSH_BYTES = 256 << 20
 # Cycles that the GPU idles before each timed launch, so that the host is never what is timed.
 LEAD_CYCLES = 500_000
-TRIAL, TRACE = "--trial" in sys.argv, "--trace" in sys.argv
+# Of --causal-128, which is a trial too.
+CAUSAL_128 = "--causal-128" in sys.argv
+TRIAL, TRACE = "--trial" in sys.argv or CAUSAL_128, "--trace" in sys.argv
+SEQLENS = (1024, 4096, 16384) if CAUSAL_128 else (512, 1024, 2048, 4096, 8192, 16384)
 REPEATS = 40
 FA3_LIBRARIES = ("fa3_C.so", "_C.so", "flash_attn_3/_C.so", "xformers/flash_attn_3/_C.so")
 CHECK_SECONDS, TIME_SECONDS, COMPILE_SECONDS = 40 if TRIAL else 60, 45, 150
@@ -85,6 +88,8 @@ class Variant(NamedTuple):
                 ("skip", plan.skip),
                 ("slim", plan.slim),
                 ("late", plan.late),
+                ("ov", plan.overlap),
+                ("peel", plan.peel),
             )
             if used
         ]
@@ -181,6 +186,32 @@ def trials() -> list[Variant]:
     return list(dict.fromkeys(found))
 
 
+def causal_128() -> list[Variant]:
+    """Head dim 128 with a causal mask: the loop of the plans in use, changed part by part."""
+    base = next(
+        plan for block_d, masked, plan in forward_plans() if (block_d, masked) == (128, True)
+    )
+    late = replace(base, late=True)
+    peel, overlap = replace(late, peel=True), replace(late, overlap=True)
+    both = replace(peel, overlap=True)
+    early = replace(both, late=False, early=True, q_slots=2)
+    three = replace(late, consumers=3, block_n=64, stages=3, skip=True)
+    plans = [base, late, peel, overlap, both, replace(late, ping_pong=True)]
+    plans += [replace(x, ping_pong=True) for x in (peel, overlap, both)]
+    plans += [replace(both, ping_pong=True, q_slots=2), early, replace(early, ping_pong=True)]
+    plans.append(replace(base, early=True, q_slots=2))
+    plans.append(replace(peel, stages=3, out_halves=0))  # a third stage in the results' place
+    plans += [three, replace(three, ping_pong=True)]
+    return [Variant(128, True, plan) for plan in plans]
+
+
+def all_variants() -> list[Variant]:
+    """What this run is about."""
+    if CAUSAL_128:
+        return causal_128()
+    return trials() if TRIAL else variants()
+
+
 def kernel_of(variant: Variant) -> Variant:
     """The variant that stands for all with the same kernel."""
     return variant._replace(plan=replace(variant.plan, section_bytes=0, last_bytes=0))
@@ -188,6 +219,8 @@ def kernel_of(variant: Variant) -> Variant:
 
 def traced() -> list[tuple[Variant, tuple[int, ...]]]:
     """What is traced, at which lengths."""
+    if CAUSAL_128:
+        return [(variant, (4096, 16384)) for variant in causal_128() if not variant.plan.early]
     found = {variant.name: variant for variant in trials()}
     wanted = {
         "128c dyn 2x128 st2 q1 o1": (1024, 4096),
@@ -620,7 +653,7 @@ def time_in_turns(runs: dict[str, Callable[[], Any]], seconds: float) -> dict[st
 
 def work(task: str, names: list[str], seconds: float) -> None:
     """What a worker process does."""
-    by_name = {variant.name: variant for variant in (trials() if TRIAL else variants())}
+    by_name = {variant.name: variant for variant in all_variants()}
     chosen = [by_name[name] for name in names]
     if task == "compile":
         compile_all(chosen)
@@ -652,7 +685,7 @@ def call(task: str, chosen: list[Variant], limit: float, budget: float = 0.0) ->
     names = json.dumps([variant.name for variant in chosen])
     process = subprocess.Popen(
         [sys.executable, str(Path(__file__).resolve()), "--work", task, names, str(budget)]
-        + ["--trial"] * TRIAL
+        + (["--causal-128"] if CAUSAL_128 else ["--trial"] * TRIAL)
         + ["--trace"] * TRACE
         + (["--fa3", str(FA3)] if FA3 else []),
         stdout=subprocess.PIPE,
@@ -828,7 +861,8 @@ def main() -> int:
     parser.add_argument("--stress", action="store_true", help="check by many runs of short tiles")
     parser.add_argument("--checks", type=int, default=0, help="checks at a time; 0: up to 6")
     parser.add_argument("--trial", action="store_true", help="parts on trial instead of plans")
-    parser.add_argument("--trace", action="store_true", help="with --trial: where the time goes")
+    parser.add_argument("--causal-128", action="store_true", help="parts on trial at 128 causal")
+    parser.add_argument("--trace", action="store_true", help="of trials: where the time goes")
     parser.add_argument("--fa3", type=Path, help="folder of FlashAttention-3's library, a peer")
     parser.add_argument("--work", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -841,8 +875,7 @@ def main() -> int:
             traceback.print_exc()
             return 1
         return 0
-    chosen = trials() if TRIAL else variants()
-    chosen = [variant for variant in chosen if args.match in variant.name]
+    chosen = [variant for variant in all_variants() if args.match in variant.name]
     if args.list or not chosen:
         print("\n".join(variant.name for variant in chosen) or f"nothing matches {args.match!r}")
         return 0 if chosen else 2

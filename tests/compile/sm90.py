@@ -18,7 +18,7 @@ import sys
 import time
 from collections import Counter
 from contextlib import redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import StringIO
 from typing import Any, NamedTuple
 from unittest import mock
@@ -65,7 +65,21 @@ FEATURES = (
     "alibi softcap sinks",
     "packed alibi softcap sinks",
 )
+_WAIT_OR_WEIGHT = re.compile(r"(WARPGROUP\.DEPBAR\.LE) gsb0, 0x(\d+)|(MUFU\.EX2)")
 _OPCODE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)")
+
+
+def weights_under_products(code: str) -> list[int]:
+    """After each wait that leaves products running: the powers computed before the next wait."""
+    counts: list[int] = []
+    is_running = False
+    for _, behind, power in _WAIT_OR_WEIGHT.findall(code):
+        if not power:
+            is_running = int(behind) > 0
+            counts += [0] * is_running
+        elif is_running:
+            counts[-1] += 1
+    return counts
 
 
 class Case(NamedTuple):
@@ -85,7 +99,7 @@ class Case(NamedTuple):
         scheduler = ("one", "rr", "dyn")[plan.scheduler]
         options = [f"{plan.consumers}x{plan.block_n}", f"st{plan.stages}", f"q{plan.q_slots}"]
         options += [f"o{plan.out_halves}"]
-        flags = ("early", "ping_pong", "skip", "slim", "late")
+        flags = ("early", "ping_pong", "skip", "slim", "late", "overlap", "peel")
         options += [name for name in flags if getattr(plan, name)]
         dtype = str(self.dtype).removeprefix("torch.")
         options += [f"v{self.headdim_v}"] if self.headdim_v else []
@@ -132,6 +146,7 @@ class Compiled:
     lost: list[str]
     unused: list[str]
     opcodes: Counter[str] = field(repr=False)
+    overlapped: list[int]
 
     def failures(self, case: Case) -> list[str]:
         """What makes the kernel unfit."""
@@ -147,6 +162,10 @@ class Compiled:
         products = plan.consumers * 2 * (block_d // 16 + plan.block_n // 16)
         if self.opcodes["HGMMA"] < products:
             found.append(f"{self.opcodes['HGMMA']} warpgroup MMAs, expected {products} or more")
+        # Of block_n / 2 weights of a thread; a few may be behind the wait.
+        most = [count for count in self.overlapped if count >= 0.9 * plan.block_n / 2]
+        if plan.overlap and len(most) < plan.consumers:
+            found.append(f"weights under products: {self.overlapped}")
         if not (self.opcodes["UTMALDG"] and self.opcodes["UTMASTG"]):
             found.append("no TMA")
         return found
@@ -199,6 +218,7 @@ def compile_case(case: Case) -> Compiled:
         lost=descriptors.lost(code),
         unused=barriers.unused(compiled.asm["ttgir"]),
         opcodes=Counter(_OPCODE.findall(code)),
+        overlapped=weights_under_products(code),
     )
 
 
@@ -225,8 +245,16 @@ def all_cases() -> list[Case]:
         Case(plan, block_d, "causal" if masked else "full", torch.float16)
         for (block_d, masked), plan in longest.items()
     ]
-    cases += feature_cases()
+    cases += feature_cases() + overlapping_cases()
     return list(dict.fromkeys(cases))
+
+
+def overlapping_cases() -> list[Case]:
+    """What no plan in use has: weights under products, loops without masks."""
+    plan = plans.forward_plan(plans.ForwardKey(128, True, 1 << 14))
+    plan = replace(plan, overlap=True, peel=True, ping_pong=True)
+    early = replace(plan, early=True, late=False, q_slots=2)
+    return [Case(plan, 128, "causal"), Case(early, 128, "causal")]
 
 
 def feature_cases() -> list[Case]:
@@ -269,6 +297,7 @@ def selection() -> list[Case]:
     cases = []
     for block_d, masked, plan in plans_in_use():
         cases.append(Case(plan, block_d, "causal" if masked else "full"))
+    cases += overlapping_cases()
     cases += [planned(headdim, "window", "packed sinks") for headdim in plans.BLOCK_DS]
     cases += [
         planned(256, "window", ""),

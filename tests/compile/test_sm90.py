@@ -148,3 +148,12 @@ def test_tiles_are_in_pieces_or_padded(monkeypatch: pytest.MonkeyPatch) -> None:
             v = torch.empty(1, 300, 2, 128, dtype=torch.bfloat16)
             problem = AttentionProblem(q, q, v, make_transform(headdim))
             assert launch.columns_of(problem) == (expected, 128)
+
+
+def test_weights_under_products_are_counted() -> None:
+    early, late = "MUFU.EX2 R1, R2 ;\n" * 3, "MUFU.EX2 R3, R4 ;\n"
+    wait = "WARPGROUP.DEPBAR.LE gsb0, 0x{} ;\n"
+    code = late + wait.format(1) + early + wait.format(0) + late + wait.format(0) + late
+    assert sm90.weights_under_products(code) == [3]
+    assert sm90.weights_under_products(code + wait.format(3) + late) == [3, 1]
+    assert sm90.weights_under_products(late + wait.format(0) + early) == []

@@ -184,3 +184,35 @@ def test_plans_with_turns(kernels: Any) -> None:
     assert plan.ping_pong
     check(kernels, dense((300, 300)), plan)
     check(kernels, dense((300, 300)), replace(plan, early=True))
+
+
+# By queries, keys and keys on the right: of the first ones a tile's first block is all that is
+# masked, also where it is cut off, where a tile sees nothing, and with a window on the right.
+PEELED = [(256, 256, 0), (150, 150, 0), (129, 257, 0), (300, 172, 0), (150, 342, 64)]
+NOT_PEELED = [(150, 210, 0), (256, 256, 1), (256, 255, 0)]
+
+
+@pytest.mark.parametrize(("seqlen_q", "seqlen_k", "right"), PEELED + NOT_PEELED)
+def test_loops_without_masks(kernels: Any, seqlen_q: int, seqlen_k: int, right: int) -> None:
+    mask = Visibility(None, right)
+    problem = dense((seqlen_q, seqlen_k), dims=(128, 128), visibility=mask, pack_gqa=False)
+    plan = replace(launch.plan_for(problem), peel=True)
+    with (
+        mock.patch.object(launch, "counter_for"),
+        mock.patch.object(launch, "multiprocessors_of", return_value=PROGRAMS),
+    ):
+        (call,) = gluon_model.record(lambda: launch.forward(problem, None, plan))
+    assert call.keywords["PEEL"] == ((seqlen_q, seqlen_k, right) in PEELED)
+    check(kernels, problem, plan)
+    check(kernels, problem, replace(plan, overlap=True, early=True, q_slots=2))
+
+
+@pytest.mark.parametrize("dim", [64, 96, 128])
+@pytest.mark.parametrize("turns", [False, True])
+def test_weights_under_products(kernels: Any, dim: int, turns: bool) -> None:
+    """Scores grow, so that references move."""
+    for mask in (FULL, CAUSAL, WINDOW):
+        problem = dense((150, 410), dims=(dim, dim), visibility=mask)
+        problem.k.mul_(torch.linspace(8.0, 0.1, 410, dtype=problem.k.dtype)[:, None, None])
+        plan = replace(launch.plan_for(problem), overlap=True, ping_pong=turns)
+        check(kernels, problem, plan)

@@ -213,12 +213,14 @@ class Config:
     LENGTHS: gl.constexpr
     SLIM: gl.constexpr
     LATE: gl.constexpr
+    OVERLAP: gl.constexpr
+    PEEL: gl.constexpr
     TRACE: gl.constexpr
 
     @gluon.constexpr_function
     def __init__(self, PACK, BLOCK_N, BLOCK_D, BLOCK_DV, CONSUMERS, SCHEDULER, OUT_COLUMNS, EARLY,
                  PING_PONG, SKIP, HAS_LEFT, HAS_RIGHT, HAS_CHUNK, HAS_SOFTCAP, HAS_SINKS,
-                 HAS_ALIBI, LENGTHS, SLIM, LATE, TRACE):  # fmt: skip
+                 HAS_ALIBI, LENGTHS, SLIM, LATE, OVERLAP, PEEL, TRACE):  # fmt: skip
         self.PACK = gl.constexpr(PACK)
         self.POSITIONS = gl.constexpr(64 // PACK)
         self.BLOCK_M = gl.constexpr(64 // PACK * CONSUMERS)
@@ -244,6 +246,8 @@ class Config:
         self.LENGTHS = gl.constexpr(LENGTHS)
         self.SLIM = gl.constexpr(SLIM)
         self.LATE = gl.constexpr(LATE)
+        self.OVERLAP = gl.constexpr(OVERLAP)
+        self.PEEL = gl.constexpr(PEEL)
         self.TRACE = gl.constexpr(TRACE)
 
 
@@ -910,6 +914,13 @@ def weights_of(work, s, maximum, MAYBE_EMPTY: gl.constexpr):
 
 
 @gluon.jit
+def growth_of(work, m, shift, sums):
+    """(ROWS, 1): what ``sums`` with reference ``m`` are multiplied by for that of ``shift``."""
+    factor = gl.exp2(m * work.scale_log2 - shift)
+    return gl.expand_dims(gl.convert_layout(factor, gl.SliceLayout(1, sums.type.layout)), 1)
+
+
+@gluon.jit
 def partial_sums(p, BLOCK_N: gl.constexpr):
     """(ROWS, 4): the sums of what each of the four threads that share a row holds."""
     return gl.sum(gl.sum(p.reshape([ROWS, BLOCK_N // 8, 4, 2]), 3), 1)
@@ -1093,7 +1104,7 @@ def consumer(LANE: gl.constexpr, work, shared, target, lse, sinks):
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUTPUT, 2)
     SCORE_ROWS: gl.constexpr = gl.SliceLayout(1, SCORES)
     OUTPUT_ROWS: gl.constexpr = gl.SliceLayout(1, OUTPUT)
-    MASKED: gl.constexpr = config.HAS_LEFT or config.HAS_RIGHT
+    MASKED: gl.constexpr = (config.HAS_LEFT or config.HAS_RIGHT) and not config.PEEL
     THROUGH_Q: gl.constexpr = config.OUT_COLUMNS == 0
     DTYPE: gl.constexpr = target.desc.dtype
     if config.PING_PONG and LANE == config.CONSUMERS - 1:
@@ -1196,7 +1207,7 @@ def consumer(LANE: gl.constexpr, work, shared, target, lse, sinks):
             if config.TRACE:
                 wait_s += now()
             shared.k.release(use + 1, 0)
-            if not THROUGH_Q:
+            if not (THROUGH_Q or config.OVERLAP):
                 if i == tile.blocks - 1:
                     shared.q.release(tile_use, LANE)
             s = biased(work, span, capped(work, s), first_row, first_key, slope)
@@ -1206,20 +1217,23 @@ def consumer(LANE: gl.constexpr, work, shared, target, lse, sinks):
             m_new = settle_maximum(m, m_new, m + most_growth, LANE)
             p, shift = weights_of(work, s, m_new, MASKED)
             sums = partial_sums(p, BLOCK_N)
+            if config.OVERLAP:
+                # The assembler moves a wait for products up to the branch in front of it: this one
+                # keeps it behind the weights.
+                if i == tile.blocks - 1:
+                    shared.q.release(tile_use, LANE)
             if PIECES_V > 1:
                 acc, acc_1, acc_2 = warpgroup_mma_wait(0, deps=[acc, acc_1, acc_2])
             else:
                 acc = warpgroup_mma_wait(0, deps=[acc])
             shared.v.release(use, 0)
             if warp_has_moved(LANE):
-                alpha = gl.exp2(m * work.scale_log2 - shift)
-                alpha_l = gl.convert_layout(alpha, gl.SliceLayout(1, l.type.layout))
-                l = l * gl.expand_dims(alpha_l, 1)
-                alpha_o = gl.expand_dims(gl.convert_layout(alpha, OUTPUT_ROWS), 1)
-                acc = acc * alpha_o
+                l = l * growth_of(work, m, shift, l)
+                alpha = growth_of(work, m, shift, acc)
+                acc = acc * alpha
                 if PIECES_V > 1:
-                    acc_1 = acc_1 * alpha_o
-                    acc_2 = acc_2 * alpha_o
+                    acc_1 = acc_1 * alpha
+                    acc_2 = acc_2 * alpha
             l = l + sums
             m = m_new
             weights = gl.convert_layout(p.to(DTYPE), WEIGHTS)
@@ -1343,7 +1357,8 @@ def attention_forward_sm90(
     REGISTERS: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
     HAS_CHUNK: gl.constexpr, HAS_SOFTCAP: gl.constexpr, HAS_SINKS: gl.constexpr,
     HAS_ALIBI: gl.constexpr, LENGTHS: gl.constexpr, HAS_USED_Q: gl.constexpr,
-    HAS_USED_K: gl.constexpr, SLIM: gl.constexpr, LATE: gl.constexpr, TRACE: gl.constexpr,
+    HAS_USED_K: gl.constexpr, SLIM: gl.constexpr, LATE: gl.constexpr, OVERLAP: gl.constexpr,
+    PEEL: gl.constexpr, TRACE: gl.constexpr,
 ):  # fmt: skip
     """See the module's docstring; launched with 4 warps, the producer's.
 
@@ -1383,6 +1398,10 @@ def attention_forward_sm90(
         SKIP: consumers leave out the last blocks of keys if none of their rows sees them.
         SLIM: the producer is one warp, and the counter has a warp of its own.
         LATE: with DYNAMIC, fetch a tile under the end of the tile before, not under its start.
+        OVERLAP: compute a block's weights while the products with the values before run; results
+            leave through a buffer of their own.
+        PEEL: of a tile's blocks the first alone has keys that some row does not see, and each row
+            sees one of that block, so only that one is masked.
         TRACE: write to ``trace`` where the time goes; without, it is not used.
         REGISTERS: of a consumer's thread.
         LENGTHS: SHAPES, USED (with HAS_USED_Q, HAS_USED_K or both) or PACKED.
@@ -1394,9 +1413,13 @@ def attention_forward_sm90(
     gl.static_assert(LENGTHS == SHAPES or (SCHEDULER == DYNAMIC and not SLIM))
     gl.static_assert(not HAS_CHUNK or (HAS_LEFT and HAS_RIGHT))
     gl.static_assert(not LATE or (SCHEDULER == DYNAMIC and not SLIM))
+    # What keeps the assembler from waiting earlier is that q's buffer is released there.
+    gl.static_assert(not OVERLAP or OUT_COLUMNS > 0)
+    gl.static_assert(not PEEL or (HAS_RIGHT and not HAS_LEFT and LENGTHS == SHAPES))
     config = Config(PACK, BLOCK_N, BLOCK_D, BLOCK_DV, CONSUMERS, SCHEDULER, OUT_COLUMNS, EARLY,
                     PING_PONG, SKIP, HAS_LEFT, HAS_RIGHT, HAS_CHUNK, HAS_SOFTCAP, HAS_SINKS,
-                    HAS_ALIBI, LENGTHS, SLIM, LATE, TRACE)  # fmt: skip
+                    HAS_ALIBI, LENGTHS, SLIM, LATE, OVERLAP, PEEL,
+                    TRACE)  # fmt: skip
     places = Sequences(batch, cu_seqlens_q, cu_seqlens_k, used_q, used_k, HAS_USED_Q, HAS_USED_K)
     work = Work(scale_log2, cap_scale, empty_lse, nheads, group, seqlen_q, seqlen_k, window_left,
                 window_right, chunk, row_tiles, sequences, section, in_sections, tiles, trace,

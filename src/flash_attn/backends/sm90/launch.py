@@ -28,6 +28,7 @@ from .plans import (
     heads_at_a_time,
     heads_in_sections,
     lengths_plan,
+    masks_first_block_alone,
     packed_heads,
     padded_headdim,
     piece_columns,
@@ -197,6 +198,11 @@ def launch_forward(
     width = (problem.headdim + problem.headdim_v) // 2
     section = min(heads_at_a_time(plan, problem.max_seqlen_k, width, group), sequences)
     tiles = row_tiles * sequences
+    peel = (
+        plan.peel
+        and lengths == SHAPES
+        and masks_first_block_alone(plan, q.shape[-3], k.shape[-3], left, right, pack)
+    )
     programs = tiles
     if plan.scheduler != ONE_TILE:
         available = multiprocessors_of(q.device.index or 0) - problem.sm_margin
@@ -250,6 +256,7 @@ def launch_forward(
         HAS_USED_K=layout.seqused_k is not None,
         TRACE=trace is not None,
         PACK=pack,
+        PEEL=peel,
         **constants(plan, block_d, block_dv),
     )
 
@@ -297,5 +304,6 @@ def constants(plan: ForwardPlan, block_d: int, block_dv: int) -> dict[str, Any]:
         "REGISTERS": plan.registers,
         "SLIM": plan.slim,
         "LATE": plan.late,
+        "OVERLAP": plan.overlap,
         "num_warps": 4,
     }

@@ -37,6 +37,9 @@ class ForwardPlan:
         last_bytes: keys and values of the last heads, all worked on at a time; 0: as the others.
         slim: the producer is one warp, and the counter has a warp of its own.
         late: with DYNAMIC, fetch a tile under the end of the tile before, not under its start.
+        overlap: compute a block's weights while the products with the values before run; not with
+            out_halves 0.
+        peel: where :func:`masks_first_block_alone`, the loop over the other blocks has no mask.
     """
 
     consumers: int
@@ -52,6 +55,8 @@ class ForwardPlan:
     last_bytes: int = 0
     slim: bool = False
     late: bool = False
+    overlap: bool = False
+    peel: bool = False
 
     @property
     def block_m(self) -> int:
@@ -220,6 +225,20 @@ def heads_in_sections(
 def heads_in(size: int, seqlen_k: int, headdim: int, group: int) -> int:
     """Query heads whose keys and values take ``size`` bytes; whole groups, at least one."""
     return group * max(1, size // max(4 * seqlen_k * headdim, 1))
+
+
+def masks_first_block_alone(
+    plan: ForwardPlan, seqlen_q: int, seqlen_k: int, left: int | None, right: int | None, pack: int
+) -> bool:
+    """Whether the first block that a tile computes, of the last keys that any row sees, is the only
+    one with keys that some row does not see, and each row of a tile with keys sees one of it.
+
+    With tiles of as many rows as blocks have keys, that is so where the first row's last key is the
+    first of a block. The lengths are those of all sequences.
+    """
+    if left is not None or right is None or pack > 1 or plan.block_m != plan.block_n:
+        return False
+    return (seqlen_k - seqlen_q + right) % plan.block_n == 0
 
 
 # Heads are packed where that leaves less than this share of the tiles.
