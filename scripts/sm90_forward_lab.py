@@ -85,6 +85,7 @@ class Variant(NamedTuple):
                 ("skip", plan.skip),
                 ("slim", plan.slim),
                 ("late", plan.late),
+                ("wide", plan.wide),
             )
             if used
         ]

@@ -85,7 +85,7 @@ class Case(NamedTuple):
         scheduler = ("one", "rr", "dyn")[plan.scheduler]
         options = [f"{plan.consumers}x{plan.block_n}", f"st{plan.stages}", f"q{plan.q_slots}"]
         options += [f"o{plan.out_halves}"]
-        flags = ("early", "ping_pong", "skip", "slim", "late")
+        flags = ("early", "ping_pong", "skip", "slim", "late", "wide")
         options += [name for name in flags if getattr(plan, name)]
         dtype = str(self.dtype).removeprefix("torch.")
         options += [f"v{self.headdim_v}"] if self.headdim_v else []

@@ -37,7 +37,8 @@ so each consumer has all heads for positions of its own, and to TMA they are a b
 head, nobody notices.
 
 Head dims 96 and 192 are no powers of two, as the language wants tensors to be: their tiles lie in
-three pieces of 32 or 64 columns, each loaded, multiplied and stored by itself.
+three pieces of 32 or 64 columns, each loaded, multiplied and stored by itself. With WIDE the first
+two pieces of values, which lie side by side, are multiplied at once.
 
 SCHEDULER says how programs find tiles: ONE_TILE (a program computes the tile of its number),
 ROUND_ROBIN (programs stay and take every n-th tile), DYNAMIC (the producer takes the next tile from
@@ -198,6 +199,7 @@ class Config:
     BLOCK_DV: gl.constexpr
     PIECES: gl.constexpr
     PIECES_V: gl.constexpr
+    PARTS_V: gl.constexpr
     CONSUMERS: gl.constexpr
     SCHEDULER: gl.constexpr
     OUT_COLUMNS: gl.constexpr
@@ -218,7 +220,7 @@ class Config:
     @gluon.constexpr_function
     def __init__(self, PACK, BLOCK_N, BLOCK_D, BLOCK_DV, CONSUMERS, SCHEDULER, OUT_COLUMNS, EARLY,
                  PING_PONG, SKIP, HAS_LEFT, HAS_RIGHT, HAS_CHUNK, HAS_SOFTCAP, HAS_SINKS,
-                 HAS_ALIBI, LENGTHS, SLIM, LATE, TRACE):  # fmt: skip
+                 HAS_ALIBI, LENGTHS, SLIM, LATE, WIDE, TRACE):  # fmt: skip
         self.PACK = gl.constexpr(PACK)
         self.POSITIONS = gl.constexpr(64 // PACK)
         self.BLOCK_M = gl.constexpr(64 // PACK * CONSUMERS)
@@ -227,6 +229,8 @@ class Config:
         self.BLOCK_DV = gl.constexpr(BLOCK_DV)
         self.PIECES = gl.constexpr(3 if BLOCK_D % 3 == 0 else 1)
         self.PIECES_V = gl.constexpr(3 if BLOCK_DV % 3 == 0 else 1)
+        # Products that the values' columns are multiplied in.
+        self.PARTS_V = gl.constexpr((2 if WIDE else 3) if BLOCK_DV % 3 == 0 else 1)
         self.CONSUMERS = gl.constexpr(CONSUMERS)
         self.SCHEDULER = gl.constexpr(SCHEDULER)
         self.OUT_COLUMNS = gl.constexpr(OUT_COLUMNS)
@@ -953,11 +957,18 @@ def first_scores(work, shared, zeros, tile_use, block_use, skipped, exists, LANE
 
 
 @gluon.jit
-def add_values(work, shared, weights, acc, block_use, PIECE: gl.constexpr):
-    """Start acc += weights v of the slot, of a piece of its columns."""
+def add_values(work, shared, weights, acc, block_use, FIRST: gl.constexpr, COUNT: gl.constexpr):
+    """Start acc += weights v of the slot, of COUNT pieces of its columns from the FIRST on."""
+    BLOCK_N: gl.constexpr = work.config.BLOCK_N
     COLUMNS: gl.constexpr = work.config.BLOCK_DV // work.config.PIECES_V
-    v = shared.v.data.index(shared.v.index(block_use, 0) * work.config.PIECES_V + PIECE)
-    return warpgroup_mma(weights, v.reshape([work.config.BLOCK_N, COLUMNS]), acc, is_async=True)
+    v = shared.v.data.index(shared.v.index(block_use, 0) * work.config.PIECES_V + FIRST)
+    if COUNT == 1:
+        v = v.reshape([BLOCK_N, COLUMNS])
+    else:
+        # Blocks of columns as wide as the swizzle follow each other in memory, as the pieces do.
+        BESIDE: gl.constexpr = gl.NVMMASharedLayout(2 * COLUMNS, 16, 2)
+        v = v._reinterpret(v.dtype, [BLOCK_N, COUNT * COLUMNS], BESIDE)
+    return warpgroup_mma(weights, v, acc, is_async=True)
 
 
 @gluon.jit
@@ -1086,13 +1097,19 @@ def consumer(LANE: gl.constexpr, work, shared, target, lse, sinks):
     """Compute POSITIONS positions of every tile, from the (LANE * POSITIONS)-th on."""
     config = work.config
     BLOCK_N: gl.constexpr = config.BLOCK_N
-    PIECES_V: gl.constexpr = config.PIECES_V
-    BLOCK_DV: gl.constexpr = config.BLOCK_DV // PIECES_V  # of a piece
+    PARTS_V: gl.constexpr = config.PARTS_V
+    # Columns of a piece, and pieces and columns of the first accumulator.
+    PIECE: gl.constexpr = config.BLOCK_DV // config.PIECES_V
+    FIRST: gl.constexpr = 2 if PARTS_V == 2 else 1
+    BLOCK_DV: gl.constexpr = FIRST * PIECE
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
+    OUTPUT_PIECE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PIECE, 16])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUTPUT, 2)
+    WEIGHTS_1: gl.constexpr = gl.DotOperandLayout(0, OUTPUT_PIECE, 2)
     SCORE_ROWS: gl.constexpr = gl.SliceLayout(1, SCORES)
     OUTPUT_ROWS: gl.constexpr = gl.SliceLayout(1, OUTPUT)
+    PIECE_ROWS: gl.constexpr = gl.SliceLayout(1, OUTPUT_PIECE)
     MASKED: gl.constexpr = config.HAS_LEFT or config.HAS_RIGHT
     THROUGH_Q: gl.constexpr = config.OUT_COLUMNS == 0
     DTYPE: gl.constexpr = target.desc.dtype
@@ -1159,9 +1176,10 @@ def consumer(LANE: gl.constexpr, work, shared, target, lse, sinks):
         l = partial_sums(p, BLOCK_N)
         weights = gl.convert_layout(p.to(DTYPE), WEIGHTS)
         acc = gl.zeros([ROWS, BLOCK_DV], gl.float32, OUTPUT)
-        if PIECES_V > 1:
-            acc_1 = gl.zeros([ROWS, BLOCK_DV], gl.float32, OUTPUT)
-            acc_2 = gl.zeros([ROWS, BLOCK_DV], gl.float32, OUTPUT)
+        if PARTS_V > 1:
+            acc_1 = gl.zeros([ROWS, PIECE], gl.float32, OUTPUT_PIECE)
+        if PARTS_V > 2:
+            acc_2 = gl.zeros([ROWS, PIECE], gl.float32, OUTPUT_PIECE)
 
         # The others: scores of block i and values of block i - 1 at a time.
         use = block_use + skipped
@@ -1184,15 +1202,17 @@ def consumer(LANE: gl.constexpr, work, shared, target, lse, sinks):
             shared.v.wait_full(use, 0)
             if config.TRACE:
                 wait_v += now()
-            acc = add_values(work, shared, weights, acc, use, 0)
-            if PIECES_V > 1:
-                acc_1 = add_values(work, shared, weights, acc_1, use, 1)
-                acc_2 = add_values(work, shared, weights, acc_2, use, 2)
+            acc = add_values(work, shared, weights, acc, use, 0, FIRST)
+            if PARTS_V > 1:
+                weights_1 = gl.convert_layout(weights, WEIGHTS_1, assert_trivial=True)
+                acc_1 = add_values(work, shared, weights_1, acc_1, use, FIRST, 1)
+            if PARTS_V > 2:
+                acc_2 = add_values(work, shared, weights_1, acc_2, use, 2, 1)
             if config.PING_PONG:
                 take_turn("arrive", (LANE + 1) % config.CONSUMERS)
             if config.TRACE:
                 wait_s -= now()
-            s = warpgroup_mma_wait(PIECES_V, deps=[s])
+            s = warpgroup_mma_wait(PARTS_V, deps=[s])
             if config.TRACE:
                 wait_s += now()
             shared.k.release(use + 1, 0)
@@ -1206,8 +1226,10 @@ def consumer(LANE: gl.constexpr, work, shared, target, lse, sinks):
             m_new = settle_maximum(m, m_new, m + most_growth, LANE)
             p, shift = weights_of(work, s, m_new, MASKED)
             sums = partial_sums(p, BLOCK_N)
-            if PIECES_V > 1:
+            if PARTS_V > 2:
                 acc, acc_1, acc_2 = warpgroup_mma_wait(0, deps=[acc, acc_1, acc_2])
+            elif PARTS_V > 1:
+                acc, acc_1 = warpgroup_mma_wait(0, deps=[acc, acc_1])
             else:
                 acc = warpgroup_mma_wait(0, deps=[acc])
             shared.v.release(use, 0)
@@ -1217,9 +1239,11 @@ def consumer(LANE: gl.constexpr, work, shared, target, lse, sinks):
                 l = l * gl.expand_dims(alpha_l, 1)
                 alpha_o = gl.expand_dims(gl.convert_layout(alpha, OUTPUT_ROWS), 1)
                 acc = acc * alpha_o
-                if PIECES_V > 1:
-                    acc_1 = acc_1 * alpha_o
-                    acc_2 = acc_2 * alpha_o
+                if PARTS_V > 1:
+                    alpha_1 = gl.expand_dims(gl.convert_layout(alpha, PIECE_ROWS), 1)
+                    acc_1 = acc_1 * alpha_1
+                if PARTS_V > 2:
+                    acc_2 = acc_2 * alpha_1
             l = l + sums
             m = m_new
             weights = gl.convert_layout(p.to(DTYPE), WEIGHTS)
@@ -1234,10 +1258,12 @@ def consumer(LANE: gl.constexpr, work, shared, target, lse, sinks):
             first = first_key_of(work, span, 0) - tile.first_block * BLOCK_N
             clear_values(work, shared, block_use - 1, first, BLOCK_N)
         shared.v.wait_full(block_use - 1, 0)
-        acc = add_values(work, shared, weights, acc, block_use - 1, 0)
-        if PIECES_V > 1:
-            acc_1 = add_values(work, shared, weights, acc_1, block_use - 1, 1)
-            acc_2 = add_values(work, shared, weights, acc_2, block_use - 1, 2)
+        acc = add_values(work, shared, weights, acc, block_use - 1, 0, FIRST)
+        if PARTS_V > 1:
+            weights_1 = gl.convert_layout(weights, WEIGHTS_1, assert_trivial=True)
+            acc_1 = add_values(work, shared, weights_1, acc_1, block_use - 1, FIRST, 1)
+        if PARTS_V > 2:
+            acc_2 = add_values(work, shared, weights_1, acc_2, block_use - 1, 2, 1)
         if config.TRACE:
             at_mail = now()
         if config.LENGTHS != SHAPES:
@@ -1253,8 +1279,10 @@ def consumer(LANE: gl.constexpr, work, shared, target, lse, sinks):
             s = first_scores(work, shared, zeros, tile_use + 1, block_use, next_skipped,
                              index < work.tiles, LANE)  # fmt: skip
         BEHIND: gl.constexpr = config.PIECES if config.EARLY else 0
-        if PIECES_V > 1:
+        if PARTS_V > 2:
             acc, acc_1, acc_2 = warpgroup_mma_wait(BEHIND, deps=[acc, acc_1, acc_2])
+        elif PARTS_V > 1:
+            acc, acc_1 = warpgroup_mma_wait(BEHIND, deps=[acc, acc_1])
         else:
             acc = warpgroup_mma_wait(BEHIND, deps=[acc])
         shared.v.release(block_use - 1, 0)
@@ -1269,16 +1297,18 @@ def consumer(LANE: gl.constexpr, work, shared, target, lse, sinks):
         row_zero = entry_of(work, span) * work.nheads * config.PACK + head
         row_zero = row_zero.to(gl.int64) * work.seqlen_q
         gl.store(lse + row_zero + span.q_start + row, row_lse, mask=row < span.rows)
-        factor = gl.convert_layout(gl.where(sees, 1.0 / divisor, 0.0), OUTPUT_ROWS)
-        factor = gl.expand_dims(factor, 1)
+        row_factor = gl.where(sees, 1.0 / divisor, 0.0)
+        factor = gl.expand_dims(gl.convert_layout(row_factor, OUTPUT_ROWS), 1)
         out = normalised(work, acc, factor).to(DTYPE)
-        if PIECES_V > 1:
+        if PARTS_V > 1:
             buffer = shared.out.index(LANE)
-            store_columns(work, target, span, first_row, 0, out, buffer)
-            out = normalised(work, acc_1, factor).to(DTYPE)
-            store_columns(work, target, span, first_row, BLOCK_DV, out, buffer)
-            out = normalised(work, acc_2, factor).to(DTYPE)
-            store_columns(work, target, span, first_row, 2 * BLOCK_DV, out, buffer)
+            store_rows(work, target, span, first_row, out, buffer, PIECE)
+            factor_1 = gl.expand_dims(gl.convert_layout(row_factor, PIECE_ROWS), 1)
+            out = normalised(work, acc_1, factor_1).to(DTYPE)
+            store_columns(work, target, span, first_row, FIRST * PIECE, out, buffer)
+            if PARTS_V > 2:
+                out = normalised(work, acc_2, factor_1).to(DTYPE)
+                store_columns(work, target, span, first_row, 2 * PIECE, out, buffer)
         elif THROUGH_Q:
             # Nobody else reads this part of q, and its products are done.
             buffer = shared.q.data.index(shared.q.index(tile_use, LANE))
@@ -1343,7 +1373,8 @@ def attention_forward_sm90(
     REGISTERS: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
     HAS_CHUNK: gl.constexpr, HAS_SOFTCAP: gl.constexpr, HAS_SINKS: gl.constexpr,
     HAS_ALIBI: gl.constexpr, LENGTHS: gl.constexpr, HAS_USED_Q: gl.constexpr,
-    HAS_USED_K: gl.constexpr, SLIM: gl.constexpr, LATE: gl.constexpr, TRACE: gl.constexpr,
+    HAS_USED_K: gl.constexpr, SLIM: gl.constexpr, LATE: gl.constexpr, WIDE: gl.constexpr,
+    TRACE: gl.constexpr,
 ):  # fmt: skip
     """See the module's docstring; launched with 4 warps, the producer's.
 
@@ -1383,6 +1414,7 @@ def attention_forward_sm90(
         SKIP: consumers leave out the last blocks of keys if none of their rows sees them.
         SLIM: the producer is one warp, and the counter has a warp of its own.
         LATE: with DYNAMIC, fetch a tile under the end of the tile before, not under its start.
+        WIDE: multiply the first two of three pieces of values at once, for BLOCK_DV 96 and 192.
         TRACE: write to ``trace`` where the time goes; without, it is not used.
         REGISTERS: of a consumer's thread.
         LENGTHS: SHAPES, USED (with HAS_USED_Q, HAS_USED_K or both) or PACKED.
@@ -1393,10 +1425,11 @@ def attention_forward_sm90(
     gl.static_assert(OUT_COLUMNS > 0 or (BLOCK_D == BLOCK_DV and BLOCK_D % 3 > 0))
     gl.static_assert(LENGTHS == SHAPES or (SCHEDULER == DYNAMIC and not SLIM))
     gl.static_assert(not HAS_CHUNK or (HAS_LEFT and HAS_RIGHT))
+    gl.static_assert(not WIDE or BLOCK_DV % 3 == 0)
     gl.static_assert(not LATE or (SCHEDULER == DYNAMIC and not SLIM))
     config = Config(PACK, BLOCK_N, BLOCK_D, BLOCK_DV, CONSUMERS, SCHEDULER, OUT_COLUMNS, EARLY,
                     PING_PONG, SKIP, HAS_LEFT, HAS_RIGHT, HAS_CHUNK, HAS_SOFTCAP, HAS_SINKS,
-                    HAS_ALIBI, LENGTHS, SLIM, LATE, TRACE)  # fmt: skip
+                    HAS_ALIBI, LENGTHS, SLIM, LATE, WIDE, TRACE)  # fmt: skip
     places = Sequences(batch, cu_seqlens_q, cu_seqlens_k, used_q, used_k, HAS_USED_Q, HAS_USED_K)
     work = Work(scale_log2, cap_scale, empty_lse, nheads, group, seqlen_q, seqlen_k, window_left,
                 window_right, chunk, row_tiles, sequences, section, in_sections, tiles, trace,

@@ -297,5 +297,6 @@ def constants(plan: ForwardPlan, block_d: int, block_dv: int) -> dict[str, Any]:
         "REGISTERS": plan.registers,
         "SLIM": plan.slim,
         "LATE": plan.late,
+        "WIDE": plan.wide and piece_columns(block_dv) < block_dv,
         "num_warps": 4,
     }

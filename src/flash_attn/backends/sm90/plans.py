@@ -37,6 +37,7 @@ class ForwardPlan:
         last_bytes: keys and values of the last heads, all worked on at a time; 0: as the others.
         slim: the producer is one warp, and the counter has a warp of its own.
         late: with DYNAMIC, fetch a tile under the end of the tile before, not under its start.
+        wide: of tiles in three pieces, two pieces of values are multiplied at once.
     """
 
     consumers: int
@@ -52,6 +53,7 @@ class ForwardPlan:
     last_bytes: int = 0
     slim: bool = False
     late: bool = False
+    wide: bool = False
 
     @property
     def block_m(self) -> int:
