@@ -85,6 +85,7 @@ class Variant(NamedTuple):
                 ("skip", plan.skip),
                 ("slim", plan.slim),
                 ("late", plan.late),
+                ("joint", plan.joint),
                 ("wide", plan.wide),
             )
             if used

@@ -193,8 +193,17 @@ def variants() -> list[ForwardPlan]:
                     last_bytes=1 << 16),
             replace(base, scheduler=DYNAMIC, late=True, early=True),
         ]  # fmt: skip
+        joint = replace(base, joint=True, stages=3, q_slots=1)
+        plans += [
+            joint,
+            replace(joint, stages=4, slim=True),
+            replace(joint, scheduler=ONE_TILE, out_halves=0, skip=True),
+            replace(joint, scheduler=DYNAMIC, skip=True, late=True),
+            replace(joint, scheduler=DYNAMIC, slim=True, skip=True),
+        ]
         if consumers > 1:
             plans += [
+                replace(joint, ping_pong=True),
                 replace(base, ping_pong=True),
                 replace(base, ping_pong=True, early=True, scheduler=DYNAMIC),
                 replace(base, ping_pong=True, skip=True, scheduler=DYNAMIC),

@@ -40,6 +40,10 @@ Head dims 96 and 192 are no powers of two, as the language wants tensors to be: 
 three pieces of 32 or 64 columns, each loaded, multiplied and stored by itself. With WIDE the first
 two pieces of values, which lie side by side, are multiplied at once.
 
+With JOINT keys and values share one ring, whose slots are used in the order in which the consumers
+need them: k[0], k[1], v[0], k[2], v[1], .., v[last]. Three slots are enough for that, where two
+rings need four.
+
 SCHEDULER says how programs find tiles: ONE_TILE (a program computes the tile of its number),
 ROUND_ROBIN (programs stay and take every n-th tile), DYNAMIC (the producer takes the next tile from
 a counter in global memory while the consumers still compute, and tells them through a mailbox;
@@ -215,12 +219,13 @@ class Config:
     LENGTHS: gl.constexpr
     SLIM: gl.constexpr
     LATE: gl.constexpr
+    JOINT: gl.constexpr
     TRACE: gl.constexpr
 
     @gluon.constexpr_function
     def __init__(self, PACK, BLOCK_N, BLOCK_D, BLOCK_DV, CONSUMERS, SCHEDULER, OUT_COLUMNS, EARLY,
                  PING_PONG, SKIP, HAS_LEFT, HAS_RIGHT, HAS_CHUNK, HAS_SOFTCAP, HAS_SINKS,
-                 HAS_ALIBI, LENGTHS, SLIM, LATE, WIDE, TRACE):  # fmt: skip
+                 HAS_ALIBI, LENGTHS, SLIM, LATE, WIDE, JOINT, TRACE):  # fmt: skip
         self.PACK = gl.constexpr(PACK)
         self.POSITIONS = gl.constexpr(64 // PACK)
         self.BLOCK_M = gl.constexpr(64 // PACK * CONSUMERS)
@@ -248,6 +253,7 @@ class Config:
         self.LENGTHS = gl.constexpr(LENGTHS)
         self.SLIM = gl.constexpr(SLIM)
         self.LATE = gl.constexpr(LATE)
+        self.JOINT = gl.constexpr(JOINT)
         self.TRACE = gl.constexpr(TRACE)
 
 
@@ -564,6 +570,31 @@ def blocks_to_skip(work, tile, LANE: gl.constexpr):
     return skipped
 
 
+# A tile uses the slots of keys and values from one on: once for each block, of both with JOINT.
+@gluon.jit
+def uses_of(work, blocks):
+    """How many uses a tile of so many blocks is."""
+    return 2 * blocks if work.config.JOINT else blocks
+
+
+@gluon.jit
+def key_use(work, first_use, i):
+    """The use of a tile's i-th block of keys, counted from the last one."""
+    use = first_use + i
+    if work.config.JOINT:
+        use = first_use + gl.maximum(2 * i - 1, 0)
+    return use
+
+
+@gluon.jit
+def value_use(work, first_use, i, blocks):
+    """The use of a tile's i-th block of values."""
+    use = first_use + i
+    if work.config.JOINT:
+        use = first_use + gl.minimum(2 * i + 2, 2 * blocks - 1)
+    return use
+
+
 # ---------------------------------------------------------------------------------------- producer
 @gluon.jit
 def producer(work, shared, q_desc, k_desc, v_desc, counter):
@@ -587,17 +618,23 @@ def producer(work, shared, q_desc, k_desc, v_desc, counter):
             row = span.k_start + (tile.first_block + tile.blocks - 1 - i) * config.BLOCK_N
             # Nobody sees an empty tile's keys: those past the end are zeros, whatever the others.
             row = gl.where(tile.is_empty, work.seqlen_k, row)
-            shared.k.wait_empty(block_use, 0)
-            load_rows(k_desc, entry, key_head, row, shared.k, block_use, 0, config.PIECES)
+            use = key_use(work, block_use, i)
+            shared.k.wait_empty(use, 0)
+            load_rows(k_desc, entry, key_head, row, shared.k, use, 0, config.PIECES)
             if i == 0:
                 for lane in gl.static_range(config.CONSUMERS):
                     shared.q.wait_empty(tile_use, lane)
                     load_rows(q_desc, entry, span.head * config.PACK,
                               span.q_start + tile.first_row + lane * config.POSITIONS,
                               shared.q, tile_use, lane, config.PIECES)  # fmt: skip
-            shared.v.wait_empty(block_use, 0)
-            load_rows(v_desc, entry, key_head, row, shared.v, block_use, 0, config.PIECES_V)
-            block_use += 1
+            if not config.JOINT:
+                shared.v.wait_empty(use, 0)
+                load_rows(v_desc, entry, key_head, row, shared.v, use, 0, config.PIECES_V)
+            elif i > 0:
+                # The values of the keys before: of those behind in memory.
+                shared.v.wait_empty(use + 1, 0)
+                load_rows(v_desc, entry, key_head, row + config.BLOCK_N, shared.v, use + 1, 0,
+                          config.PIECES_V)  # fmt: skip
             if config.SCHEDULER == DYNAMIC and not config.SLIM:
                 # The first loads are on their way: time to fetch the next tile. Later, and it is
                 # known better who will be free first; but then the fetch is waited for.
@@ -611,6 +648,12 @@ def producer(work, shared, q_desc, k_desc, v_desc, counter):
                     else:
                         next_index, next_tile = tile_with_rows(work, counter, next_index)
                         announce_tile(next_index, next_tile, shared.mailbox, tile_use + 1)
+        block_use += uses_of(work, tile.blocks)
+        if config.JOINT:
+            row = span.k_start + tile.first_block * config.BLOCK_N
+            row = gl.where(tile.is_empty, work.seqlen_k, row)
+            shared.v.wait_empty(block_use - 1, 0)
+            load_rows(v_desc, entry, key_head, row, shared.v, block_use - 1, 0, config.PIECES_V)
         if config.SCHEDULER == DYNAMIC and not config.SLIM:
             index = next_index
             tile = next_tile
@@ -946,14 +989,17 @@ def first_scores(work, shared, zeros, tile_use, block_use, skipped, exists, LANE
                 shared.k.wait_full(block_use, 0)
                 shared.k.release(block_use, 0)
         else:
-            for use in range(block_use, block_use + skipped):
+            for i in range(skipped):
+                use = key_use(work, block_use, i)
                 shared.k.wait_full(use, 0)
                 shared.k.release(use, 0)
+                # Never the tile's last block.
+                use = value_use(work, block_use, i, skipped + 1)
                 shared.v.wait_full(use, 0)
                 shared.v.release(use, 0)
         shared.q.wait_full(tile_use, LANE)
-        shared.k.wait_full(block_use + skipped, 0)
-    return scores(work, shared, zeros, tile_use, block_use + skipped, LANE)
+        shared.k.wait_full(key_use(work, block_use, skipped), 0)
+    return scores(work, shared, zeros, tile_use, key_use(work, block_use, skipped), LANE)
 
 
 @gluon.jit
@@ -1111,6 +1157,9 @@ def consumer(LANE: gl.constexpr, work, shared, target, lse, sinks):
     OUTPUT_ROWS: gl.constexpr = gl.SliceLayout(1, OUTPUT)
     PIECE_ROWS: gl.constexpr = gl.SliceLayout(1, OUTPUT_PIECE)
     MASKED: gl.constexpr = config.HAS_LEFT or config.HAS_RIGHT
+    # Uses from one block to the next, and from values to the keys of the block after theirs.
+    STEP: gl.constexpr = 2 if config.JOINT else 1
+    TO_KEYS: gl.constexpr = -1 if config.JOINT else 1
     THROUGH_Q: gl.constexpr = config.OUT_COLUMNS == 0
     DTYPE: gl.constexpr = target.desc.dtype
     if config.PING_PONG and LANE == config.CONSUMERS - 1:
@@ -1145,7 +1194,7 @@ def consumer(LANE: gl.constexpr, work, shared, target, lse, sinks):
             skipped = blocks_to_skip(work, tile, LANE)
             s = first_scores(work, shared, zeros, tile_use, block_use, skipped, True, LANE)
             s = warpgroup_mma_wait(0, deps=[s])
-            shared.k.release(block_use + skipped, 0)
+            shared.k.release(key_use(work, block_use, skipped), 0)
         elif config.MOST_SKIPPED > 0:
             if skipped > 0:
                 shared.v.wait_full(block_use, 0)
@@ -1182,7 +1231,7 @@ def consumer(LANE: gl.constexpr, work, shared, target, lse, sinks):
             acc_2 = gl.zeros([ROWS, PIECE], gl.float32, OUTPUT_PIECE)
 
         # The others: scores of block i and values of block i - 1 at a time.
-        use = block_use + skipped
+        use = value_use(work, block_use, skipped, tile.blocks)
         if config.LENGTHS != SHAPES:
             clear_values(work, shared, use, 0, span.rows_k - first_key)
         if config.TRACE:
@@ -1191,12 +1240,12 @@ def consumer(LANE: gl.constexpr, work, shared, target, lse, sinks):
             first_key -= BLOCK_N
             if config.TRACE:
                 wait_k -= now()
-            shared.k.wait_full(use + 1, 0)
+            shared.k.wait_full(use + TO_KEYS, 0)
             if config.TRACE:
                 wait_k += now()
             if config.PING_PONG:
                 take_turn("sync", LANE)
-            s = scores(work, shared, zeros, tile_use, use + 1, LANE)
+            s = scores(work, shared, zeros, tile_use, use + TO_KEYS, LANE)
             if config.TRACE:
                 wait_v -= now()
             shared.v.wait_full(use, 0)
@@ -1215,7 +1264,7 @@ def consumer(LANE: gl.constexpr, work, shared, target, lse, sinks):
             s = warpgroup_mma_wait(PARTS_V, deps=[s])
             if config.TRACE:
                 wait_s += now()
-            shared.k.release(use + 1, 0)
+            shared.k.release(use + TO_KEYS, 0)
             if not THROUGH_Q:
                 if i == tile.blocks - 1:
                     shared.q.release(tile_use, LANE)
@@ -1247,13 +1296,13 @@ def consumer(LANE: gl.constexpr, work, shared, target, lse, sinks):
             l = l + sums
             m = m_new
             weights = gl.convert_layout(p.to(DTYPE), WEIGHTS)
-            use += 1
+            use += STEP
 
         # The last values, under which the next tile's first product may start.
         if config.TRACE:
             at_end = now()
             traced = tile.blocks - skipped
-        block_use += tile.blocks
+        block_use += uses_of(work, tile.blocks)
         if config.HAS_LEFT:
             first = first_key_of(work, span, 0) - tile.first_block * BLOCK_N
             clear_values(work, shared, block_use - 1, first, BLOCK_N)
@@ -1374,7 +1423,7 @@ def attention_forward_sm90(
     HAS_CHUNK: gl.constexpr, HAS_SOFTCAP: gl.constexpr, HAS_SINKS: gl.constexpr,
     HAS_ALIBI: gl.constexpr, LENGTHS: gl.constexpr, HAS_USED_Q: gl.constexpr,
     HAS_USED_K: gl.constexpr, SLIM: gl.constexpr, LATE: gl.constexpr, WIDE: gl.constexpr,
-    TRACE: gl.constexpr,
+    JOINT: gl.constexpr, TRACE: gl.constexpr,
 ):  # fmt: skip
     """See the module's docstring; launched with 4 warps, the producer's.
 
@@ -1415,6 +1464,8 @@ def attention_forward_sm90(
         SLIM: the producer is one warp, and the counter has a warp of its own.
         LATE: with DYNAMIC, fetch a tile under the end of the tile before, not under its start.
         WIDE: multiply the first two of three pieces of values at once, for BLOCK_DV 96 and 192.
+        JOINT: keys and values share a ring of STAGES slots, 3 or more; not with EARLY, nor with
+            both PING_PONG and SKIP.
         TRACE: write to ``trace`` where the time goes; without, it is not used.
         REGISTERS: of a consumer's thread.
         LENGTHS: SHAPES, USED (with HAS_USED_Q, HAS_USED_K or both) or PACKED.
@@ -1425,11 +1476,14 @@ def attention_forward_sm90(
     gl.static_assert(OUT_COLUMNS > 0 or (BLOCK_D == BLOCK_DV and BLOCK_D % 3 > 0))
     gl.static_assert(LENGTHS == SHAPES or (SCHEDULER == DYNAMIC and not SLIM))
     gl.static_assert(not HAS_CHUNK or (HAS_LEFT and HAS_RIGHT))
+    gl.static_assert(not JOINT or (BLOCK_D == BLOCK_DV and STAGES >= 3 and not EARLY))
+    # A consumer that skips blocks waits for values whose slots the others free only after its turn.
+    gl.static_assert(not JOINT or not (PING_PONG and SKIP))
     gl.static_assert(not WIDE or BLOCK_DV % 3 == 0)
     gl.static_assert(not LATE or (SCHEDULER == DYNAMIC and not SLIM))
     config = Config(PACK, BLOCK_N, BLOCK_D, BLOCK_DV, CONSUMERS, SCHEDULER, OUT_COLUMNS, EARLY,
                     PING_PONG, SKIP, HAS_LEFT, HAS_RIGHT, HAS_CHUNK, HAS_SOFTCAP, HAS_SINKS,
-                    HAS_ALIBI, LENGTHS, SLIM, LATE, WIDE, TRACE)  # fmt: skip
+                    HAS_ALIBI, LENGTHS, SLIM, LATE, WIDE, JOINT, TRACE)  # fmt: skip
     places = Sequences(batch, cu_seqlens_q, cu_seqlens_k, used_q, used_k, HAS_USED_Q, HAS_USED_K)
     work = Work(scale_log2, cap_scale, empty_lse, nheads, group, seqlen_q, seqlen_k, window_left,
                 window_right, chunk, row_tiles, sequences, section, in_sections, tiles, trace,
@@ -1439,7 +1493,10 @@ def attention_forward_sm90(
     q_buffers = buffers_for(q_desc, Q_SLOTS * CONSUMERS * PIECES)
     q_ring = new_ring(q_buffers, Q_SLOTS, CONSUMERS, 1)
     k_ring = new_ring(buffers_for(k_desc, STAGES * PIECES), STAGES, 1, CONSUMERS)
-    v_ring = new_ring(buffers_for(v_desc, STAGES * config.PIECES_V), STAGES, 1, CONSUMERS)
+    if JOINT:
+        v_ring = k_ring
+    else:
+        v_ring = new_ring(buffers_for(v_desc, STAGES * config.PIECES_V), STAGES, 1, CONSUMERS)
     if SCHEDULER == DYNAMIC:
         PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
         READERS: gl.constexpr = CONSUMERS + (1 if SLIM else 0)

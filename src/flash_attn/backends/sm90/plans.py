@@ -25,7 +25,7 @@ class ForwardPlan:
     Attributes:
         consumers: warpgroups that compute, of 64 queries each.
         block_n: keys in a block.
-        stages: blocks of keys, and of values, that shared memory holds.
+        stages: blocks of keys, and of values, that shared memory holds; with ``joint`` of both.
         scheduler: ONE_TILE, ROUND_ROBIN or DYNAMIC.
         q_slots: tiles of queries that shared memory holds.
         out_halves: 0: results leave through the queries' buffer, 1: through one of their own, 2:
@@ -37,6 +37,8 @@ class ForwardPlan:
         last_bytes: keys and values of the last heads, all worked on at a time; 0: as the others.
         slim: the producer is one warp, and the counter has a warp of its own.
         late: with DYNAMIC, fetch a tile under the end of the tile before, not under its start.
+        joint: keys and values share one ring of slots, 3 or more; not with ``early``, nor
+            with both ``ping_pong`` and ``skip``, nor for values of another head dim.
         wide: of tiles in three pieces, two pieces of values are multiplied at once.
     """
 
@@ -53,6 +55,7 @@ class ForwardPlan:
     last_bytes: int = 0
     slim: bool = False
     late: bool = False
+    joint: bool = False
     wide: bool = False
 
     @property
@@ -79,7 +82,8 @@ class ForwardPlan:
 
     def shared_bytes(self, block_d: int) -> int:
         """Bytes of shared memory for tiles of 16-bit elements, without barriers."""
-        rows = self.q_slots * self.block_m + 2 * self.stages * self.block_n
+        blocks = self.stages if self.joint else 2 * self.stages
+        rows = self.q_slots * self.block_m + blocks * self.block_n
         return 2 * (rows * block_d + self.block_m * self.out_columns(block_d))
 
 
