@@ -90,6 +90,8 @@ class Variant(NamedTuple):
                 ("late", plan.late),
                 ("ov", plan.overlap),
                 ("peel", plan.peel),
+                ("joint", plan.joint),
+                ("wide", plan.wide),
             )
             if used
         ]

@@ -136,6 +136,7 @@ class Memory:
 
     def __init__(self, data: Any, busy: Any, unfenced: Any, dtype: DType) -> None:
         self.data, self.busy, self.unfenced, self.dtype = data, busy, unfenced, dtype
+        self.following: Memory = self  # of an array's buffer, that buffer and those after it
 
     @classmethod
     def allocate(cls, dtype: DType, shape: list[int]) -> Memory:
@@ -156,7 +157,9 @@ class Memory:
     def index(self, i: int) -> Memory:
         if not 0 <= i < self.data.shape[0]:
             raise ModelError(f"slot {i} of {self.data.shape[0]}")
-        return self._view(lambda x: x[int(i)])
+        found = self._view(lambda x: x[int(i)])
+        found.following = self._view(lambda x: x[int(i) :])
+        return found
 
     def slice(self, start: int, length: int, dim: int = 0) -> Memory:
         where = [slice(None)] * self.data.ndim
@@ -168,6 +171,16 @@ class Memory:
 
     def permute(self, order: list[int]) -> Memory:
         return self._view(lambda x: x.transpose(order))
+
+    def _reinterpret(self, dtype: DType, shape: list[int], layout: Any) -> Beside:
+        """Of an array's buffer: it and those after it as one, their columns side by side."""
+        rows, columns = shape
+        count = columns // self.data.shape[-1]
+        parts = self.following.slice(0, count)
+        if parts.data.size != rows * columns:
+            raise ModelError(f"{parts.data.shape} is not {shape}")
+        view = parts.reshape([count, rows, -1]).permute([1, 0, 2])
+        return Beside(view.data, view.busy, view.unfenced, dtype)
 
     def load(self, layout: Any = None) -> Tensor:
         if (self.busy < 0).any():
@@ -207,6 +220,14 @@ class Memory:
         self.data[...] = value.reshape(self.data.shape)
         self.unfenced[...] = 0
         self.busy += 1
+
+
+class Beside(Memory):
+    """Buffers side by side, (rows, count, columns of each), as an operand of products."""
+
+    @property
+    def matrix(self) -> np.ndarray:
+        return self.data.reshape(self.data.shape[0], -1)
 
 
 class Barrier:
@@ -490,9 +511,10 @@ def _mma(a: Any, b: Memory, acc: Any, *, use_acc: bool = True, is_async: bool = 
     for source in sources:
         source.read_begins()
     left = a.data if isinstance(a, Memory) else np.asarray(a)
+    right = b.matrix if isinstance(b, Beside) else b.data
     start = acc.value if isinstance(acc, Pending) else np.asarray(acc)
     with np.errstate(invalid="ignore", over="ignore"):
-        value = left.astype(np.float32) @ b.data.astype(np.float32)
+        value = left.astype(np.float32) @ right.astype(np.float32)
     pending = Pending(tensor(value + start if use_acc else value), sources)
     here().products.append(pending)
     return pending if is_async else _mma_wait(0, [pending])

@@ -99,7 +99,7 @@ class Case(NamedTuple):
         scheduler = ("one", "rr", "dyn")[plan.scheduler]
         options = [f"{plan.consumers}x{plan.block_n}", f"st{plan.stages}", f"q{plan.q_slots}"]
         options += [f"o{plan.out_halves}"]
-        flags = ("early", "ping_pong", "skip", "slim", "late", "overlap", "peel")
+        flags = ("early", "ping_pong", "skip", "slim", "late", "overlap", "peel", "joint", "wide")
         options += [name for name in flags if getattr(plan, name)]
         dtype = str(self.dtype).removeprefix("torch.")
         options += [f"v{self.headdim_v}"] if self.headdim_v else []
@@ -222,6 +222,25 @@ def compile_case(case: Case) -> Compiled:
     )
 
 
+# (block_d, masked, plan): on trial in scripts/sm90_shapes_lab.py, chosen for nothing yet.
+_WIDE_96 = plans.ForwardPlan(3, 64, 4, plans.ROUND_ROBIN, 1, 1, ping_pong=True, wide=True)
+_JOINT_192 = plans.ForwardPlan(2, 128, 3, plans.ROUND_ROBIN, 1, 1, joint=True, wide=True)
+ON_TRIAL = (
+    (96, False, _WIDE_96),
+    (96, False, replace(_WIDE_96, slim=True)),
+    (96, False, replace(_WIDE_96, consumers=2, block_n=128, stages=3)),
+    (96, True, replace(_WIDE_96, scheduler=plans.DYNAMIC, ping_pong=False, skip=True, late=True)),
+    (96, True, plans.ForwardPlan(2, 128, 3, plans.DYNAMIC, 1, 1, wide=True)),
+    (96, True, plans.ForwardPlan(2, 128, 3, plans.DYNAMIC, 1, 1, late=True, wide=True)),
+    (192, False, plans.ForwardPlan(2, 64, 2, plans.ROUND_ROBIN, 1, 1, slim=True, wide=True)),
+    (192, False, replace(_JOINT_192, wide=False)),
+    (192, False, _JOINT_192),
+    (192, True, plans.ForwardPlan(2, 64, 3, plans.DYNAMIC, 1, 1, skip=True, late=True, wide=True)),
+    (192, True, replace(_JOINT_192, scheduler=plans.DYNAMIC, late=True)),
+    (192, True, replace(_JOINT_192, scheduler=plans.DYNAMIC, late=True, skip=True)),
+)
+
+
 def plans_in_use() -> list[tuple[int, bool, plans.ForwardPlan]]:
     """The table of plans, without those of tiles that are padded instead."""
     rows = plans.forward_plans()
@@ -245,6 +264,8 @@ def all_cases() -> list[Case]:
         Case(plan, block_d, "causal" if masked else "full", torch.float16)
         for (block_d, masked), plan in longest.items()
     ]
+    if not launch.columns_of(Case(_WIDE_96, 96, "full").problem)[0] % 3:
+        cases += [Case(plan, d, "causal" if masked else "full") for d, masked, plan in ON_TRIAL]
     cases += feature_cases() + overlapping_cases()
     return list(dict.fromkeys(cases))
 

@@ -172,6 +172,50 @@ def test_alibi(kernels: Any, pack: bool) -> None:
     check(kernels, capped._replace(transform=transform))
 
 
+@pytest.mark.parametrize("dim", [96, 192])
+def test_values_two_pieces_at_a_time(kernels: Any, dim: int) -> None:
+    for mask in (FULL, CAUSAL, WINDOW):
+        for problem in (
+            dense((150, 210), dims=(dim, dim), visibility=mask),
+            dense((150, 210), dims=(64, dim - 8), visibility=mask),
+            packed([(100, 130), (1, 5), (70, 0)], dims=(dim, dim), visibility=mask),
+        ):
+            check(kernels, problem, replace(launch.plan_for(problem), wide=True))
+    narrow = dense((150, 210), dims=(dim, 64), visibility=CAUSAL)
+    check(kernels, narrow, replace(launch.plan_for(narrow), wide=True))
+
+
+@pytest.mark.parametrize("dim", [64, 192])
+def test_keys_and_values_in_one_ring(kernels: Any, dim: int) -> None:
+    for mask in (FULL, CAUSAL, WINDOW):
+        for problem in (
+            dense((150, 410), dims=(dim, dim), visibility=mask),
+            packed([(100, 330), (1, 5), (70, 0)], dims=(dim, dim), visibility=mask),
+        ):
+            plan = launch.plan_for(problem)
+            plan = replace(plan, early=False, skip=mask != FULL, joint=True, stages=3)
+            check(kernels, problem, plan)
+            check(kernels, problem, replace(plan, block_n=128, stages=4, wide=dim == 192))
+
+
+@pytest.mark.parametrize("change", [("PIECES_V + FIRST)", "PIECES_V + 0)"),
+                                    ("FIRST * PIECE, out", "PIECE, out")])  # fmt: skip
+def test_the_model_notices_wrong_pieces(change: tuple[str, str]) -> None:
+    kernels = gluon_model.load_kernels("sm90_forward", change)
+    problem = dense((90, 140), dims=(96, 96))
+    with pytest.raises(AssertionError):
+        check(kernels, problem, replace(launch.plan_for(problem), wide=True))
+
+
+def test_the_model_notices_wrong_slots() -> None:
+    change = ("gl.minimum(2 * i + 2,", "gl.minimum(2 * i + 1,")
+    kernels = gluon_model.load_kernels("sm90_forward", change)
+    problem = dense((90, 400))
+    plan = replace(launch.plan_for(problem), block_n=64, joint=True, stages=3)
+    with pytest.raises(AssertionError):
+        check(kernels, problem, plan)
+
+
 def test_the_model_notices_wrong_heads() -> None:
     change = ("i = i & (work.config.POSITIONS - 1)", "i = i % 5")
     kernels = gluon_model.load_kernels("sm90_forward", change)

@@ -196,8 +196,17 @@ def variants() -> list[ForwardPlan]:
             replace(base, scheduler=DYNAMIC, late=True, overlap=True, peel=True),
             replace(base, stages=3, q_slots=1, out_halves=0, scheduler=DYNAMIC, late=True),
         ]  # fmt: skip
+        joint = replace(base, joint=True, stages=3, q_slots=1)
+        plans += [
+            joint,
+            replace(joint, stages=4, slim=True),
+            replace(joint, scheduler=ONE_TILE, out_halves=0, skip=True),
+            replace(joint, scheduler=DYNAMIC, skip=True, late=True),
+            replace(joint, scheduler=DYNAMIC, slim=True, skip=True),
+        ]
         if consumers > 1:
             plans += [
+                replace(joint, ping_pong=True),
                 replace(base, ping_pong=True),
                 replace(base, ping_pong=True, overlap=True, scheduler=DYNAMIC, late=True),
                 replace(base, ping_pong=True, early=True, scheduler=DYNAMIC),

@@ -37,7 +37,12 @@ so each consumer has all heads for positions of its own, and to TMA they are a b
 head, nobody notices.
 
 Head dims 96 and 192 are no powers of two, as the language wants tensors to be: their tiles lie in
-three pieces of 32 or 64 columns, each loaded, multiplied and stored by itself.
+three pieces of 32 or 64 columns, each loaded, multiplied and stored by itself. With WIDE the first
+two pieces of values, which lie side by side, are multiplied at once.
+
+With JOINT keys and values share one ring, whose slots are used in the order in which the consumers
+need them: k[0], k[1], v[0], k[2], v[1], .., v[last]. Three slots are enough for that, where two
+rings need four.
 
 SCHEDULER says how programs find tiles: ONE_TILE (a program computes the tile of its number),
 ROUND_ROBIN (programs stay and take every n-th tile), DYNAMIC (the producer takes the next tile from
@@ -198,6 +203,7 @@ class Config:
     BLOCK_DV: gl.constexpr
     PIECES: gl.constexpr
     PIECES_V: gl.constexpr
+    PARTS_V: gl.constexpr
     CONSUMERS: gl.constexpr
     SCHEDULER: gl.constexpr
     OUT_COLUMNS: gl.constexpr
@@ -215,12 +221,13 @@ class Config:
     LATE: gl.constexpr
     OVERLAP: gl.constexpr
     PEEL: gl.constexpr
+    JOINT: gl.constexpr
     TRACE: gl.constexpr
 
     @gluon.constexpr_function
     def __init__(self, PACK, BLOCK_N, BLOCK_D, BLOCK_DV, CONSUMERS, SCHEDULER, OUT_COLUMNS, EARLY,
                  PING_PONG, SKIP, HAS_LEFT, HAS_RIGHT, HAS_CHUNK, HAS_SOFTCAP, HAS_SINKS,
-                 HAS_ALIBI, LENGTHS, SLIM, LATE, OVERLAP, PEEL, TRACE):  # fmt: skip
+                 HAS_ALIBI, LENGTHS, SLIM, LATE, OVERLAP, PEEL, WIDE, JOINT, TRACE):  # fmt: skip
         self.PACK = gl.constexpr(PACK)
         self.POSITIONS = gl.constexpr(64 // PACK)
         self.BLOCK_M = gl.constexpr(64 // PACK * CONSUMERS)
@@ -229,6 +236,8 @@ class Config:
         self.BLOCK_DV = gl.constexpr(BLOCK_DV)
         self.PIECES = gl.constexpr(3 if BLOCK_D % 3 == 0 else 1)
         self.PIECES_V = gl.constexpr(3 if BLOCK_DV % 3 == 0 else 1)
+        # Products that the values' columns are multiplied in.
+        self.PARTS_V = gl.constexpr((2 if WIDE else 3) if BLOCK_DV % 3 == 0 else 1)
         self.CONSUMERS = gl.constexpr(CONSUMERS)
         self.SCHEDULER = gl.constexpr(SCHEDULER)
         self.OUT_COLUMNS = gl.constexpr(OUT_COLUMNS)
@@ -248,6 +257,7 @@ class Config:
         self.LATE = gl.constexpr(LATE)
         self.OVERLAP = gl.constexpr(OVERLAP)
         self.PEEL = gl.constexpr(PEEL)
+        self.JOINT = gl.constexpr(JOINT)
         self.TRACE = gl.constexpr(TRACE)
 
 
@@ -564,6 +574,31 @@ def blocks_to_skip(work, tile, LANE: gl.constexpr):
     return skipped
 
 
+# A tile uses the slots of keys and values from one on: once for each block, of both with JOINT.
+@gluon.jit
+def uses_of(work, blocks):
+    """How many uses a tile of so many blocks is."""
+    return 2 * blocks if work.config.JOINT else blocks
+
+
+@gluon.jit
+def key_use(work, first_use, i):
+    """The use of a tile's i-th block of keys, counted from the last one."""
+    use = first_use + i
+    if work.config.JOINT:
+        use = first_use + gl.maximum(2 * i - 1, 0)
+    return use
+
+
+@gluon.jit
+def value_use(work, first_use, i, blocks):
+    """The use of a tile's i-th block of values."""
+    use = first_use + i
+    if work.config.JOINT:
+        use = first_use + gl.minimum(2 * i + 2, 2 * blocks - 1)
+    return use
+
+
 # ---------------------------------------------------------------------------------------- producer
 @gluon.jit
 def producer(work, shared, q_desc, k_desc, v_desc, counter):
@@ -595,9 +630,18 @@ def producer(work, shared, q_desc, k_desc, v_desc, counter):
                     load_rows(q_desc, entry, span.head * config.PACK,
                               span.q_start + tile.first_row + lane * config.POSITIONS,
                               shared.q, tile_use, lane, config.PIECES)  # fmt: skip
-            shared.v.wait_empty(block_use, 0)
-            load_rows(v_desc, entry, key_head, row, shared.v, block_use, 0, config.PIECES_V)
-            block_use += 1
+            if config.JOINT:
+                block_use += 1
+                if i > 0:
+                    # The values of the keys before: of those behind in memory.
+                    shared.v.wait_empty(block_use, 0)
+                    load_rows(v_desc, entry, key_head, row + config.BLOCK_N, shared.v, block_use, 0,
+                              config.PIECES_V)  # fmt: skip
+                    block_use += 1
+            else:
+                shared.v.wait_empty(block_use, 0)
+                load_rows(v_desc, entry, key_head, row, shared.v, block_use, 0, config.PIECES_V)
+                block_use += 1
             if config.SCHEDULER == DYNAMIC and not config.SLIM:
                 # The first loads are on their way: time to fetch the next tile. Later, and it is
                 # known better who will be free first; but then the fetch is waited for.
@@ -611,6 +655,12 @@ def producer(work, shared, q_desc, k_desc, v_desc, counter):
                     else:
                         next_index, next_tile = tile_with_rows(work, counter, next_index)
                         announce_tile(next_index, next_tile, shared.mailbox, tile_use + 1)
+        if config.JOINT:
+            row = span.k_start + tile.first_block * config.BLOCK_N
+            row = gl.where(tile.is_empty, work.seqlen_k, row)
+            shared.v.wait_empty(block_use, 0)
+            load_rows(v_desc, entry, key_head, row, shared.v, block_use, 0, config.PIECES_V)
+            block_use += 1
         if config.SCHEDULER == DYNAMIC and not config.SLIM:
             index = next_index
             tile = next_tile
@@ -953,22 +1003,32 @@ def first_scores(work, shared, zeros, tile_use, block_use, skipped, exists, LANE
                 shared.k.wait_full(block_use, 0)
                 shared.k.release(block_use, 0)
         else:
-            for use in range(block_use, block_use + skipped):
+            for i in range(skipped):
+                use = key_use(work, block_use, i)
                 shared.k.wait_full(use, 0)
                 shared.k.release(use, 0)
+                # Never the tile's last block.
+                use = value_use(work, block_use, i, skipped + 1)
                 shared.v.wait_full(use, 0)
                 shared.v.release(use, 0)
         shared.q.wait_full(tile_use, LANE)
-        shared.k.wait_full(block_use + skipped, 0)
-    return scores(work, shared, zeros, tile_use, block_use + skipped, LANE)
+        shared.k.wait_full(key_use(work, block_use, skipped), 0)
+    return scores(work, shared, zeros, tile_use, key_use(work, block_use, skipped), LANE)
 
 
 @gluon.jit
-def add_values(work, shared, weights, acc, block_use, PIECE: gl.constexpr):
-    """Start acc += weights v of the slot, of a piece of its columns."""
+def add_values(work, shared, weights, acc, block_use, FIRST: gl.constexpr, COUNT: gl.constexpr):
+    """Start acc += weights v of the slot, of COUNT pieces of its columns from the FIRST on."""
+    BLOCK_N: gl.constexpr = work.config.BLOCK_N
     COLUMNS: gl.constexpr = work.config.BLOCK_DV // work.config.PIECES_V
-    v = shared.v.data.index(shared.v.index(block_use, 0) * work.config.PIECES_V + PIECE)
-    return warpgroup_mma(weights, v.reshape([work.config.BLOCK_N, COLUMNS]), acc, is_async=True)
+    v = shared.v.data.index(shared.v.index(block_use, 0) * work.config.PIECES_V + FIRST)
+    if COUNT == 1:
+        v = v.reshape([BLOCK_N, COLUMNS])
+    else:
+        # Blocks of columns as wide as the swizzle follow each other in memory, as the pieces do.
+        BESIDE: gl.constexpr = gl.NVMMASharedLayout(2 * COLUMNS, 16, 2)
+        v = v._reinterpret(v.dtype, [BLOCK_N, COUNT * COLUMNS], BESIDE)
+    return warpgroup_mma(weights, v, acc, is_async=True)
 
 
 @gluon.jit
@@ -1097,14 +1157,23 @@ def consumer(LANE: gl.constexpr, work, shared, target, lse, sinks):
     """Compute POSITIONS positions of every tile, from the (LANE * POSITIONS)-th on."""
     config = work.config
     BLOCK_N: gl.constexpr = config.BLOCK_N
-    PIECES_V: gl.constexpr = config.PIECES_V
-    BLOCK_DV: gl.constexpr = config.BLOCK_DV // PIECES_V  # of a piece
+    PARTS_V: gl.constexpr = config.PARTS_V
+    # Columns of a piece, and pieces and columns of the first accumulator.
+    PIECE: gl.constexpr = config.BLOCK_DV // config.PIECES_V
+    FIRST: gl.constexpr = 2 if PARTS_V == 2 else 1
+    BLOCK_DV: gl.constexpr = FIRST * PIECE
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
+    OUTPUT_PIECE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PIECE, 16])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUTPUT, 2)
+    WEIGHTS_1: gl.constexpr = gl.DotOperandLayout(0, OUTPUT_PIECE, 2)
     SCORE_ROWS: gl.constexpr = gl.SliceLayout(1, SCORES)
     OUTPUT_ROWS: gl.constexpr = gl.SliceLayout(1, OUTPUT)
+    PIECE_ROWS: gl.constexpr = gl.SliceLayout(1, OUTPUT_PIECE)
     MASKED: gl.constexpr = (config.HAS_LEFT or config.HAS_RIGHT) and not config.PEEL
+    # Uses from one block to the next, and from values to the keys of the block after theirs.
+    STEP: gl.constexpr = 2 if config.JOINT else 1
+    TO_KEYS: gl.constexpr = -1 if config.JOINT else 1
     THROUGH_Q: gl.constexpr = config.OUT_COLUMNS == 0
     DTYPE: gl.constexpr = target.desc.dtype
     if config.PING_PONG and LANE == config.CONSUMERS - 1:
@@ -1139,7 +1208,7 @@ def consumer(LANE: gl.constexpr, work, shared, target, lse, sinks):
             skipped = blocks_to_skip(work, tile, LANE)
             s = first_scores(work, shared, zeros, tile_use, block_use, skipped, True, LANE)
             s = warpgroup_mma_wait(0, deps=[s])
-            shared.k.release(block_use + skipped, 0)
+            shared.k.release(key_use(work, block_use, skipped), 0)
         elif config.MOST_SKIPPED > 0:
             if skipped > 0:
                 shared.v.wait_full(block_use, 0)
@@ -1170,12 +1239,13 @@ def consumer(LANE: gl.constexpr, work, shared, target, lse, sinks):
         l = partial_sums(p, BLOCK_N)
         weights = gl.convert_layout(p.to(DTYPE), WEIGHTS)
         acc = gl.zeros([ROWS, BLOCK_DV], gl.float32, OUTPUT)
-        if PIECES_V > 1:
-            acc_1 = gl.zeros([ROWS, BLOCK_DV], gl.float32, OUTPUT)
-            acc_2 = gl.zeros([ROWS, BLOCK_DV], gl.float32, OUTPUT)
+        if PARTS_V > 1:
+            acc_1 = gl.zeros([ROWS, PIECE], gl.float32, OUTPUT_PIECE)
+        if PARTS_V > 2:
+            acc_2 = gl.zeros([ROWS, PIECE], gl.float32, OUTPUT_PIECE)
 
         # The others: scores of block i and values of block i - 1 at a time.
-        use = block_use + skipped
+        use = value_use(work, block_use, skipped, tile.blocks)
         if config.LENGTHS != SHAPES:
             clear_values(work, shared, use, 0, span.rows_k - first_key)
         if config.TRACE:
@@ -1184,29 +1254,31 @@ def consumer(LANE: gl.constexpr, work, shared, target, lse, sinks):
             first_key -= BLOCK_N
             if config.TRACE:
                 wait_k -= now()
-            shared.k.wait_full(use + 1, 0)
+            shared.k.wait_full(use + TO_KEYS, 0)
             if config.TRACE:
                 wait_k += now()
             if config.PING_PONG:
                 take_turn("sync", LANE)
-            s = scores(work, shared, zeros, tile_use, use + 1, LANE)
+            s = scores(work, shared, zeros, tile_use, use + TO_KEYS, LANE)
             if config.TRACE:
                 wait_v -= now()
             shared.v.wait_full(use, 0)
             if config.TRACE:
                 wait_v += now()
-            acc = add_values(work, shared, weights, acc, use, 0)
-            if PIECES_V > 1:
-                acc_1 = add_values(work, shared, weights, acc_1, use, 1)
-                acc_2 = add_values(work, shared, weights, acc_2, use, 2)
+            acc = add_values(work, shared, weights, acc, use, 0, FIRST)
+            if PARTS_V > 1:
+                weights_1 = gl.convert_layout(weights, WEIGHTS_1, assert_trivial=True)
+                acc_1 = add_values(work, shared, weights_1, acc_1, use, FIRST, 1)
+            if PARTS_V > 2:
+                acc_2 = add_values(work, shared, weights_1, acc_2, use, 2, 1)
             if config.PING_PONG:
                 take_turn("arrive", (LANE + 1) % config.CONSUMERS)
             if config.TRACE:
                 wait_s -= now()
-            s = warpgroup_mma_wait(PIECES_V, deps=[s])
+            s = warpgroup_mma_wait(PARTS_V, deps=[s])
             if config.TRACE:
                 wait_s += now()
-            shared.k.release(use + 1, 0)
+            shared.k.release(use + TO_KEYS, 0)
             if not (THROUGH_Q or config.OVERLAP):
                 if i == tile.blocks - 1:
                     shared.q.release(tile_use, LANE)
@@ -1222,36 +1294,40 @@ def consumer(LANE: gl.constexpr, work, shared, target, lse, sinks):
                 # keeps it behind the weights.
                 if i == tile.blocks - 1:
                     shared.q.release(tile_use, LANE)
-            if PIECES_V > 1:
+            if PARTS_V > 2:
                 acc, acc_1, acc_2 = warpgroup_mma_wait(0, deps=[acc, acc_1, acc_2])
+            elif PARTS_V > 1:
+                acc, acc_1 = warpgroup_mma_wait(0, deps=[acc, acc_1])
             else:
                 acc = warpgroup_mma_wait(0, deps=[acc])
             shared.v.release(use, 0)
             if warp_has_moved(LANE):
                 l = l * growth_of(work, m, shift, l)
-                alpha = growth_of(work, m, shift, acc)
-                acc = acc * alpha
-                if PIECES_V > 1:
-                    acc_1 = acc_1 * alpha
-                    acc_2 = acc_2 * alpha
+                acc = acc * growth_of(work, m, shift, acc)
+                if PARTS_V > 1:
+                    acc_1 = acc_1 * growth_of(work, m, shift, acc_1)
+                if PARTS_V > 2:
+                    acc_2 = acc_2 * growth_of(work, m, shift, acc_2)
             l = l + sums
             m = m_new
             weights = gl.convert_layout(p.to(DTYPE), WEIGHTS)
-            use += 1
+            use += STEP
 
         # The last values, under which the next tile's first product may start.
         if config.TRACE:
             at_end = now()
             traced = tile.blocks - skipped
-        block_use += tile.blocks
+        block_use += uses_of(work, tile.blocks)
         if config.HAS_LEFT:
             first = first_key_of(work, span, 0) - tile.first_block * BLOCK_N
             clear_values(work, shared, block_use - 1, first, BLOCK_N)
         shared.v.wait_full(block_use - 1, 0)
-        acc = add_values(work, shared, weights, acc, block_use - 1, 0)
-        if PIECES_V > 1:
-            acc_1 = add_values(work, shared, weights, acc_1, block_use - 1, 1)
-            acc_2 = add_values(work, shared, weights, acc_2, block_use - 1, 2)
+        acc = add_values(work, shared, weights, acc, block_use - 1, 0, FIRST)
+        if PARTS_V > 1:
+            weights_1 = gl.convert_layout(weights, WEIGHTS_1, assert_trivial=True)
+            acc_1 = add_values(work, shared, weights_1, acc_1, block_use - 1, FIRST, 1)
+        if PARTS_V > 2:
+            acc_2 = add_values(work, shared, weights_1, acc_2, block_use - 1, 2, 1)
         if config.TRACE:
             at_mail = now()
         if config.LENGTHS != SHAPES:
@@ -1267,8 +1343,10 @@ def consumer(LANE: gl.constexpr, work, shared, target, lse, sinks):
             s = first_scores(work, shared, zeros, tile_use + 1, block_use, next_skipped,
                              index < work.tiles, LANE)  # fmt: skip
         BEHIND: gl.constexpr = config.PIECES if config.EARLY else 0
-        if PIECES_V > 1:
+        if PARTS_V > 2:
             acc, acc_1, acc_2 = warpgroup_mma_wait(BEHIND, deps=[acc, acc_1, acc_2])
+        elif PARTS_V > 1:
+            acc, acc_1 = warpgroup_mma_wait(BEHIND, deps=[acc, acc_1])
         else:
             acc = warpgroup_mma_wait(BEHIND, deps=[acc])
         shared.v.release(block_use - 1, 0)
@@ -1283,16 +1361,18 @@ def consumer(LANE: gl.constexpr, work, shared, target, lse, sinks):
         row_zero = entry_of(work, span) * work.nheads * config.PACK + head
         row_zero = row_zero.to(gl.int64) * work.seqlen_q
         gl.store(lse + row_zero + span.q_start + row, row_lse, mask=row < span.rows)
-        factor = gl.convert_layout(gl.where(sees, 1.0 / divisor, 0.0), OUTPUT_ROWS)
-        factor = gl.expand_dims(factor, 1)
+        row_factor = gl.where(sees, 1.0 / divisor, 0.0)
+        factor = gl.expand_dims(gl.convert_layout(row_factor, OUTPUT_ROWS), 1)
         out = normalised(work, acc, factor).to(DTYPE)
-        if PIECES_V > 1:
+        if PARTS_V > 1:
             buffer = shared.out.index(LANE)
-            store_columns(work, target, span, first_row, 0, out, buffer)
-            out = normalised(work, acc_1, factor).to(DTYPE)
-            store_columns(work, target, span, first_row, BLOCK_DV, out, buffer)
-            out = normalised(work, acc_2, factor).to(DTYPE)
-            store_columns(work, target, span, first_row, 2 * BLOCK_DV, out, buffer)
+            store_rows(work, target, span, first_row, out, buffer, PIECE)
+            factor_1 = gl.expand_dims(gl.convert_layout(row_factor, PIECE_ROWS), 1)
+            out = normalised(work, acc_1, factor_1).to(DTYPE)
+            store_columns(work, target, span, first_row, FIRST * PIECE, out, buffer)
+            if PARTS_V > 2:
+                out = normalised(work, acc_2, factor_1).to(DTYPE)
+                store_columns(work, target, span, first_row, 2 * PIECE, out, buffer)
         elif THROUGH_Q:
             # Nobody else reads this part of q, and its products are done.
             buffer = shared.q.data.index(shared.q.index(tile_use, LANE))
@@ -1358,7 +1438,7 @@ def attention_forward_sm90(
     HAS_CHUNK: gl.constexpr, HAS_SOFTCAP: gl.constexpr, HAS_SINKS: gl.constexpr,
     HAS_ALIBI: gl.constexpr, LENGTHS: gl.constexpr, HAS_USED_Q: gl.constexpr,
     HAS_USED_K: gl.constexpr, SLIM: gl.constexpr, LATE: gl.constexpr, OVERLAP: gl.constexpr,
-    PEEL: gl.constexpr, TRACE: gl.constexpr,
+    PEEL: gl.constexpr, WIDE: gl.constexpr, JOINT: gl.constexpr, TRACE: gl.constexpr,
 ):  # fmt: skip
     """See the module's docstring; launched with 4 warps, the producer's.
 
@@ -1402,6 +1482,9 @@ def attention_forward_sm90(
             leave through a buffer of their own.
         PEEL: of a tile's blocks the first alone has keys that some row does not see, and each row
             sees one of that block, so only that one is masked.
+        WIDE: multiply the first two of three pieces of values at once, for BLOCK_DV 96 and 192.
+        JOINT: keys and values share a ring of STAGES slots, 3 or more; not with EARLY, nor with
+            both PING_PONG and SKIP.
         TRACE: write to ``trace`` where the time goes; without, it is not used.
         REGISTERS: of a consumer's thread.
         LENGTHS: SHAPES, USED (with HAS_USED_Q, HAS_USED_K or both) or PACKED.
@@ -1412,13 +1495,17 @@ def attention_forward_sm90(
     gl.static_assert(OUT_COLUMNS > 0 or (BLOCK_D == BLOCK_DV and BLOCK_D % 3 > 0))
     gl.static_assert(LENGTHS == SHAPES or (SCHEDULER == DYNAMIC and not SLIM))
     gl.static_assert(not HAS_CHUNK or (HAS_LEFT and HAS_RIGHT))
+    gl.static_assert(not JOINT or (BLOCK_D == BLOCK_DV and STAGES >= 3 and not EARLY))
+    # A consumer that skips blocks waits for values whose slots the others free only after its turn.
+    gl.static_assert(not JOINT or not (PING_PONG and SKIP))
+    gl.static_assert(not WIDE or BLOCK_DV % 3 == 0)
     gl.static_assert(not LATE or (SCHEDULER == DYNAMIC and not SLIM))
     # What keeps the assembler from waiting earlier is that q's buffer is released there.
     gl.static_assert(not OVERLAP or OUT_COLUMNS > 0)
     gl.static_assert(not PEEL or (HAS_RIGHT and not HAS_LEFT and LENGTHS == SHAPES))
     config = Config(PACK, BLOCK_N, BLOCK_D, BLOCK_DV, CONSUMERS, SCHEDULER, OUT_COLUMNS, EARLY,
                     PING_PONG, SKIP, HAS_LEFT, HAS_RIGHT, HAS_CHUNK, HAS_SOFTCAP, HAS_SINKS,
-                    HAS_ALIBI, LENGTHS, SLIM, LATE, OVERLAP, PEEL,
+                    HAS_ALIBI, LENGTHS, SLIM, LATE, OVERLAP, PEEL, WIDE, JOINT,
                     TRACE)  # fmt: skip
     places = Sequences(batch, cu_seqlens_q, cu_seqlens_k, used_q, used_k, HAS_USED_Q, HAS_USED_K)
     work = Work(scale_log2, cap_scale, empty_lse, nheads, group, seqlen_q, seqlen_k, window_left,
@@ -1429,7 +1516,10 @@ def attention_forward_sm90(
     q_buffers = buffers_for(q_desc, Q_SLOTS * CONSUMERS * PIECES)
     q_ring = new_ring(q_buffers, Q_SLOTS, CONSUMERS, 1)
     k_ring = new_ring(buffers_for(k_desc, STAGES * PIECES), STAGES, 1, CONSUMERS)
-    v_ring = new_ring(buffers_for(v_desc, STAGES * config.PIECES_V), STAGES, 1, CONSUMERS)
+    if JOINT:
+        v_ring = k_ring
+    else:
+        v_ring = new_ring(buffers_for(v_desc, STAGES * config.PIECES_V), STAGES, 1, CONSUMERS)
     if SCHEDULER == DYNAMIC:
         PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
         READERS: gl.constexpr = CONSUMERS + (1 if SLIM else 0)

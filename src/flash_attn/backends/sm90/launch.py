@@ -305,5 +305,7 @@ def constants(plan: ForwardPlan, block_d: int, block_dv: int) -> dict[str, Any]:
         "SLIM": plan.slim,
         "LATE": plan.late,
         "OVERLAP": plan.overlap,
+        "JOINT": plan.joint,
+        "WIDE": plan.wide and piece_columns(block_dv) < block_dv,
         "num_warps": 4,
     }

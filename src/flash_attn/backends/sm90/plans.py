@@ -25,7 +25,7 @@ class ForwardPlan:
     Attributes:
         consumers: warpgroups that compute, of 64 queries each.
         block_n: keys in a block.
-        stages: blocks of keys, and of values, that shared memory holds.
+        stages: blocks of keys, and of values, that shared memory holds; with ``joint`` of both.
         scheduler: ONE_TILE, ROUND_ROBIN or DYNAMIC.
         q_slots: tiles of queries that shared memory holds.
         out_halves: 0: results leave through the queries' buffer, 1: through one of their own, 2:
@@ -40,6 +40,9 @@ class ForwardPlan:
         overlap: compute a block's weights while the products with the values before run; not with
             out_halves 0.
         peel: where :func:`masks_first_block_alone`, the loop over the other blocks has no mask.
+        joint: keys and values share one ring of slots, 3 or more; not with ``early``, nor
+            with both ``ping_pong`` and ``skip``, nor for values of another head dim.
+        wide: of tiles in three pieces, two pieces of values are multiplied at once.
     """
 
     consumers: int
@@ -57,6 +60,8 @@ class ForwardPlan:
     late: bool = False
     overlap: bool = False
     peel: bool = False
+    joint: bool = False
+    wide: bool = False
 
     @property
     def block_m(self) -> int:
@@ -82,7 +87,8 @@ class ForwardPlan:
 
     def shared_bytes(self, block_d: int) -> int:
         """Bytes of shared memory for tiles of 16-bit elements, without barriers."""
-        rows = self.q_slots * self.block_m + 2 * self.stages * self.block_n
+        blocks = self.stages if self.joint else 2 * self.stages
+        rows = self.q_slots * self.block_m + blocks * self.block_n
         return 2 * (rows * block_d + self.block_m * self.out_columns(block_d))
 
 
