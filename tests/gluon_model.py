@@ -305,6 +305,10 @@ class Descriptor:
             raise ModelError("TMA outside of the tensor's memory")
         return tuple(slice(*one) for one in ranges), torch.from_numpy(places)
 
+    def touches(self, at: Any) -> bool:
+        """Whether some of a block at ``at`` is inside of the tensor."""
+        return all(part.start < part.stop for part in self._places(at)[0])
+
     def read(self, at: Any) -> np.ndarray:
         inside, places = self._places(at)
         block = np.zeros(self.block_type.shape, np.float32)
@@ -558,8 +562,9 @@ def _tma_out(add: bool) -> Callable[..., None]:
 
         transfer = agent.machine.ask_tma(read, lambda: desc.write(at, block[0], add))
         agent.stores.append(transfer)
-        note = agent.machine.note_addition if add else agent.machine.note_store
-        note((desc.flat.data_ptr(), *map(int, at)), agent.program, transfer)
+        if desc.touches(at):
+            note = agent.machine.note_addition if add else agent.machine.note_store
+            note((desc.flat.data_ptr(), *map(int, at)), agent.program, transfer)
 
     return start
 
