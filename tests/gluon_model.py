@@ -12,7 +12,9 @@ possible interleaving, and a run finds
 * shared memory handed to the asynchronous proxy (TMA, MMA) without a fence after it was written;
 * barriers completed too often, and waits that miss a phase;
 * in kernels with DETERMINISTIC, additions to global memory in another order than that of the
-  programs' numbers, or started before the one that they follow is in memory.
+  programs' numbers, or started before the one that they follow is in memory;
+* additions that start before what TMA stores in the same place is in memory, and such a store after
+  additions or another one.
 
 What it does not model: registers, bank conflicts, the barriers that the compiler itself adds, and
 warps of one warpgroup apart from each other.
@@ -21,6 +23,7 @@ warps of one warpgroup apart from each other.
 from __future__ import annotations
 
 import functools
+import importlib
 import random
 import re
 import sys
@@ -323,6 +326,10 @@ class Descriptor:
             raise ModelError("TMA outside of the tensor's memory")
         return tuple(slice(*one) for one in ranges), torch.from_numpy(places)
 
+    def touches(self, at: Any) -> bool:
+        """Whether some of a block at ``at`` is inside of the tensor."""
+        return all(part.start < part.stop for part in self._places(at)[0])
+
     def read(self, at: Any) -> np.ndarray:
         inside, places = self._places(at)
         block = np.zeros(self.block_type.shape, np.float32)
@@ -438,6 +445,7 @@ class Machine:
         self.resident, self.is_ordered = resident, is_ordered
         # The latest addition to each place of global memory, and whose it is.
         self.additions: dict[Any, tuple[int, Transfer]] = {}
+        self.stores: dict[Any, Transfer] = {}  # to each place of global memory
         self.tma_speed = self.random.choice((0.01, 0.3))
         self.turn_over = threading.Semaphore(0)
         self.agents: list[Agent] = []
@@ -495,6 +503,8 @@ class Machine:
 
     def note_addition(self, place: Any, program: int, transfer: Transfer) -> None:
         """A program adds to a place."""
+        if place in self.stores and not self.stores[place].is_done:
+            raise ModelError("an addition while a store to its place may still be on its way")
         if self.is_ordered and place in self.additions:
             before, earlier = self.additions[place]
             if before >= program:
@@ -502,6 +512,14 @@ class Machine:
             if not earlier.is_done:
                 raise ModelError("an addition while the one before it may still be on its way")
         self.additions[place] = (program, transfer)
+
+    def note_store(self, place: Any, program: int, transfer: Transfer) -> None:
+        """A program stores to a place, which nobody may have done anything to."""
+        if place in self.stores or place in self.additions:
+            raise ModelError("a store over what is there")
+        self.stores[place] = transfer
+        if self.is_ordered:
+            self.additions[place] = (program, transfer)
 
 
 # ---------------------------------------------------------------------------- stand-ins for Triton
@@ -566,9 +584,9 @@ def _tma_out(add: bool) -> Callable[..., None]:
 
         transfer = agent.machine.ask_tma(read, lambda: desc.write(at, block[0], add))
         agent.stores.append(transfer)
-        if add:
-            place = (desc.flat.data_ptr(), *map(int, at))
-            agent.machine.note_addition(place, agent.program, transfer)
+        if desc.touches(at):
+            note = agent.machine.note_addition if add else agent.machine.note_store
+            note((desc.flat.data_ptr(), *map(int, at)), agent.program, transfer)
 
     return start
 
@@ -610,6 +628,12 @@ def _instruction(text: str, _: str = "", arguments: Any = (), **__: Any) -> Any:
         here().sleep()
     if text.startswith(("ld.acquire", "ld.relaxed")):
         return Int(here().look(arguments[0]))
+    if "atom.acquire.gpu.global.max.s32 old, [$1], 1" in text:
+        here().pause()
+        counter = arguments[0]
+        old = int(counter.load(None, 0))
+        counter.store(max(old, 1), None)
+        return Int(old)
     if "red.relaxed" in text:
         for _warp in range(here().warps):
             here().pause()
@@ -794,6 +818,12 @@ def load_kernels(name: str, change: tuple[str, str] | None = None) -> types.Modu
     with mock.patch.dict(sys.modules, {**_stand_ins(), "modelled_kernels": package}):
         exec(compile(source, f"{name}.py", "exec"), loaded.__dict__)
     return loaded
+
+
+def argument(module: str, kernel: str, name: str) -> int:
+    """Which argument of a kernel of ``flash_attn.kernels.<module>`` has a name."""
+    loaded = importlib.import_module(f"flash_attn.kernels.{module}")
+    return getattr(loaded, kernel).arg_names.index(name)
 
 
 class Launch(NamedTuple):
