@@ -180,22 +180,19 @@ class Parent(order_lab.Parent):
     choose = staticmethod(plans)
 
     def table(self) -> None:
-        """For each length the better section: TFLOP/s of the whole and of the main kernel, and how
-        many microseconds lie between them."""
+        """For each length the better section: TFLOP/s of the whole and of the main kernel, how many
+        microseconds lie between them, and the section's MB."""
         seqlens = sorted(self.options.seqlens)
-        print("TFLOP/s whole / main kernel alone (between them in us), sections of", SECTIONS, "MB")
-        found = {
-            (x["key"], x["name"], x["seqlen"], x["megabytes"], x["part"]): x for x in self.times
-        }
+        print("TFLOP/s whole / main kernel alone, us between them, MB of the better section")
+        found: dict[tuple[str, str, int], dict[int, dict[str, Any]]] = {}
+        for x in self.times:
+            row = found.setdefault((x["key"], x["name"], x["seqlen"]), {})
+            row.setdefault(x["megabytes"], {})[x["part"]] = x
         for key in dict.fromkeys(x["key"] for x in self.times):
-            for megabytes in SECTIONS:
-                print(f"-- {key}, {megabytes} MB: {seqlens}")
-                for name in dict.fromkeys(x["name"] for x in self.times if x["key"] == key):
-                    cells = [
-                        _cell(*(found.get((key, name, s, megabytes, p)) for p in ("whole", "main")))
-                        for s in seqlens
-                    ]
-                    print(f"  {name:26s}" + "".join(f"{x:>17s}" for x in cells))
+            print(f"-- {key}: {seqlens}")
+            for name in dict.fromkeys(x["name"] for x in self.times if x["key"] == key):
+                cells = [_cell(found.get((key, name, s), {})) for s in seqlens]
+                print(f"  {name:26s}" + "".join(f"{x:>16s}" for x in cells))
         for note in self.notes[:8]:
             print("note:", note[:300])
         print(f"wall {time.monotonic() - order_lab.STARTED:.0f}s, json {self.options.json}")
@@ -204,11 +201,15 @@ class Parent(order_lab.Parent):
             Path(self.options.json).write_text(json.dumps(facts, indent=1) + "\n")
 
 
-def _cell(whole: dict[str, Any] | None, main: dict[str, Any] | None) -> str:
-    if whole is None or main is None:
+def _cell(sections: dict[int, dict[str, Any]]) -> str:
+    """Of the section with the faster whole."""
+    timed = {size: parts for size, parts in sections.items() if len(parts) == 2}
+    if not timed:
         return "-"
+    megabytes = min(timed, key=lambda size: timed[size]["whole"]["ms"])
+    whole, main = timed[megabytes]["whole"], timed[megabytes]["main"]
     between = 1000.0 * (whole["ms"] - main["ms"])
-    return f"{whole['speed']:.0f}/{main['speed']:.0f} ({between:.0f})"
+    return f"{whole['speed']:.0f}/{main['speed']:.0f} {between:.0f} {megabytes}M"
 
 
 def main() -> None:

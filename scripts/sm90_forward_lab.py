@@ -4,13 +4,14 @@
     python scripts/sm90_forward_lab.py --trial --deadline 150 --fa3 FOLDER
     python scripts/sm90_forward_lab.py --causal-128 --trace --deadline 120 --fa3 FOLDER
     python scripts/sm90_forward_lab.py --list
+    python scripts/sm90_forward_lab.py --compile-only      # no GPU needed
 
-All plans are compiled at once in many processes. Each is then checked in a process of its own with
-a time limit, because a wrong barrier protocol hangs: against a float64 computation, with odd and
-unequal lengths, windows, grouped heads, padded head dims, NaN around every tensor and few programs
-walking over many tiles. What is right is timed in turns with PyTorch's cuDNN attention and, if
---fa3 names the folder of its library, FlashAttention-3, one process for each head dim and mask. The
-last thing printed is the table.
+All kernels are compiled at once in many processes. Each plan is then checked in a process of its
+own with a time limit, because a wrong barrier protocol hangs: against a float64 computation, with
+odd and unequal lengths, windows, grouped heads, padded head dims, NaN around every tensor and few
+programs walking over many tiles. What is right is timed in turns with PyTorch's cuDNN attention
+and, if --fa3 names the folder of its library, FlashAttention-3, one process for each head dim and
+mask. The last thing printed is the table.
 """
 # ruff: noqa: T201
 
@@ -35,7 +36,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPOSITORY / "src"))
+sys.path[:0] = [str(REPOSITORY / "src"), str(REPOSITORY / "tests" / "compile")]
 
 from flash_attn.backends.sm90.plans import (  # noqa: E402
     DYNAMIC,
@@ -275,6 +276,22 @@ STRESS_RUNS = 300
 WINDOWS = ((100, 0), (64, 40), (300, None), (0, 0), (None, 5), (None, 700), (7, 1000))
 
 
+def shapes_of(variant: Variant) -> list[Shape]:
+    """What a variant is checked with."""
+    shapes = list(SHAPES)
+    if variant.masked and not TRIAL:
+        shapes += [Shape(2, 4, 2, 517, 700, 5, window=window) for window in WINDOWS]
+        shapes += [Shape(1, 2, 2, 700, 300, 3, window=window) for window in WINDOWS[:4]]
+    return shapes
+
+
+def visibility_of(variant: Variant, shape: Shape) -> Any:
+    """The mask of a variant's shape."""
+    from flash_attn.core.problem import Visibility
+
+    return Visibility(*shape.window) if variant.masked else Visibility()
+
+
 def padded(shape: tuple[int, ...]) -> Any:
     """A tensor surrounded by NaN: 40 rows and 8 columns lie past its end in memory."""
     import torch
@@ -309,13 +326,12 @@ def check_shape(variant: Variant, shape: Shape) -> list[str]:
 
     from flash_attn.backends.reference import BACKEND as reference
     from flash_attn.backends.sm90 import launch
-    from flash_attn.core.problem import AttentionProblem, Visibility, make_transform
+    from flash_attn.core.problem import AttentionProblem, make_transform
 
     headdim = variant.headdim + (shape.headdim or 0)
     q = random(shape.batch, shape.seqlen_q, shape.nheads, headdim)
     k, v = (random(shape.batch, shape.seqlen_k, shape.nheads_k, headdim) for _ in range(2))
-    visibility = Visibility(*shape.window) if variant.masked else Visibility()
-    problem = AttentionProblem(q, k, v, make_transform(headdim), visibility)
+    problem = AttentionProblem(q, k, v, make_transform(headdim), visibility_of(variant, shape))
     want, want_lse, *_ = reference.forward(
         problem._replace(q=q.double(), k=k.double(), v=v.double())
     )
@@ -382,15 +398,15 @@ def stress(variant: Variant) -> None:
 
     from flash_attn.backends.reference import BACKEND as reference
     from flash_attn.backends.sm90 import launch
-    from flash_attn.core.problem import AttentionProblem, Visibility, make_transform
+    from flash_attn.core.problem import AttentionProblem, make_transform
 
     bad = []
     for shape in STRESSED:
         say(event="stage", at=f"stress {tuple(shape)}")
         q = random(shape.batch, shape.seqlen_q, shape.nheads, variant.headdim)
         k, v = (random(shape.batch, shape.seqlen_k, shape.nheads_k, variant.headdim) for _ in "kv")
-        visibility = Visibility(*shape.window) if variant.masked else Visibility()
-        problem = AttentionProblem(q, k, v, make_transform(variant.headdim), visibility)
+        visible = visibility_of(variant, shape)
+        problem = AttentionProblem(q, k, v, make_transform(variant.headdim), visible)
         want = reference.forward(problem).out.float()
         out, lse = padded(q.shape), torch.empty(problem.lse_shape, device="cuda")
         wrong = torch.zeros(3, *q.shape[:3], dtype=torch.int64, device="cuda")
@@ -419,11 +435,7 @@ def check(variant: Variant) -> None:
     torch.manual_seed(11)
     torch.backends.cuda.matmul.allow_tf32 = False
     bad = []
-    shapes = list(SHAPES)
-    if variant.masked and not TRIAL:
-        shapes += [Shape(2, 4, 2, 517, 700, 5, window=window) for window in WINDOWS]
-        shapes += [Shape(1, 2, 2, 700, 300, 3, window=window) for window in WINDOWS[:4]]
-    for shape in shapes:
+    for shape in shapes_of(variant):
         say(event="stage", at=str(tuple(shape)))
         bad += [f"{tuple(shape)}: {text}" for text in check_shape(variant, shape)]
     say(event="stage", at="neighbours")
@@ -454,34 +466,52 @@ def bound(variant: Variant, seqlen: int) -> tuple[Any, Callable[[], None]]:
 
 
 def compile_all(chosen: list[Variant]) -> None:
-    """Compile without launching; what is compiled here is found in the cache later."""
-    from triton.runtime.jit import JITFunction
+    """Compile without a GPU; what is compiled here is found in the cache later."""
+    import aot
+
+    for variant in chosen:
+        for one in launches_of(variant):
+            _, compiled = aot.compile_kernel(one, "sm90")
+            used = aot.resources_of(compiled, "sm90")
+            say(event="compiled", registers=used.registers, spills=used.spilled)
+
+
+def launches_of(variant: Variant) -> list[Any]:
+    """The kernel calls of a variant's checks, timings and traces, one of each kernel."""
+    import aot
+    import torch
 
     from flash_attn.backends.sm90 import launch
-    from flash_attn.core.problem import Visibility
+    from flash_attn.core.problem import AttentionProblem, make_transform
 
-    run = JITFunction.run
-
-    def only_compile(self: Any, *args: Any, grid: Any, warmup: bool, **keywords: Any) -> Any:
-        compiled = run(self, *args, grid=grid, warmup=True, **keywords)
-        compiled._init_handles()
-        say(event="compiled", registers=compiled.n_regs, spills=compiled.n_spills)
-        return compiled
-
-    windows = [Visibility(*x) for x in ((None, 0), (40, None), (40, 30), (None, None))]
-    with mock.patch.object(JITFunction, "run", only_compile):
-        for variant in chosen:
-            problem, _ = bound(variant, 512)[0]
-            if TRIAL:
-                visible = problem._replace(visibility=windows[0 if variant.masked else -1])
-                launch.forward(visible, None, variant.plan)
-                continue
-            for window in windows if variant.masked else windows[-1:]:
-                visible = problem._replace(visibility=window)
-                launch.forward(visible, None, variant.plan)
-        for variant, _ in traced() if TRACE else ():
-            if variant in chosen:
-                launch_traced(variant, 512)
+    timed = Shape(1, 16, 16, 512, 512)
+    shapes = [(shape, False) for shape in (*shapes_of(variant), timed)]
+    if TRACE and variant in [one for one, _ in traced()]:
+        shapes.append((timed, True))
+    counter = torch.empty(1, dtype=torch.int32, device="meta")
+    found = {}
+    for shape, is_traced in shapes:
+        headdim = variant.headdim + (shape.headdim or 0)
+        q, k, v = (
+            torch.empty(shape.batch, *rows, headdim, dtype=torch.bfloat16, device="meta")
+            for rows in ((shape.seqlen_q, shape.nheads), *[(shape.seqlen_k, shape.nheads_k)] * 2)
+        )
+        problem = AttentionProblem(q, k, v, make_transform(headdim), visibility_of(variant, shape))
+        lse = torch.empty(problem.lse_shape, device="meta")
+        arguments = (
+            problem,
+            variant.plan,
+            torch.empty_like(q),
+            lse,
+            counter if is_traced else None,
+        )
+        with (
+            mock.patch.object(launch, "counter_for", return_value=counter),
+            mock.patch.object(launch, "multiprocessors_of", return_value=shape.programs),
+        ):
+            (one,) = aot.record(lambda a=arguments: launch.launch_forward(*a), "sm90")
+        found[str(sorted(one.keywords.items()))] = one
+    return list(found.values())
 
 
 def launch_traced(variant: Variant, seqlen: int, times: int = 1) -> Any:
@@ -739,11 +769,11 @@ class Lab:
             self.out.parent.mkdir(parents=True, exist_ok=True)
             self.out.write_text(json.dumps(self.record, indent=1), encoding="utf-8")
 
-    def compile(self, jobs: int) -> None:
-        """Fill the compiler's cache."""
+    def compile(self, jobs: int, seconds: float = COMPILE_SECONDS) -> bool:
+        """Fill the compiler's cache; whether everything was compiled."""
         chosen = list({kernel_of(x): x for x in reversed(self.chosen)}.values())
         shares = [chosen[i::jobs] for i in range(min(jobs, len(chosen)))]
-        limit = min(COMPILE_SECONDS, self.left())
+        limit = min(seconds, self.left())
         with ThreadPoolExecutor(len(shares)) as pool:
             findings = list(pool.map(lambda share: call("compile", share, limit), shares))
         kernels = [message for found in findings for message in found.all("compiled")]
@@ -752,6 +782,7 @@ class Lab:
         for found in findings:
             if found.state != "ok":
                 self.log("compiling:", found.state)
+        return all(found.state == "ok" for found in findings)
 
     def check(self, jobs: int) -> list[Variant]:
         """The variants that are right."""
@@ -859,6 +890,7 @@ def main() -> int:
     parser.add_argument("--match", default="", help="only variants whose name contains it")
     parser.add_argument("--list", action="store_true", help="print the variants' names and end")
     parser.add_argument("--no-times", action="store_true", help="compile and check alone")
+    parser.add_argument("--compile-only", action="store_true", help="fill Triton's cache and end")
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) - 3))
     parser.add_argument("--stress", action="store_true", help="check by many runs of short tiles")
     parser.add_argument("--checks", type=int, default=0, help="checks at a time; 0: up to 6")
@@ -882,6 +914,8 @@ def main() -> int:
         print("\n".join(variant.name for variant in chosen) or f"nothing matches {args.match!r}")
         return 0 if chosen else 2
     lab = Lab(chosen, args.deadline, args.out, "stress" if args.stress else "check")
+    if args.compile_only:
+        return 0 if lab.compile(args.jobs, args.deadline) else 1
     lab.compile(args.jobs)
     good = lab.check(args.checks or min(13 if TRIAL else 6, args.jobs))
     lab.save()

@@ -3,6 +3,7 @@
     python scripts/sm90_shapes_lab.py --fa3 FOLDER --deadline 200 --out shapes.json
     python scripts/sm90_shapes_lab.py --match 'd(96|192).*(4096|16384)' --deadline 80 --fa3 FOLDER
     python scripts/sm90_shapes_lab.py --list
+    python scripts/sm90_shapes_lab.py --compile-only      # no GPU needed
 
 On one GPU: grouped heads with and without packing, packed sequences, windows, ALiBi, head dims
 between the powers of two, and a series of small problems in float16. Every cell is compiled and
@@ -27,6 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -53,10 +55,12 @@ TIGHT: dict[tuple[int, bool], tuple[ForwardPlan, ...]] = {
         replace(_96_THREE, slim=True),
         replace(_96_TWO, **_STAY, ping_pong=True),
         replace(_96_TWO, **_STAY, ping_pong=True, wide=True),
+        replace(_96_TWO, **_STAY, ping_pong=True, wide=True, overlap=True),
     ),
     (96, True): (
         replace(_96_TWO, wide=True),
         replace(_96_TWO, wide=True, late=True),
+        replace(_96_TWO, wide=True, late=True, overlap=True, peel=True),
         replace(_96_THREE, scheduler=DYNAMIC, section_bytes=L2, skip=True, late=True,
                 ping_pong=False),
     ),
@@ -64,11 +68,13 @@ TIGHT: dict[tuple[int, bool], tuple[ForwardPlan, ...]] = {
         replace(_192, **_STAY, stages=2, slim=True, wide=True),
         replace(_192_JOINT, **_STAY),
         replace(_192_JOINT, **_STAY, wide=False),
+        replace(_192_JOINT, **_STAY, overlap=True),
     ),
     (192, True): (
         replace(_192, late=True, wide=True),
         replace(_192_JOINT, late=True),
         replace(_192_JOINT, late=True, skip=False),
+        replace(_192_JOINT, late=True, skip=False, overlap=True, peel=True),
     ),
 }  # fmt: skip
 # Lengths of 16 packed sequences, 32768 tokens in all.
@@ -165,8 +171,8 @@ def cells() -> list[Cell]:
     return found
 
 
-def problem_of(cell: Cell) -> Any:
-    """The cell's problem, on the GPU."""
+def problem_of(cell: Cell, device: str = "cuda") -> Any:
+    """The cell's problem."""
     import torch
 
     from flash_attn.core.problem import (
@@ -182,15 +188,15 @@ def problem_of(cell: Cell) -> Any:
     layout, slopes = DENSE, None
     places = [(cell.batch, length) for length in cell.seqlens]
     if cell.varlen:
-        bounds = torch.tensor((0, *LENGTHS)).cumsum(0).to("cuda", torch.int32)
+        bounds = torch.tensor((0, *LENGTHS)).cumsum(0).to(device, torch.int32)
         layout = SequenceLayout(
             bounds, bounds, max_seqlen_q=max(LENGTHS), max_seqlen_k=max(LENGTHS)
         )
         places = [(sum(LENGTHS),)] * 2
     if cell.alibi:
-        slopes = torch.rand(cell.heads[0], device="cuda") * 0.1
+        slopes = torch.rand(cell.heads[0], device=device) * 0.1
     q, k, v = (
-        torch.randn(*place, heads, cell.headdim, device="cuda").to(dtype)
+        torch.randn(*place, heads, cell.headdim, device=device).to(dtype)
         for place, heads in zip((*places, places[1]), (*cell.heads, cell.heads[1]), strict=True)
     )
     transform = make_transform(cell.headdim, alibi_slopes=slopes)
@@ -231,25 +237,52 @@ def fa3(folder: Path, cell: Cell, problem: Any) -> Callable[[], Any]:
     return lambda: torch.ops.flash_attn_3.fwd(problem.q, problem.k, problem.v, **options)[0]
 
 
+def checked(cell: Cell) -> list[Cell]:
+    """The cell, and as it is also checked."""
+    return [cell] if cell.varlen else [cell, cell._replace(seqlens=RAGGED)]
+
+
+def compile_cell(cell: Cell) -> int:
+    """Compile what checks and timings launch, without a GPU; how many kernels that are."""
+    import aot
+    import torch
+
+    from flash_attn.backends.sm90 import launch
+    from flash_attn.core import registry
+
+    calls = []
+    counter = torch.empty(1, dtype=torch.int32, device="meta")
+    for one in checked(cell):
+        problem = problem_of(one, "meta")._replace(num_splits=1)
+        calls += aot.record(lambda p=problem: registry.load("triton").forward(p), "sm90")
+        with (
+            mock.patch.object(launch, "counter_for", return_value=counter),
+            mock.patch.object(launch, "multiprocessors_of", return_value=132),
+        ):
+            for run in ours(one, problem).values():
+                calls += aot.record(run, "sm90")
+    return len({aot.compile_kernel(call, "sm90")[1].hash for call in calls})
+
+
 def check(cell: Cell) -> list[str]:
     """Compile every variant; what is wrong with the results, beside the portable kernels'."""
     from flash_attn.backends.sm90 import BACKEND
     from flash_attn.core import registry
 
     bad = []
-    for seqlens in (cell.seqlens,) if cell.varlen else (cell.seqlens, RAGGED):
-        problem = problem_of(cell._replace(seqlens=seqlens))._replace(num_splits=1)
+    for one in checked(cell):
+        problem = problem_of(one)._replace(num_splits=1)
         bad += BACKEND.unsupported(problem, backward=False)
         if bad:
             break
         want = registry.load("triton").forward(problem).out.float()
-        for name, run in ours(cell, problem).items():
+        for name, run in ours(one, problem).items():
+            what = f"{name}, {one.seqlens}"
             first = run()
             error = lab.relative_error(first, want)
             if not error < 1e-2:
-                bad.append(f"{name}, {seqlens}: differs from the portable kernels by {error:.1e}")
-            differ = [f"{name}, {seqlens}: runs differ" for _ in range(3) if (run() != first).any()]
-            bad += differ[:1]
+                bad.append(f"{what}: differs from the portable kernels by {error:.1e}")
+            bad += [f"{what}: runs differ" for _ in range(3) if (run() != first).any()][:1]
     return bad
 
 
@@ -266,12 +299,15 @@ def time_cell(cell: Cell, folder: Path | None, seconds: float) -> dict[str, floa
     return {name: cell.flops() / ms / 1e9 for name, ms in milliseconds.items()}
 
 
-def work(names: list[str], folder: Path | None, seconds: float) -> None:
-    """What a worker does: check its only cell, or, with seconds, time them all."""
+def work(names: list[str], folder: Path | None, seconds: float, compile_only: bool) -> None:
+    """What a worker does: compile or check its only cell, or, with seconds, time them all."""
     chosen = {cell.name: cell for cell in cells()}
     end = time.monotonic() + seconds
     for position, name in enumerate(names):
         try:
+            if compile_only:
+                lab.say(event="compiled", name=name, kernels=compile_cell(chosen[name]))
+                continue
             if not seconds:
                 lab.say(event="checked", name=name, bad=check(chosen[name]))
                 continue
@@ -286,10 +322,17 @@ def work(names: list[str], folder: Path | None, seconds: float) -> None:
             lab.say(event="checked", name=name, bad=[f"{type(error).__name__}: {error}"[:300]])
 
 
-def call(names: list[str], folder: Path | None, seconds: float, limit: float) -> list[Any]:
+def call(
+    names: list[str],
+    folder: Path | None,
+    seconds: float,
+    limit: float,
+    compile_only: bool = False,
+) -> list[Any]:
     """What a worker said, within ``limit`` seconds; an error for what it did not come to."""
     command = [sys.executable, str(Path(__file__).resolve()), "--work", json.dumps(names)]
     command += ["--seconds", str(seconds), *(["--fa3", str(folder)] if folder else [])]
+    command += ["--compile-only"] * compile_only
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
         output, why = done.stdout, done.stderr[-300:]
@@ -321,11 +364,12 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="print the cells' names and end")
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) - 3))
     parser.add_argument("--fa3", type=Path, help="folder of FlashAttention-3's library")
+    parser.add_argument("--compile-only", action="store_true", help="fill Triton's cache and end")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, default=0.0, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.work:
-        work(json.loads(args.work), args.fa3, args.seconds)
+        work(json.loads(args.work), args.fa3, args.seconds, args.compile_only)
         return 0
     if args.fa3 and lab.library_in(args.fa3, *lab.FA3_LIBRARIES) is None:
         parser.error(f"--fa3 {args.fa3}: there is none of {', '.join(lab.FA3_LIBRARIES)}")
@@ -334,6 +378,13 @@ def main() -> int:
     if args.list or not names:
         print("\n".join(names) or f"nothing matches {args.match!r}")
         return 0 if names else 2
+    if args.compile_only:
+        with ThreadPoolExecutor(args.jobs) as pool:
+            said = pool.map(lambda name: call([name], None, 0.0, args.deadline, True), names)
+            found = [message for messages in said for message in messages]
+        for message in found:
+            print(message.get("name"), message.get("kernels", message.get("bad")), flush=True)
+        return 0 if all(message["event"] == "compiled" for message in found) else 1
     with ThreadPoolExecutor(args.jobs) as pool:
         limit = max(20.0, args.deadline * 0.6)
         checks = pool.map(lambda name: call([name], None, 0.0, limit), names)

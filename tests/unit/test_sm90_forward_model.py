@@ -16,7 +16,7 @@ import gluon_model
 import support
 
 from flash_attn.backends.sm90 import launch
-from flash_attn.backends.sm90.plans import ForwardPlan
+from flash_attn.backends.sm90.plans import ForwardPlan, masks_first_block_alone
 from flash_attn.core import reference
 from flash_attn.core.problem import (
     DENSE,
@@ -195,7 +195,16 @@ def test_keys_and_values_in_one_ring(kernels: Any, dim: int) -> None:
             plan = launch.plan_for(problem)
             plan = replace(plan, early=False, skip=mask != FULL, joint=True, stages=3)
             check(kernels, problem, plan)
-            check(kernels, problem, replace(plan, block_n=128, stages=4, wide=dim == 192))
+            plan = replace(plan, block_n=128, stages=4, wide=dim == 192)
+            check(kernels, problem, plan)
+            check(kernels, problem, replace(plan, skip=False, overlap=True))
+
+
+def test_one_ring_and_loops_without_masks(kernels: Any) -> None:
+    problem = dense((150, 406), dims=(192, 192), visibility=CAUSAL, pack_gqa=False)
+    plan = replace(launch.plan_for(problem), block_n=128, skip=False, joint=True, wide=True)
+    assert masks_first_block_alone(plan, 150, 406, None, 0, 1)
+    check(kernels, problem, replace(plan, overlap=True, peel=True))
 
 
 @pytest.mark.parametrize("change", [("PIECES_V + FIRST)", "PIECES_V + 0)"),

@@ -203,6 +203,7 @@ def variants() -> list[ForwardPlan]:
             replace(joint, scheduler=ONE_TILE, out_halves=0, skip=True),
             replace(joint, scheduler=DYNAMIC, skip=True, late=True),
             replace(joint, scheduler=DYNAMIC, slim=True, skip=True),
+            replace(joint, scheduler=DYNAMIC, late=True, overlap=True, peel=True),
         ]
         if consumers > 1:
             plans += [

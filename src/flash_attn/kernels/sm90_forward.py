@@ -1003,12 +1003,12 @@ def first_scores(work, shared, zeros, tile_use, block_use, skipped, exists, LANE
                 shared.k.wait_full(block_use, 0)
                 shared.k.release(block_use, 0)
         else:
-            for i in range(skipped):
-                use = key_use(work, block_use, i)
+            for at in range(block_use, block_use + skipped):
+                use = key_use(work, block_use, at - block_use)
                 shared.k.wait_full(use, 0)
                 shared.k.release(use, 0)
                 # Never the tile's last block.
-                use = value_use(work, block_use, i, skipped + 1)
+                use = value_use(work, block_use, at - block_use, skipped + 1)
                 shared.v.wait_full(use, 0)
                 shared.v.release(use, 0)
         shared.q.wait_full(tile_use, LANE)
