@@ -874,7 +874,7 @@ def print_table(table: dict[tuple[int, bool], dict[str, dict[int, float]]]) -> N
                 percent = f"{100 * rate / rival[s]:4.0f}" if rival[s] else "    "
                 mark = "*" if rate == best[s] else " "
                 cells.append(f"{rate:4.0f}{percent}{mark}" if rate else "   -     ")
-            print(f"{name:40s}", *cells)
+            print(f"{name:50s}", *cells)
     if ratios:
         mean = math.exp(sum(map(math.log, ratios.values())) / len(ratios))
         lowest = sorted(ratios, key=lambda cell: ratios[cell])[:8]

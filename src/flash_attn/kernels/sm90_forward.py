@@ -622,26 +622,24 @@ def producer(work, shared, q_desc, k_desc, v_desc, counter):
             row = span.k_start + (tile.first_block + tile.blocks - 1 - i) * config.BLOCK_N
             # Nobody sees an empty tile's keys: those past the end are zeros, whatever the others.
             row = gl.where(tile.is_empty, work.seqlen_k, row)
-            shared.k.wait_empty(block_use, 0)
-            load_rows(k_desc, entry, key_head, row, shared.k, block_use, 0, config.PIECES)
+            use = key_use(work, block_use, i) if config.JOINT else block_use
+            shared.k.wait_empty(use, 0)
+            load_rows(k_desc, entry, key_head, row, shared.k, use, 0, config.PIECES)
             if i == 0:
                 for lane in gl.static_range(config.CONSUMERS):
                     shared.q.wait_empty(tile_use, lane)
                     load_rows(q_desc, entry, span.head * config.PACK,
                               span.q_start + tile.first_row + lane * config.POSITIONS,
                               shared.q, tile_use, lane, config.PIECES)  # fmt: skip
-            if config.JOINT:
+            if not config.JOINT:
+                shared.v.wait_empty(use, 0)
+                load_rows(v_desc, entry, key_head, row, shared.v, use, 0, config.PIECES_V)
                 block_use += 1
-                if i > 0:
-                    # The values of the keys before: of those behind in memory.
-                    shared.v.wait_empty(block_use, 0)
-                    load_rows(v_desc, entry, key_head, row + config.BLOCK_N, shared.v, block_use, 0,
-                              config.PIECES_V)  # fmt: skip
-                    block_use += 1
-            else:
-                shared.v.wait_empty(block_use, 0)
-                load_rows(v_desc, entry, key_head, row, shared.v, block_use, 0, config.PIECES_V)
-                block_use += 1
+            elif i > 0:
+                # The values of the keys before: of those behind in memory.
+                shared.v.wait_empty(use + 1, 0)
+                load_rows(v_desc, entry, key_head, row + config.BLOCK_N, shared.v, use + 1, 0,
+                          config.PIECES_V)  # fmt: skip
             if config.SCHEDULER == DYNAMIC and not config.SLIM:
                 # The first loads are on their way: time to fetch the next tile. Later, and it is
                 # known better who will be free first; but then the fetch is waited for.
@@ -658,9 +656,9 @@ def producer(work, shared, q_desc, k_desc, v_desc, counter):
         if config.JOINT:
             row = span.k_start + tile.first_block * config.BLOCK_N
             row = gl.where(tile.is_empty, work.seqlen_k, row)
-            shared.v.wait_empty(block_use, 0)
-            load_rows(v_desc, entry, key_head, row, shared.v, block_use, 0, config.PIECES_V)
-            block_use += 1
+            block_use += uses_of(work, tile.blocks)
+            shared.v.wait_empty(block_use - 1, 0)
+            load_rows(v_desc, entry, key_head, row, shared.v, block_use - 1, 0, config.PIECES_V)
         if config.SCHEDULER == DYNAMIC and not config.SLIM:
             index = next_index
             tile = next_tile
