@@ -74,7 +74,7 @@ def compile_worker(choose: Callable[[int, bool, int], dict[str, Any]] = plans) -
             lambda p=problem, i=inputs, plan=plan: launch_backward.backward(p, i, plan), "sm90"
         ):
             source, compiled = aot.compile_kernel(one, "sm90")
-            spilled = aot.resources_of(compiled, "sm90").spilled
+            _, spilled = aot.usage_of(compiled, "sm90")
             build_launcher(source, compiled)
             emit(event="compiled", name=f"D{headdim} {is_causal} {name}", spilled=spilled)
 

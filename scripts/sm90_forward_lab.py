@@ -472,8 +472,8 @@ def compile_all(chosen: list[Variant]) -> None:
     for variant in chosen:
         for one in launches_of(variant):
             _, compiled = aot.compile_kernel(one, "sm90")
-            used = aot.resources_of(compiled, "sm90")
-            say(event="compiled", registers=used.registers, spills=used.spilled)
+            registers, spills = aot.usage_of(compiled, "sm90")
+            say(event="compiled", registers=registers, spills=spills)
 
 
 def launches_of(variant: Variant) -> list[Any]:

@@ -158,10 +158,7 @@ def compile_kernel(one: Launch, arch: str) -> tuple[ASTSource, Any]:
 
 def resources_of(compiled: Any, arch: str, seconds: float = 0.0) -> Resources:
     """What a compiled kernel takes; ``seconds`` is how long its compilation took."""
-    if TARGETS[arch].backend == "hip":
-        registers, spilled = _usage_amd(compiled.asm["amdgcn"])
-    else:
-        registers, spilled = _usage_nvidia(compiled.asm["cubin"])
+    registers, spilled = usage_of(compiled, arch)
     lost, unused = [], []
     if arch == "sm90":
         lost = descriptors.lost(descriptors.disassemble(compiled.asm["cubin"]))
@@ -169,6 +166,13 @@ def resources_of(compiled: Any, arch: str, seconds: float = 0.0) -> Resources:
     return Resources(
         registers, spilled, compiled.metadata.shared, seconds, tuple(lost), tuple(unused)
     )
+
+
+def usage_of(compiled: Any, arch: str) -> tuple[int, int]:
+    """(registers, spilled) as in :class:`Resources`; machine code alone is looked at."""
+    if TARGETS[arch].backend == "hip":
+        return _usage_amd(compiled.asm["amdgcn"])
+    return _usage_nvidia(compiled.asm["cubin"])
 
 
 def compile_launch(one: Launch, arch: str) -> Resources:
