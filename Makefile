@@ -1,11 +1,13 @@
 # make demo   train a small GPT on FlashMHA beside its twin on PyTorch's attention (DEMO="--quick")
 # make test   every check and test that this machine can run
+# make test-clients   programs written for FlashAttention, from their own packages
 # make lint | test-newest-triton | bench-report | wheel | clean
 
 SHELL := bash
 PYTHON ?= python3
 VENV := .venv
 NEWEST := .venv-newest
+CLIENTS := .venv-clients
 PY := $(VENV)/bin/python
 
 export PYTHON
@@ -36,7 +38,7 @@ if $(PY) -c "import xdist" 2>/dev/null; then \
 fi
 endef
 
-.PHONY: demo test lint test-newest-triton test-cpu test-gpu bench-report wheel clean
+.PHONY: demo test lint test-newest-triton test-cpu test-gpu test-clients bench-report wheel clean
 
 demo: $(VENV)/stamp
 	$(PY) examples/demo_gpt.py $(DEMO)
@@ -59,7 +61,8 @@ lint: $(VENV)/stamp
 	@$(call tool,mypy,$(PY) -m mypy)
 
 test-newest-triton: $(NEWEST)/stamp
-	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n auto --maxprocesses 8 tests/compile
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n auto --maxprocesses 8 tests/compile \
+		tests/unit/test_launcher.py tests/unit/test_repeated.py tests/unit/test_repeated_sm90.py
 
 test-cpu: $(VENV)/stamp
 	@$(pytest_options); $(parallel_options); \
@@ -69,6 +72,9 @@ test-gpu: $(VENV)/stamp
 	@$(pytest_options); \
 	$(PY) -m pytest "$${options[@]}" -m gpu
 
+test-clients: $(CLIENTS)/installed
+	OMP_NUM_THREADS=1 $(CLIENTS)/bin/python -m pytest tests/clients
+
 bench-report: $(VENV)/stamp
 	$(PY) benchmarks/report.py
 
@@ -77,9 +83,15 @@ wheel: $(VENV)/stamp
 	$(PY) -m build --no-isolation --outdir dist packages/flash-attn-3
 
 clean:
-	rm -rf $(VENV) $(NEWEST) build dist demo-out src/*.egg-info
+	rm -rf $(VENV) $(NEWEST) $(CLIENTS) build dist demo-out src/*.egg-info
 	rm -rf packages/*/build packages/*/src/*.egg-info
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 
 $(VENV)/stamp $(NEWEST)/stamp: pyproject.toml scripts/setup_venv.sh
 	scripts/setup_venv.sh $(@D)
+
+# Laid over the first environment, which it shares PyTorch with and leaves as it is.
+$(CLIENTS)/installed: $(VENV)/stamp tests/clients/requirements.txt
+	PYTHON=$(abspath $(PY)) scripts/setup_venv.sh $(@D)
+	$(CLIENTS)/bin/python -m pip install --quiet -r tests/clients/requirements.txt
+	touch $@

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from attention import describe
+from recording import describe
 from torch import Tensor
 
 from flash_attn.quantize import QuantizedQKV

@@ -25,10 +25,9 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from attention import CudaClock, describe, environment, rotations, write_json
+from recording import describe, new_result, write_json
+from timing import CudaClock, rotations
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from flash_attn import use_backend
 from flash_attn.backends.triton import launch
@@ -272,7 +271,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--ways", default="", help="only these, separated by commas")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--max-seconds", type=float, default=math.inf, help="no new cell after it")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="JSON file, written after every cell")
+    parser.add_argument("--commit", help="recorded instead of asking git")
     return parser.parse_args(arguments)
 
 
@@ -282,6 +282,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wanted = set(filter(None, options.ways.split(",")))
     until = time.monotonic() + options.max_seconds
     clock, rows, left_out = CudaClock(0.02), [], []
+    settings = {"rounds": options.rounds, "backend": "triton"}
+    data = new_result("extensions", options.commit, settings)
+    data |= {"rows": rows, "left_out": left_out}
     for name, cell in cells():
         if options.match not in name:
             continue
@@ -295,12 +298,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             rows.append(measure(name, chosen, clock, options.rounds))
         print(rows[-1], flush=True)
         if options.out:
-            write_json(options.out, {"environment": environment(), "rows": rows})
+            write_json(options.out, data)
     lines, passed = verdict(rows, left_out)
     print("\n".join(lines), flush=True)
     if options.out:
-        data = {"rows": rows, "left_out": left_out, "verdict": lines, "passed": passed}
-        write_json(options.out, {"environment": environment(), **data})
+        write_json(options.out, data | {"verdict": lines, "passed": passed})
     return 0 if passed else 1
 
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from attention import environment, write_json
+from recording import environment, write_json
 from torch import Tensor
 
 import flash_attn

@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from attention import SCHEMA, describe, environment, write_json
 from cudnn_float8 import Cudnn, CudnnForward, CudnnMissingError, CudnnRefusedError, load_cudnn
+from recording import SCHEMA, describe, environment, write_json
 from torch import Tensor
 
 from flash_attn import hopper_interface, use_backend

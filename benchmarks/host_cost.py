@@ -1,32 +1,37 @@
-"""Times the host side of one attention call, layer by layer, in microseconds.
+"""Times the host side of one attention call, in microseconds: beside PyTorch's, layer by layer.
 
 Calls are issued back to back on tensors so small that the GPU keeps up; the best of several rounds
-counts. Every backend that is named is timed in turn: "auto" is the Hopper kernels on GPUs of
-compute capability 9.0, but for the single row of flash_attn_with_kvcache.
+counts. First the public functions, PyTorch's SDPA and, with ``--peers``, FlashAttention-3's
+operators in turns; all must agree. Then the layers of every backend that is named: "auto" is the
+Hopper kernels on GPUs of compute capability 9.0, but for the single row of flash_attn_with_kvcache.
 
 Without a GPU the launches end in a stub instead of the driver, on CPU tensors that are taken for a
 Hopper GPU's: what remains is the cost of Python and of allocation, on CPU time, so that a busy
 machine matters less.
 
-    python benchmarks/host_cost.py --out benchmarks/results/NAME.json
+    python benchmarks/host_cost.py --peers FOLDER --out benchmarks/results/NAME.json
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
+import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
+from cells import Cell
+from options import existing_folder
+from peers import add_peers, fa3_kernels, fa3_operators
+from recording import new_result, write_json
+from stub import install_stub
+from timing import rotations
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -38,7 +43,6 @@ from flash_attn import (
 )
 from flash_attn.backends import _launcher
 from flash_attn.backends._launcher import Launcher, Repeat, recording
-from flash_attn.backends.triton import BACKEND as PORTABLE
 from flash_attn.core import ops, registry, repeated
 from flash_attn.core.attend import attend
 from flash_attn.core.outputs import empty_lse, empty_out
@@ -46,6 +50,9 @@ from flash_attn.core.outputs import empty_lse, empty_out
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 Calls = dict[str, Callable[[], object]]
+BESIDE = "side by side"
+# Of calls side by side, in bfloat16.
+WRONG_ABOVE = 2e-2
 
 
 @triton.jit
@@ -143,20 +150,93 @@ def public(args: argparse.Namespace) -> tuple[Calls, Calls]:
 
 
 def of_pytorch(args: argparse.Namespace) -> tuple[Calls, Calls]:
-    """PyTorch's own flash attention on the same sizes."""
-    shape = (args.batch, args.nheads, args.seqlen, args.headdim)
-    q, k, v = (random(*shape) for _ in "qkv")
-    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-    dout = torch.randn_like(q)
+    """PyTorch's own flash attention on the same numbers as :func:`beside`."""
+    q, k, v, dout = (x.transpose(1, 2) for x in same_numbers(args))
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
     return (
-        {"PyTorch SDPA": lambda: F.scaled_dot_product_attention(q, k, v)},
+        {"SDPA": lambda: F.scaled_dot_product_attention(q, k, v)},
         {
-            "PyTorch SDPA, recorded": lambda: F.scaled_dot_product_attention(*leaves),
-            "PyTorch SDPA and backward": lambda: torch.autograd.grad(
+            "SDPA, recorded": lambda: F.scaled_dot_product_attention(*leaves),
+            "SDPA and backward": lambda: torch.autograd.grad(
                 F.scaled_dot_product_attention(*leaves), leaves, dout
             ),
         },
     )
+
+
+def same_numbers(args: argparse.Namespace) -> list[Tensor]:
+    """q, k, v and dout, (batch, seqlen, nheads, headdim), the same at every call."""
+    torch.manual_seed(0)
+    return [random(args.batch, args.seqlen, args.nheads, args.headdim) for _ in range(4)]
+
+
+def of_ours(args: argparse.Namespace) -> tuple[Calls, Calls]:
+    """The public function on the same numbers."""
+    q, k, v, dout = same_numbers(args)
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    return (
+        {"flash_attn_func": lambda: flash_attn_func(q, k, v)},
+        {
+            "flash_attn_func, recorded": lambda: flash_attn_func(*leaves),
+            "flash_attn_func and backward": lambda: torch.autograd.grad(
+                flash_attn_func(*leaves), leaves, dout
+            ),
+        },
+    )
+
+
+def of_fa3(args: argparse.Namespace) -> tuple[Calls, Calls]:
+    """FlashAttention-3's operators, which record no graph, on the same numbers."""
+    q, k, v, dout = same_numbers(args)
+    cell = Cell(args.headdim, False, args.seqlen, args.batch, args.nheads)
+    kernels, forward = fa3_kernels(cell, q.device), fa3_operators().fwd
+
+    def both() -> object:
+        return kernels.backward(dout, q, k, v, *kernels.forward(q, k, v))
+
+    return {"FA3 fwd": lambda: forward(q, k, v, num_splits=1)[0]}, {"FA3 fwd and bwd": both}
+
+
+def agree(calls: Calls) -> None:
+    """End the program if a result is not the first call's of as many tensors."""
+    wanted: dict[int, list[Tensor]] = {}
+    for name, call in calls.items():
+        result = call()
+        found = list(result) if isinstance(result, (list, tuple)) else [result]
+        want = wanted.setdefault(len(found), found)
+        for got, y in zip(found, want, strict=True):
+            x = got if got.shape == y.shape else got.transpose(1, 2)
+            error = float((x.float() - y.float()).norm() / y.float().norm())
+            if not error < WRONG_ABOVE:
+                raise SystemExit(f"{name} is wrong: it differs by {error:.1e}")
+
+
+def in_turns(calls: Calls, count: int, rounds: int = 10) -> dict[str, float]:
+    """The best microseconds of each, in an order that rotates; what they begin with warms up."""
+    best = dict.fromkeys(calls, math.inf)
+    for order in rotations(list(calls), rounds):
+        for name in order:
+            best[name] = min(best[name], microseconds(calls[name], count, rounds=1))
+    for name, figure in best.items():
+        print(f"{figure:8.2f}  {name}", flush=True)
+    return best
+
+
+def beside(args: argparse.Namespace) -> dict[str, float]:
+    """Ours, PyTorch's and, where it is there, FlashAttention-3's, in turns."""
+    sources = [of_ours] + [of_pytorch] * ON_GPU + [of_fa3] * (args.peers is not None)
+    without: Calls = {}
+    with_gradients: Calls = {}
+    for source in sources:
+        first, second = source(args)
+        without |= first
+        with_gradients |= second
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        if ON_GPU:
+            agree(without | with_gradients)
+        with torch.no_grad():
+            figures = in_turns(without, args.calls)
+        return figures | in_turns(with_gradients, args.calls)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -165,25 +245,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--calls", type=int, default=200, help="in one round")
     parser.add_argument("--backends", nargs="+", default=["auto", "triton"], metavar="NAME")
+    parser.add_argument("--peers", type=existing_folder, help="of FlashAttention-3")
+    parser.add_argument("--max-seconds", type=float, default=math.inf, help="no backend after it")
     parser.add_argument("--out", type=Path, help="also write the figures as JSON")
+    parser.add_argument("--commit", help="recorded instead of asking git")
     return parser.parse_args(argv)
-
-
-def stub(stack: ExitStack) -> None:
-    """Let our kernels for GPUs take CPU tensors and launch nothing."""
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-    from stub_driver import stub_driver
-
-    from flash_attn.backends import sm90
-
-    stack.enter_context(stub_driver(silent=True))
-    for owner, name, value in (
-        (registry, "own_families", lambda device: ("sm90", "triton")),
-        (sm90, "_place_reasons", lambda q: []),
-        (sm90.launch, "multiprocessors_of", lambda index: 132),
-        (PORTABLE, "unsupported", lambda problem, backward: []),
-    ):
-        stack.enter_context(mock.patch.object(owner, name, value))
 
 
 def take(calls: Calls, count: int) -> dict[str, float]:
@@ -204,14 +270,6 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     return figures | take(with_gradients, args.calls)
 
 
-def measure_pytorch(args: argparse.Namespace) -> dict[str, float]:
-    without, with_gradients = of_pytorch(args)
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        with torch.no_grad():
-            figures = take(without, args.calls)
-        return figures | take(with_gradients, args.calls)
-
-
 def served(args: argparse.Namespace) -> str:
     """Who computes both passes under the choice in force."""
     q, k, v = (random(args.batch, args.seqlen, args.nheads, args.headdim) for _ in "qkv")
@@ -220,29 +278,39 @@ def served(args: argparse.Namespace) -> str:
     return ", ".join(f"{which} {registry.select(problem, x).name}" for which, x in passes)
 
 
-def main(argv: list[str]) -> None:
+def main(argv: Sequence[str]) -> int:
+    """Measure, print and write; 1 if a backend was left out."""
     args = parse(argv)
+    until = time.monotonic() + args.max_seconds
+    settings = {x: getattr(args, x) for x in ("batch", "seqlen", "nheads", "headdim", "calls")}
+    settings |= {"dtype": "bfloat16", "direct": _launcher.undisturbed(), "stub": not ON_GPU}
+    data = new_result("host_cost", args.commit, settings)
+    data |= {"microseconds": {}, "served": {}, "left_out": []}
+    figures = data["microseconds"]
+    print(data["environment"], settings)
     with ExitStack() as stack:
+        if args.peers is not None:
+            add_peers(args.peers)
         if not ON_GPU:
-            stub(stack)
-        device = torch.cuda.get_device_name() if ON_GPU else "no GPU, launches end in a stub"
-        versions = (
-            f"Python {platform.python_version()}, torch {torch.__version__}, "
-            f"triton {triton.__version__}"
-        )
-        print(f"{device}; {versions}; direct launches: {_launcher.undisturbed()}")
-        figures = {}
+            install_stub(stack)
+        print(BESIDE)
+        figures[BESIDE] = beside(args)
+        if args.out:
+            write_json(args.out, data)
         for name in args.backends:
+            if time.monotonic() > until:
+                data["left_out"].append(name)
+                continue
             with use_backend(name):
-                print(f"{name} ({served(args)})")
+                data["served"][name] = served(args)
+                print(f"{name} ({data['served'][name]})")
                 figures[name] = measure(args)
-        if ON_GPU:
-            print("PyTorch")
-            figures["PyTorch"] = measure_pytorch(args)
+            if args.out:
+                write_json(args.out, data)
     if args.out:
-        table = {"device": device, "versions": versions, "microseconds": figures}
-        args.out.write_text(json.dumps(table, indent=2) + "\n")
+        write_json(args.out, data)
+    return int(bool(data["left_out"]))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

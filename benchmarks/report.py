@@ -17,18 +17,32 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from cells import label
+from report_checks import endurance_block, sanitizer_block
+from report_parts import environment_sentence, failures_of, figure, markdown_table
+from report_times import extensions_block, first_call_block, host_cost_block, steps_block
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- figures:begin -->", "<!-- figures:end -->"
 SCHEMA = 1
 OURS = "ours"
-# Whom the tables compare with: the first that was timed.
-RIVALS = ("flex", "cudnn", "flash")
+# Whom the tables compare with: the first that was timed, or the fastest of several peers.
+RIVALS = ("flex", "fa3", "cudnn", "flash")
+BEST, ORDERED = "best", "ordered"
+_PEERS = ("fa3", "fa4")
+# Other ways of providers that are there themselves.
+_VARIANTS = (ORDERED, "fa3_ordered")
 PASS_TITLES = {"fwd": "Forward", "bwd": "Backward"}
 LABELS = {
     "ours": "flash_attn",
     "flex": "FlexAttention",
     "flash": "SDPA flash",
     "cudnn": "SDPA cuDNN",
+    "fa3": "FA3",
+    "fa4": "FA4",
+    ORDERED: "flash_attn, deterministic",
+    "fa3_ordered": "FA3, deterministic",
+    BEST: "the best peer",
 }
 
 
@@ -49,20 +63,31 @@ def providers_of(data: dict[str, Any], which: str) -> list[str]:
     return [x for x in LABELS if x in seen] + sorted(seen - set(LABELS))
 
 
+def peers_of(data: dict[str, Any], which: str) -> list[str]:
+    """Who was timed in a pass, but for ours and for variants."""
+    return [x for x in providers_of(data, which) if x != OURS and x not in _VARIANTS]
+
+
 def rival_of(data: dict[str, Any], which: str) -> str:
     """Whom the tables of a pass compare with."""
-    timed = providers_of(data, which)
+    timed = peers_of(data, which)
+    if len(timed) > 1 and set(timed) & set(_PEERS):
+        return BEST
     return next((name for name in RIVALS if name in timed), RIVALS[0])
 
 
-def ratios(data: dict[str, Any], which: str, rival: str | None = None) -> dict[str, float]:
+def ratios(
+    data: dict[str, Any], which: str, rival: str | None = None, ours: str = OURS
+) -> dict[str, float]:
     """Speed of ours over ``rival`` by cell name, where both were timed."""
     rival = rival or rival_of(data, which)
+    names = peers_of(data, which) if rival == BEST else [rival]
     found = {}
     for cell in data["cells"]:
         rows = cell["passes"].get(which, {})
-        if OURS in rows and rival in rows:
-            found[cell["name"]] = rows[rival]["median_ms"] / rows[OURS]["median_ms"]
+        times = [rows[name]["median_ms"] for name in names if name in rows]
+        if ours in rows and times:
+            found[cell["name"]] = min(times) / rows[ours]["median_ms"]
     return found
 
 
@@ -98,17 +123,6 @@ def failure_lines(data: dict[str, Any]) -> list[str]:
 
 
 # ------------------------------------------------------------------------------------ tables
-def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """A table whose first column is text and whose others are right-aligned figures."""
-    marks = ["---", *["---:"] * (len(header) - 1)]
-    return ["| " + " | ".join(cells) + " |" for cells in (header, marks, *rows)]
-
-
-def _cell_label(cell: dict[str, Any]) -> str:
-    mask = "causal" if cell["causal"] else "full"
-    return f"{cell['headdim']}, {mask}, {cell['seqlen']}"
-
-
 def pass_table(data: dict[str, Any], which: str) -> list[str]:
     """TFLOP/s of every provider by cell, and the ratio to the rival."""
     names, found = providers_of(data, which), ratios(data, which)
@@ -117,7 +131,7 @@ def pass_table(data: dict[str, Any], which: str) -> list[str]:
         timed = cell["passes"].get(which, {})
         figures = [f"{timed[name]['tflops']:.0f}" if name in timed else "–" for name in names]
         ratio = f"{found[cell['name']]:.2f}" if cell["name"] in found else "–"
-        rows.append([_cell_label(cell), *figures, ratio])
+        rows.append([label(cell), *figures, ratio])
     heads = [LABELS.get(name, name) for name in names]
     ratio_head = f"{LABELS[OURS]} / {LABELS[rival_of(data, which)]}"
     return markdown_table(
@@ -125,15 +139,35 @@ def pass_table(data: dict[str, Any], which: str) -> list[str]:
     )
 
 
-def environment_sentence(data: dict[str, Any]) -> str:
-    """Where, with what and when the figures were measured."""
-    env = data["environment"]
-    commit = env["commit"] if env["commit"] == "unknown" else env["commit"][:12]
-    return (
-        f"Measured on {env['date'].split()[0]} on one {env['gpu']} (driver {env['driver']}, "
-        f"PyTorch {env['torch']}, Triton {env['triton']}, Python {env['python']}; "
-        f"commit {commit}, source {env['source']})."
-    )
+def ordered_sentences(data: dict[str, Any], which: str) -> list[str]:
+    """How much slower ``deterministic=True`` is than the default, if both were timed."""
+    found = ratios(data, which, OURS, ours=ORDERED)
+    if not found:
+        return []
+    worst = min(found, key=lambda name: found[name])
+    usual, most = (100 / x - 100 for x in (geometric_mean(found.values()), found[worst]))
+    return [
+        f"{PASS_TITLES[which]}: `deterministic=True` takes {usual:.0f} % longer than the default "
+        f"(geometric mean of {len(found)} cells; at most {most:.0f} %, {worst}).",
+        "",
+    ]
+
+
+def beside_table(data: dict[str, Any]) -> list[str]:
+    """The speed of cells over that of another cell that each is to be as fast as."""
+    cells, passes = {cell["name"]: cell for cell in data["cells"]}, passes_of(data)
+    rows = []
+    for cell in data["cells"]:
+        other = cells.get(cell.get("beside", ""))
+        if other is None:
+            continue
+        rates = [[x["passes"].get(which, {}).get(OURS) for x in (cell, other)] for which in passes]
+        shares = [None if None in pair else pair[0]["tflops"] / pair[1]["tflops"] for pair in rates]
+        rows.append([label(cell), label(other), *map(figure, shares)])
+    if not rows:
+        return []
+    head = ["TFLOP/s of this shape", "over this one's", *(PASS_TITLES[x] for x in passes)]
+    return [*markdown_table(head, rows), ""]
 
 
 def _chosen(data: dict[str, Any]) -> str:
@@ -145,51 +179,63 @@ def _chosen(data: dict[str, Any]) -> str:
 
 def attention_block(data: dict[str, Any]) -> list[str]:
     """The README's section on one attention result file."""
-    lines = [f"#### {data['environment']['gpu']}{_chosen(data)}", "", environment_sentence(data)]
+    title = data["settings"].get("title")
+    about = f"{_chosen(data)}: {title}" if title else _chosen(data)
+    lines = [f"#### {data['environment']['gpu']}{about}", "", environment_sentence(data)]
     lines += [
         f"TFLOP/s in {data['settings']['dtype']}, higher is better: the median of "
         f"{data['settings']['rounds']} interleaved rounds. Operations are counted as "
-        "4·batch·heads·length²·dim, half of that for causal, 2.5 times for backward.",
+        "4·batch·heads·length²·dim, half of that for causal, 2.5 times for backward"
+        f"{'; of windows, what queries see' * any('left' in x for x in data['cells'])}.",
         "",
     ]
     for which in passes_of(data):
-        lines += [*pass_table(data, which), "", rival_sentence(data, which), ""]
-    failures = failure_lines(data)
-    if failures:
-        lines += ["Without a figure:", "", *[f"- {line}" for line in failures], ""]
-    return lines
+        lines += [*pass_table(data, which), ""]
+        several = peers_of(data, which) if rival_of(data, which) == BEST else []
+        for rival in (rival_of(data, which), *several):
+            lines += [rival_sentence(data, which, rival), ""]
+        lines += ordered_sentences(data, which)
+    return lines + beside_table(data) + failures_of(failure_lines(data))
 
 
 def memory_block(data: dict[str, Any]) -> list[str]:
     """The README's section on one memory result file."""
     shape = data["settings"]
+    usual = f"batch 1, {shape.get('nheads')} heads, head dim {shape.get('headdim')}"
     lines = [
         f"#### Memory, {data['environment']['gpu']}",
         "",
         environment_sentence(data),
-        f"Peak memory that a pass takes beyond its inputs (batch {shape['batch']}, "
-        f"{shape['nheads']} heads, head dim {shape['headdim']}, causal, {shape['dtype']}), beside "
-        "what one matrix of scores would take.",
+        f"Peak memory in MiB that a pass takes beyond its inputs (causal, {shape['dtype']}), "
+        "beside what one matrix of scores would take. The workspace is what backward takes beyond "
+        "the gradients; allowed are an accumulator of dq in float32, two numbers a row and, with "
+        "fewer heads of keys, accumulators of dk and dv.",
         "",
     ]
+    names = ("forward_bytes", "backward_bytes", "workspace_bytes", "allowed_bytes", "scores_bytes")
     rows = [
-        [
-            str(row["seqlen"]),
-            f"{row['forward_bytes'] / 2**20:.1f}",
-            f"{row['backward_bytes'] / 2**20:.1f}",
-            f"{row['scores_bytes'] / 2**20:.0f}",
-        ]
-        for row in data["rows"]
+        [row.get("way", usual), str(row["seqlen"]), *(_mebibytes(row.get(name)) for name in names)]
+        for row in sorted(data["rows"], key=lambda row: (row.get("way", ""), row["seqlen"]))
         if "failure" not in row
     ]
-    header = ["Length", "Forward, MiB", "Backward, MiB", "Scores, MiB"]
+    header = ["Causal", "tokens", "forward", "backward", "workspace", "allowed", "scores"]
     lines += [*markdown_table(header, rows), ""]
-    if data["growth_exponent"] is not None:
-        lines += [f"Backward grows as length to the power of {data['growth_exponent']:.2f}.", ""]
+    single = data.get("growth_exponent")
+    powers = data.get("growth", {} if single is None else {usual: single})
+    if powers:
+        least, most = (f"{x(powers.values()):.2f}" for x in (min, max))
+        between = least if least == most else f"{least} to {most}"
+        lines += [f"Backward grows as length to the power of {between}.", ""]
     failed = [
-        f"- length {row['seqlen']}: {row['failure']}" for row in data["rows"] if "failure" in row
+        f"{row.get('way', usual)}, {row['seqlen']}: {row['failure']}"
+        for row in data["rows"]
+        if "failure" in row
     ]
-    return [*lines, "Without a figure:", "", *failed, ""] if failed else lines
+    return lines + failures_of(failed + [f"not run: {x}" for x in data.get("left_out", [])])
+
+
+def _mebibytes(size: float | None) -> str:
+    return "–" if size is None else f"{size / 2**20:.1f}"
 
 
 # What the table of float8 errors shows, of rows with one factor for each tensor.
@@ -207,23 +253,19 @@ def _float8_error(row: dict[str, Any] | None, name: str, target: str) -> float |
     return None if found is None else 100.0 * float(found[target]["frobenius"])
 
 
-def _figure(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}"
-
-
 def float8_table(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Errors by shape and kind of inputs, and the worst ratio of a shape."""
     table = []
-    for label in dict.fromkeys(_cell_label(row) for row in rows):
-        of_shape = [row for row in rows if _cell_label(row) == label]
+    for name in dict.fromkeys(label(row) for row in rows):
+        of_shape = [row for row in rows if label(row) == name]
         found = {(row["inputs"], row["hadamard"]): row for row in of_shape}
         errors = [
-            _float8_error(found.get(key), name, "inputs")
+            _float8_error(found.get(key), who, "inputs")
             for key in FLOAT8_COLUMNS.values()
-            for name in FLOAT8_NAMES
+            for who in FLOAT8_NAMES
         ]
         known = [row["ratio"] for row in of_shape if row["ratio"] is not None]
-        table.append([label, *map(_figure, [*errors, max(known, default=None)])])
+        table.append([name, *map(figure, [*errors, max(known, default=None)])])
     heads = [f"{kind}: {who}" for kind in FLOAT8_COLUMNS for who in FLOAT8_NAMES.values()]
     return markdown_table(["Head dim, mask, length", *heads, "worst ratio"], table)
 
@@ -233,7 +275,7 @@ def float8_failure_lines(data: dict[str, Any]) -> list[str]:
     lines = []
     for row in data["rows"]:
         if "cudnn_refused" in row:
-            lines.append(f"{_cell_label(row)}, cuDNN: {row['cudnn_refused']}")
+            lines.append(f"{label(row)}, cuDNN: {row['cudnn_refused']}")
         lines += [f"{row['cell']}, {FLOAT8_NAMES[x]}: {y}" for x, y in row["failures"].items()]
     lines += [f"not run: {name}" for name in data["left_out"]]
     return list(dict.fromkeys(lines))
@@ -260,17 +302,26 @@ def float8_block(data: dict[str, Any]) -> list[str]:
         worst = max((x for x in added if x is not None), default=None)
         if worst is not None:
             lines.append(f"{who} is off by at most {worst:.2f} % from the float8 numbers' own.")
-    failures = float8_failure_lines(data)
-    lines += ["", "Without a figure:", "", *[f"- {x}" for x in failures]] if failures else []
-    return [*lines, ""]
+    return [*lines, "", *failures_of(float8_failure_lines(data))]
 
 
-BLOCKS = {"attention": attention_block, "memory": memory_block, "float8_error": float8_block}
+# In the README's order.
+BLOCKS = {
+    "attention": attention_block,
+    "steps": steps_block,
+    "host_cost": host_cost_block,
+    "first_call": first_call_block,
+    "memory": memory_block,
+    "extensions": extensions_block,
+    "float8_error": float8_block,
+    "endurance": endurance_block,
+    "sanitizer": sanitizer_block,
+}
 
 
 # ------------------------------------------------------------------------------------ README
 def load_results(folder: Path) -> list[dict[str, Any]]:
-    """Every result file in ``folder``: attention before memory, then by file name."""
+    """Every result file in ``folder``, by :data:`BLOCKS`, then by file name."""
     results = []
     for path in sorted(folder.glob("*.json")):
         data = json.loads(path.read_text())

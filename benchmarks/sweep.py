@@ -29,25 +29,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from attention import (
-    SCHEMA,
-    Cell,
-    Clock,
-    CudaClock,
-    DeviceLostError,
-    Runner,
-    describe,
-    environment,
-    errors_of,
-    is_wrong,
-    make_inputs,
-    make_ours,
-    parse_cells,
-    reference_slice,
-    rotations,
-    write_json,
-)
+from attention import errors_of, is_wrong, reference_slice
+from cells import Cell, parse_cells
+from peers import Runner, make_inputs, make_ours
+from recording import SCHEMA, describe, environment, write_json
 from report import geometric_mean
+from timing import Clock, CudaClock, DeviceLostError, rotations
 
 KERNELS = ("forward", "dkdv", "dq")
 FIELDS = ("block_m", "block_n", "num_warps", "num_stages")
@@ -111,11 +98,11 @@ def calls_under_plan(
 
 
 def check(
-    runner: Runner, kernel: str, fields: Fields | None, want: dict[str, torch.Tensor]
+    cell: Cell, runner: Runner, kernel: str, fields: Fields | None, want: dict[str, torch.Tensor]
 ) -> dict[str, float]:
     """The errors of the results under the plan; the gradients' only for a backward kernel."""
     with with_plan(kernel, fields):
-        return errors_of(runner, want, backward=kernel != "forward")
+        return errors_of(cell, runner, want, backward=kernel != "forward")
 
 
 def time_kernel(
@@ -142,7 +129,7 @@ def time_kernel(
             return None
 
     for name, fields in named.items():
-        errors = attempt(name, lambda fields=fields: check(runner, kernel, fields, want))
+        errors = attempt(name, lambda fields=fields: check(cell, runner, kernel, fields, want))
         if errors is not None and is_wrong(errors):
             failures[name] = f"wrong: relative errors {errors}"
         elif errors is not None:

@@ -147,7 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("pytest_arguments", nargs="*", help="after --")
     args = parser.parse_args(arguments)
     # Loads PyTorch: not before the command line is known to be right.
-    from attention import environment, write_json
+    from recording import environment, write_json
 
     facts = environment(args.commit)
     if facts["gpu"] == "none":

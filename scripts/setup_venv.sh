@@ -3,6 +3,7 @@
 #
 #   scripts/setup_venv.sh .venv            tests, checks and the demo
 #   scripts/setup_venv.sh .venv-newest     the compile tests under the newest Triton
+#   PYTHON=.venv/bin/python scripts/setup_venv.sh .venv-clients    laid over the first
 #
 # Where the base interpreter has PyTorch (a GPU image, perhaps without a network), .venv is laid
 # over it: nothing that it has is installed again, and what cannot be installed is only named.

@@ -86,7 +86,8 @@ class Resources:
         shared: bytes of shared memory of a block.
         seconds: how long the compilation took.
         lost: products of Hopper's that may read through something that is no descriptor.
-        unused: barriers whose memory the compiler gives to other data.
+        unused: barriers that nobody uses, whose memory is free to the compiler.
+        overlaid: barriers whose memory the compiler gave to other data as well.
     """
 
     registers: int
@@ -95,6 +96,7 @@ class Resources:
     seconds: float
     lost: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
+    overlaid: tuple[str, ...] = ()
 
     def failures(self, arch: str) -> list[str]:
         """What makes the kernel unfit for ``arch``."""
@@ -105,6 +107,7 @@ class Resources:
             found.append(f"{self.shared} bytes of shared memory, limit {SHARED_LIMIT[arch]}")
         found += [f"lost descriptor: {one}" for one in self.lost]
         found += [f"unused barrier: {one}" for one in self.unused]
+        found += [f"overlaid barrier: {one}" for one in self.overlaid]
         return found
 
     def as_dict(self) -> dict[str, Any]:
@@ -159,12 +162,16 @@ def compile_kernel(one: Launch, arch: str) -> tuple[ASTSource, Any]:
 def resources_of(compiled: Any, arch: str, seconds: float = 0.0) -> Resources:
     """What a compiled kernel takes; ``seconds`` is how long its compilation took."""
     registers, spilled = usage_of(compiled, arch)
-    lost, unused = [], []
+    faults: list[list[str]] = []
     if arch == "sm90":
-        lost = descriptors.lost(descriptors.disassemble(compiled.asm["cubin"]))
-        unused = barriers.unused(compiled.asm["ttgir"])
+        ttgir = compiled.asm["ttgir"]
+        faults = [
+            descriptors.lost(descriptors.disassemble(compiled.asm["cubin"])),
+            barriers.unused(ttgir),
+            barriers.overlaid(barriers.allocated(ttgir)),
+        ]
     return Resources(
-        registers, spilled, compiled.metadata.shared, seconds, tuple(lost), tuple(unused)
+        registers, spilled, compiled.metadata.shared, seconds, *(tuple(one) for one in faults)
     )
 
 

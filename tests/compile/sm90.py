@@ -137,7 +137,7 @@ class Case(NamedTuple):
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler made of a kernel; ``lost`` and ``unused`` as in ``aot.Resources``."""
+    """What the compiler made of a kernel; ``lost`` and what follows as in ``aot.Resources``."""
 
     spilled: int
     shared: int
@@ -145,6 +145,7 @@ class Compiled:
     warnings: list[str]
     lost: list[str]
     unused: list[str]
+    overlaid: list[str]
     opcodes: Counter[str] = field(repr=False)
     overlapped: list[int]
 
@@ -156,6 +157,7 @@ class Compiled:
         found += self.warnings
         found += [f"lost descriptor: {one}" for one in self.lost]
         found += [f"unused barrier: {one}" for one in self.unused]
+        found += [f"overlaid barrier: {one}" for one in self.overlaid]
         plan, block_d = case.plan, launch.columns_of(case.problem)[0]
         # Of each consumer: one k-step of scores is 16 columns, of values 16 keys; scores appear
         # before the loop and in it, values in it and after it.
@@ -217,6 +219,7 @@ def compile_case(case: Case) -> Compiled:
         warnings=[x.strip() for x in log.getvalue().splitlines() if re.search(r"\bC75\d\d\b", x)],
         lost=descriptors.lost(code),
         unused=barriers.unused(compiled.asm["ttgir"]),
+        overlaid=barriers.overlaid(barriers.allocated(compiled.asm["ttgir"])),
         opcodes=Counter(_OPCODE.findall(code)),
         overlapped=weights_under_products(code),
     )
@@ -266,7 +269,7 @@ def all_cases() -> list[Case]:
     ]
     if not launch.columns_of(Case(_WIDE_96, 96, "full").problem)[0] % 3:
         cases += [Case(plan, d, "causal" if masked else "full") for d, masked, plan in ON_TRIAL]
-    cases += feature_cases() + overlapping_cases()
+    cases += feature_cases() + overlapping_cases() + trial_cases()
     return list(dict.fromkeys(cases))
 
 
@@ -276,6 +279,16 @@ def overlapping_cases() -> list[Case]:
     plan = replace(plan, overlap=True, peel=True, ping_pong=True)
     early = replace(plan, early=True, late=False, q_slots=2)
     return [Case(plan, 128, "causal"), Case(early, 128, "causal")]
+
+
+def trial_cases() -> list[Case]:
+    """Plans with four consumers, which are in no table yet."""
+    four = plans.ForwardPlan(4, 64, 3, plans.ROUND_ROBIN, 2, 1)
+    masked = replace(four, scheduler=plans.DYNAMIC, skip=True)
+    return [
+        *(Case(plan, 64, "full") for plan in (four, replace(four, slim=True))),
+        *(Case(replace(masked, **x), 64, "causal") for x in ({}, {"slim": True}, {"late": True})),
+    ]
 
 
 def feature_cases() -> list[Case]:
@@ -340,6 +353,7 @@ def selection() -> list[Case]:
         planned(128, "window", "packed sinks")._replace(pack=8),
         planned(256, "causal", "packed")._replace(pack=4),
     ]
+    cases += trial_cases()
     return list(dict.fromkeys(cases))
 
 

@@ -44,7 +44,7 @@ def test_compiles_within_the_limits(headdim: int, tmp_path: Path) -> None:
     for kernel in kernels:
         # In no plan in use: newer Tritons spill a few bytes.
         if kernel["plan"] in ("housekeeping", "finishing"):
-            assert not kernel["lost"] + kernel["unused"], kernel
+            assert not kernel["lost"] + kernel["unused"] + kernel["overlaid"], kernel
         else:
             assert not kernel["failures"], kernel
     assert "0 bytes spill stores" in log  # the log is there

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -25,6 +26,8 @@ from flash_attn.core.problem import (
 )
 
 pytest.importorskip("triton", reason="Triton exists on Linux only")
+
+from flash_attn.backends.sm90 import plans
 
 pytestmark = pytest.mark.gpu
 
@@ -352,6 +355,42 @@ def test_a_thousand_runs_are_equal(headdim: int, programs: int) -> None:
                 got = backend().forward(problem, out)
                 differs += (got.out != want.out).any() | (got.softmax_lse != want.softmax_lse).any()
             assert differs.item() == 0
+
+
+_FOUR = plans.ForwardPlan(4, 64, 3, plans.ROUND_ROBIN, 2, 1)
+_FOUR_MASKED = replace(_FOUR, skip=True, section_bytes=1 << 24)
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        _FOUR,
+        replace(_FOUR, slim=True),
+        _FOUR_MASKED,
+        replace(_FOUR_MASKED, scheduler=plans.DYNAMIC, slim=True),
+        replace(_FOUR_MASKED, scheduler=plans.DYNAMIC, late=True, last_bytes=1 << 25),
+    ],
+    ids=str,
+)
+def test_four_consumers(plan: plans.ForwardPlan) -> None:
+    """Plans that are in no table yet, by name; docs/lab/hopper-forward.md."""
+    from flash_attn.backends.sm90 import launch
+
+    mask = CAUSAL if plan.skip else Visibility()
+    for seqlens, heads, batch in (((700, 7), (6, 2), 1), ((300, 300), (16, 4), 8),
+                                  ((1000, 1000), (4, 2), 2)):  # fmt: skip
+        problem = dense(seqlens, heads, 64, batch=batch, visibility=mask, pack_gqa=False)
+        with (
+            mock.patch.object(launch, "plan_for", return_value=plan),
+            mock.patch.object(launch, "multiprocessors_of", return_value=5),
+        ):
+            want = check(problem)
+            out, differs = torch.empty_like(want.out), torch.zeros((), device="cuda")
+            for _ in range(100):
+                out.fill_(float("nan"))
+                got = backend().forward(problem, out)
+                differs += (got.out != want.out).any() | (got.softmax_lse != want.softmax_lse).any()
+        assert differs.item() == 0
 
 
 @pytest.mark.parametrize("varlen", [False, True])

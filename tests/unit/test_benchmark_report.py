@@ -18,11 +18,13 @@ import torch
 REPOSITORY = Path(__file__).resolve().parents[2]
 for folder in ("benchmarks", "scripts"):
     sys.path.append(str(REPOSITORY / folder))
-attention = importlib.import_module("attention")
-gpu_tests = importlib.import_module("gpu_tests")
-memory = importlib.import_module("memory")
-report = importlib.import_module("report")
-sweep = importlib.import_module("sweep")
+attention, cells, peers, recording, report, sweep, timing, gpu_tests = (
+    importlib.import_module(name)
+    for name in (
+        *("attention", "cells", "peers", "recording", "report", "sweep", "timing"),
+        "gpu_tests",
+    )
+)
 
 ENVIRONMENT = {
     "gpu": "Test GPU",
@@ -44,13 +46,13 @@ def timed(ms: float, cell: Any, which: str) -> dict[str, Any]:
 
 def make_results(times: dict[str, dict[str, dict[str, float]]]) -> dict[str, Any]:
     """A result file from milliseconds by cell, pass and provider."""
-    cells = []
+    records = []
     for name, passes in times.items():
-        cell = attention.parse_cell(name)
+        cell = cells.parse_cell(name)
         record = attention.new_record(cell)
         for which, rows in passes.items():
             record["passes"][which] = {n: timed(ms, cell, which) for n, ms in rows.items()}
-        cells.append(record)
+        records.append(record)
     return {
         "schema": 1,
         "benchmark": "attention",
@@ -58,7 +60,7 @@ def make_results(times: dict[str, dict[str, dict[str, float]]]) -> dict[str, Any
         "settings": {"rounds": 5, "dtype": "bfloat16"},
         "complete": True,
         "left_out": [],
-        "cells": cells,
+        "cells": records,
     }
 
 
@@ -184,11 +186,11 @@ def test_the_readme_of_this_repository_is_current() -> None:
 
 # --------------------------------------------------------------------------------- attention
 def test_portable_cells() -> None:
-    cells = attention.parse_cells("portable")
-    assert len(set(cells)) == 12
-    assert {cell.batch * cell.seqlen for cell in cells} == {16384}
-    assert {cell.nheads * cell.headdim for cell in cells} == {2048}
-    assert [attention.parse_cell(cell.name) for cell in cells] == cells
+    found = cells.parse_cells("portable")
+    assert len(set(found)) == 12
+    assert {cell.batch * cell.seqlen for cell in found} == {16384}
+    assert {cell.nheads * cell.headdim for cell in found} == {2048}
+    assert [cells.parse_cell(cell.name) for cell in found] == found
 
 
 @pytest.mark.parametrize(
@@ -196,20 +198,20 @@ def test_portable_cells() -> None:
 )
 def test_bad_cells_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="a cell looks like"):
-        attention.parse_cell(text)
+        cells.parse_cell(text)
 
 
 def test_flops() -> None:
-    cell = attention.parse_cell("d64-full-s10-b2-h3")
+    cell = cells.parse_cell("d64-full-s10-b2-h3")
     assert cell.flops("fwd") == 4 * 2 * 3 * 100 * 64
     assert cell.flops("bwd") == 2.5 * cell.flops("fwd")
-    assert attention.parse_cell("d64-causal-s10-b2-h3").flops("fwd") == cell.flops("fwd") / 2
+    assert cells.parse_cell("d64-causal-s10-b2-h3").flops("fwd") == cell.flops("fwd") / 2
 
 
 def test_every_provider_is_first_in_turn() -> None:
-    orders = list(attention.rotations(["a", "b", "c"], 4))
+    orders = list(timing.rotations(["a", "b", "c"], 4))
     assert orders == [["a", "b", "c"], ["b", "c", "a"], ["c", "a", "b"], ["a", "b", "c"]]
-    assert list(attention.rotations([], 2)) == [[], []]
+    assert list(timing.rotations([], 2)) == [[], []]
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -246,7 +248,7 @@ def scaled(factor: float) -> Callable[[Any, Any], Any]:
     """A provider whose output is off by a factor."""
 
     def make(cell: Any, inputs: Any) -> Any:
-        runner = attention.make_ours(cell, inputs)
+        runner = peers.make_ours(cell, inputs)
         return runner._replace(call=lambda: runner.call() * factor)
 
     return make
@@ -260,16 +262,16 @@ def run_small(makers: dict[str, Any], clock: Any, rounds: int = 3) -> dict[str, 
     session = attention.Session(
         clock, list(makers), ("fwd", "bwd"), rounds, torch.float32, "cpu", makers
     )
-    cell = attention.parse_cell("d16-causal-s33-b2-h2")
+    cell = cells.parse_cell("d16-causal-s33-b2-h2")
     record = attention.new_record(cell)
     session.run_cell(cell, record)
     return record
 
 
 def test_wrong_and_failing_providers_are_recorded_and_not_timed() -> None:
-    makers = {"ours": attention.make_ours, "off": scaled(1.05), "nan": scaled(math.nan)}
+    makers = {"ours": peers.make_ours, "off": scaled(1.05), "nan": scaled(math.nan)}
     clock = CountingClock()
-    record = run_small({**makers, "big": explode, "flash": attention.PROVIDERS["flash"]}, clock)
+    record = run_small({**makers, "big": explode, "flash": peers.PROVIDERS["flash"]}, clock)
     for which in ("fwd", "bwd"):
         assert list(record["passes"][which]) == ["ours", "flash"]
     assert clock.measured == 2 * 2 * 3
@@ -282,7 +284,7 @@ def test_wrong_and_failing_providers_are_recorded_and_not_timed() -> None:
 
 
 def test_medians_and_tflops() -> None:
-    record = run_small({"ours": attention.make_ours}, CountingClock())
+    record = run_small({"ours": peers.make_ours}, CountingClock())
     forward, backward = record["passes"]["fwd"]["ours"], record["passes"]["bwd"]["ours"]
     assert forward["rounds_ms"] == [1.0, 2.0, 3.0]
     assert forward["median_ms"] == 2.0
@@ -297,7 +299,7 @@ def test_a_call_that_fails_later_ends_only_its_own_timing() -> None:
                 raise RuntimeError("launch failed")
             return super().measure(call)
 
-    record = run_small({"ours": attention.make_ours, "same": attention.make_ours}, Failing())
+    record = run_small({"ours": peers.make_ours, "same": peers.make_ours}, Failing())
     assert list(record["passes"]["fwd"]) == ["ours"]  # second round, where "same" comes first
     assert record["failures"] == {"same/fwd": "RuntimeError: launch failed"}
     assert list(record["passes"]["bwd"]) == ["ours", "same"]
@@ -308,13 +310,13 @@ def test_a_lost_device_ends_the_run() -> None:
         def synchronize(self) -> None:
             raise RuntimeError("illegal address")
 
-    with pytest.raises(attention.DeviceLostError, match="illegal address"):
+    with pytest.raises(timing.DeviceLostError, match="illegal address"):
         run_small({"big": explode}, Lost())
 
 
 def test_backward_call_accumulates_nothing() -> None:
-    cell = attention.parse_cell("d16-full-s20-b1-h2")
-    runner = attention.make_ours(cell, attention.make_inputs(cell, torch.float32, "cpu"))
+    cell = cells.parse_cell("d16-full-s20-b1-h2")
+    runner = peers.make_ours(cell, peers.make_inputs(cell, torch.float32, "cpu"))
     backward = attention.backward_of(runner)
     for first, second in zip(backward(), backward(), strict=True):
         assert torch.equal(first, second)
@@ -329,10 +331,11 @@ def test_results_are_written_after_every_cell(tmp_path: Path) -> None:
     data = json.loads(out.read_text())
     assert data["complete"]
     assert data["environment"]["commit"] == "abc"
-    assert [cell["name"] for cell in data["cells"]] == ["d16-full-s20", "d16-causal-s24"]
+    names = ["d16-full-s20-b1-h2", "d16-causal-s24-b1-h2"]
+    assert [cell["name"] for cell in data["cells"]] == names
     assert attention.main([*arguments, "--max-seconds", "-1"]) == 1
     data = json.loads(out.read_text())
-    assert data["left_out"] == ["d16-full-s20", "d16-causal-s24"]
+    assert data["left_out"] == names
     assert not data["complete"]
 
 
@@ -340,36 +343,11 @@ def test_source_hash_follows_the_sources(tmp_path: Path) -> None:
     (tmp_path / "src").mkdir()
     file = tmp_path / "src" / "a.py"
     file.write_text("a = 1\n")
-    first = attention.source_hash(tmp_path)
-    assert attention.source_hash(tmp_path) == first
+    first = recording.source_hash(tmp_path)
+    assert recording.source_hash(tmp_path) == first
     file.write_text("a = 2\n")
-    assert attention.source_hash(tmp_path) != first
-    assert attention.git_commit(tmp_path) == "unknown"
-
-
-# ------------------------------------------------------------------------------------ memory
-def test_growth_exponent() -> None:
-    assert memory.growth_exponent([1, 2, 4], [3, 6, 12]) == pytest.approx(1.0)
-    assert memory.growth_exponent([1, 2, 4], [3, 12, 48]) == pytest.approx(2.0)
-
-
-def test_memory_section() -> None:
-    rows = [
-        {
-            "seqlen": s,
-            "scores_bytes": 16 * s * s,
-            "forward_bytes": s << 10,
-            "backward_bytes": s << 11,
-        }
-        for s in (4096, 8192)
-    ]
-    data = memory.summarise([*rows, {"seqlen": 16384, "failure": "no room"}], ENVIRONMENT)
-    assert data["growth_exponent"] == 1.0
-    text = report.block([data])
-    assert "| 4096 | 4.0 | 8.0 | 256 |" in text
-    assert "power of 1.00" in text
-    assert "- length 16384: no room" in text
-    assert memory.summarise(rows[:1], ENVIRONMENT)["growth_exponent"] is None
+    assert recording.source_hash(tmp_path) != first
+    assert recording.git_commit(tmp_path) == "unknown"
 
 
 def float8_row(shape: tuple[int, bool, int], inputs: str, **more: Any) -> dict[str, Any]:
@@ -409,7 +387,10 @@ def test_float8_section() -> None:
 
 
 def test_attention_comes_before_memory(tmp_path: Path, results: dict[str, Any]) -> None:
-    data = memory.summarise([], ENVIRONMENT)
+    data = {
+        "schema": 1, "benchmark": "memory", "environment": ENVIRONMENT, "left_out": [], "rows": [],
+        "settings": {"dtype": "bfloat16"}, "growth": {},
+    }  # fmt: skip
     write_inputs(tmp_path, data, copy.deepcopy(results))
     loaded = report.load_results(tmp_path / "results")
     assert [x["benchmark"] for x in loaded] == ["attention", "memory"]
@@ -462,7 +443,7 @@ def test_wrong_plans_are_not_ranked(kernel: str, monkeypatch: pytest.MonkeyPatch
     active: list[dict[str, int] | None] = []
     monkeypatch.setattr(sweep, "with_plan", with_plan)
     monkeypatch.setattr(sweep, "errors_of", errors_of)
-    cell = attention.parse_cell("d16-causal-s33-b1-h2")
+    cell = cells.parse_cell("d16-causal-s33-b1-h2")
     row = sweep.time_kernel(cell, kernel, [PLAN, bad], CountingClock(), 2)
     assert set(row["median_ms"]) == {"default", "64x32w4s2"}
     assert row["failures"] == {"64x32w8s2": "wrong: relative errors {'out': 1.0}"}

