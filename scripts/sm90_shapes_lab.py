@@ -8,8 +8,8 @@
 On one GPU: grouped heads with and without packing, packed sequences, windows, ALiBi, head dims
 between the powers of two, and a series of small problems in float16. Every cell is compiled and
 compared with the portable kernels in a process of its own, all at once; what is right is then timed
-in turns, one cell after another. The last thing printed is the table: TFLOP/s, percent of
-FlashAttention-3's.
+in turns, one cell after another, without variants that are wrong. The last thing printed is the
+table: TFLOP/s, percent of FlashAttention-3's.
 """
 # ruff: noqa: T201
 
@@ -26,6 +26,7 @@ import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -34,49 +35,61 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import sm90_forward_lab as lab  # noqa: E402
 
-from flash_attn.backends.sm90.plans import DYNAMIC, ROUND_ROBIN, ForwardPlan  # noqa: E402
+from flash_attn.backends.sm90.plans import DYNAMIC, ForwardPlan  # noqa: E402
 
 L2 = 32 << 20
-_64_TWO = ForwardPlan(2, 128, 3, DYNAMIC, 2, 1, section_bytes=L2)
-_64_THREE = ForwardPlan(3, 128, 2, DYNAMIC, 2, 1, section_bytes=L2, skip=True)
-_128_TWO = ForwardPlan(2, 128, 2, DYNAMIC, 1, 1, section_bytes=8 << 20, last_bytes=L2)
+# By head dim: the plans in use for lengths on the device, and what windows take.
+_64 = ForwardPlan(2, 128, 3, DYNAMIC, 2, 1, section_bytes=L2)
+_64_FOUR = ForwardPlan(4, 64, 3, DYNAMIC, 2, 1, section_bytes=L2, skip=True)
+_64_THREE = ForwardPlan(3, 128, 2, DYNAMIC, 2, 1, section_bytes=L2, skip=True, ping_pong=True)
+_128 = ForwardPlan(2, 128, 2, DYNAMIC, 1, 1, section_bytes=L2)
 _128_THREE = ForwardPlan(3, 64, 3, DYNAMIC, 1, 1, section_bytes=L2, skip=True)
-_96_TWO = ForwardPlan(2, 128, 3, DYNAMIC, 1, 1, section_bytes=8 << 20, last_bytes=L2)
-_96_THREE = ForwardPlan(3, 64, 4, ROUND_ROBIN, 1, 1, ping_pong=True, wide=True)
-_192 = ForwardPlan(2, 64, 3, DYNAMIC, 1, 1, section_bytes=16 << 20, last_bytes=L2, skip=True)
-_192_JOINT = replace(_192, block_n=128, joint=True, wide=True)
-_STAY: dict[str, Any] = {
-    "scheduler": ROUND_ROBIN, "section_bytes": 0, "last_bytes": 0, "skip": False
+_96 = ForwardPlan(2, 128, 3, DYNAMIC, 1, 1, section_bytes=8 << 20, last_bytes=L2, wide=True)
+_192 = ForwardPlan(2, 128, 3, DYNAMIC, 1, 1, section_bytes=16 << 20, last_bytes=L2, joint=True,
+                   wide=True)  # fmt: skip
+_192_TWO = ForwardPlan(2, 64, 3, DYNAMIC, 1, 1, section_bytes=L2, wide=True)
+_256 = ForwardPlan(2, 64, 2, DYNAMIC, 1, 2, section_bytes=L2)
+
+
+def changed(plan: ForwardPlan, *options: str) -> tuple[ForwardPlan, ...]:
+    """``plan`` with each of ``options``, which are names of its flags."""
+    return tuple(replace(plan, **dict.fromkeys(names.split(), True)) for names in options)
+
+
+# By head dim: what is tried beside the plan with a causal mask, with packed sequences, and with a
+# left bound.
+CAUSAL = {
+    96: changed(_96, "late overlap peel", "overlap peel", "ping_pong late overlap peel",
+                "ping_pong peel", "late peel", "peel"),
+    192: changed(_192, "late", "skip late", "late peel", "late overlap peel", "ping_pong peel",
+                 "skip late peel", "slim overlap peel"),
 }  # fmt: skip
-# By head dim and whether it is causal: what is tried beside the plan.
-TIGHT: dict[tuple[int, bool], tuple[ForwardPlan, ...]] = {
-    (96, False): (
-        _96_THREE,
-        replace(_96_THREE, slim=True),
-        replace(_96_TWO, **_STAY, ping_pong=True),
-        replace(_96_TWO, **_STAY, ping_pong=True, wide=True),
-        replace(_96_TWO, **_STAY, ping_pong=True, wide=True, overlap=True),
+PACKED = {
+    64: (
+        *changed(_64, "overlap", "late", "late overlap", "ping_pong overlap"),
+        *changed(_64_FOUR, "skip", "overlap", "late"),
+        _64_THREE,
     ),
-    (96, True): (
-        replace(_96_TWO, wide=True),
-        replace(_96_TWO, wide=True, late=True),
-        replace(_96_TWO, wide=True, late=True, overlap=True, peel=True),
-        replace(_96_THREE, scheduler=DYNAMIC, section_bytes=L2, skip=True, late=True,
-                ping_pong=False),
+    128: (
+        replace(_128, section_bytes=8 << 20, last_bytes=L2),
+        *changed(_128, "overlap", "late", "late overlap", "ping_pong"),
+        *changed(_128_THREE, "skip", "late"),
     ),
-    (192, False): (
-        replace(_192, **_STAY, stages=2, slim=True, wide=True),
-        replace(_192_JOINT, **_STAY),
-        replace(_192_JOINT, **_STAY, wide=False),
-        replace(_192_JOINT, **_STAY, overlap=True),
+    96: changed(replace(_96, stages=2), "wide", "overlap", "late overlap"),
+    192: changed(_192_TWO, "wide", "skip late", "late overlap"),
+    256: changed(_256, "skip", "late", "skip late", "skip late overlap"),
+}
+WINDOW = {
+    64: (
+        *changed(_64, "early", "early overlap", "late", "late overlap"),
+        *changed(_64_FOUR, "overlap", "slim", "slim overlap"),  # spills without either
     ),
-    (192, True): (
-        replace(_192, late=True, wide=True),
-        replace(_192_JOINT, late=True),
-        replace(_192_JOINT, late=True, skip=False),
-        replace(_192_JOINT, late=True, skip=False, overlap=True, peel=True),
+    128: (
+        *changed(_128, "late", "overlap", "late overlap", "ping_pong"),
+        *changed(_128_THREE, "skip", "late"),
     ),
-}  # fmt: skip
+}
+PORTABLE = "portable kernels"  # what results are compared with
 # Lengths of 16 packed sequences, 32768 tokens in all.
 LENGTHS = (
     4096,
@@ -96,7 +109,7 @@ LENGTHS = (
     1200,
     4000,
 )
-# Also checked: rows and keys that end within tiles.
+# Also checked: rows and keys that end within tiles; keys past a window's left bound.
 RAGGED = (413, 517)
 
 
@@ -141,21 +154,28 @@ def cells() -> list[Cell]:
     found = [
         Cell("gqa 32/8 b4 s4096", 4, (4096, 4096), (32, 8), 128),
         Cell("gqa 16/2 b2 s8192", 2, (8192, 8192), (16, 2), 128),
-        Cell("varlen 32k", 16, (0, 0), (16, 16), 128, varlen=True),
-        Cell("varlen 32k gqa 32/8", 16, (0, 0), (32, 8), 128, varlen=True),
-        Cell("window 1024 16k d64", 1, (16384, 16384), (32, 32), 64, (1024, 0),
-             plans=(_64_TWO, _64_THREE, replace(_64_TWO, early=True))),
-        Cell("window 1024 16k d128", 1, (16384, 16384), (16, 16), 128, (1024, 0),
-             plans=(_128_TWO, _128_THREE, replace(_128_TWO, section_bytes=L2, last_bytes=0))),
-    ]  # fmt: skip
+    ]
+    for headdim, nheads, heads in ((128, 16, (32, 8)), (64, 32, (64, 16)), (256, 8, None),
+                                   (96, 21, None), (192, 11, None)):  # fmt: skip
+        for pair in filter(None, ((nheads, nheads), heads)):
+            shared = f" gqa {pair[0]}/{pair[1]}" if pair[0] > pair[1] else ""
+            found.append(
+                Cell(f"varlen 32k d{headdim}{shared}", 16, (0, 0), pair, headdim, varlen=True,
+                     plans=PACKED[headdim])
+            )  # fmt: skip
+    for headdim, nheads in ((64, 32), (128, 16)):
+        found.append(
+            Cell(f"window 1024 16k d{headdim}", 1, (16384, 16384), (nheads, nheads), headdim,
+                 (1024, 0), plans=WINDOW[headdim])
+        )  # fmt: skip
     for headdim, nheads in ((96, 21), (192, 11)):
-        for window in ((-1, -1), (-1, 0)):
-            for seqlen in (1024, 4096, 16384):
+        for window in ((-1, 0), (-1, -1)):
+            for seqlen in (512, 1024, 2048, 4096, 8192, 16384):
                 kind = "causal" if window[1] == 0 else "full"
+                plans = CAUSAL[headdim] if kind == "causal" else ()
                 found.append(
                     Cell(f"d{headdim} {kind} s{seqlen}", 16384 // seqlen, (seqlen, seqlen),
-                         (nheads, nheads), headdim, window,
-                         plans=TIGHT[headdim, kind == "causal"])
+                         (nheads, nheads), headdim, window, plans=plans)
                 )  # fmt: skip
     found += [
         Cell(f"fp16 b1 h16 d64 s{seqlen}", 1, (seqlen, seqlen), (16, 16), 64, dtype="float16")
@@ -239,11 +259,38 @@ def fa3(folder: Path, cell: Cell, problem: Any) -> Callable[[], Any]:
 
 def checked(cell: Cell) -> list[Cell]:
     """The cell, and as it is also checked."""
-    return [cell] if cell.varlen else [cell, cell._replace(seqlens=RAGGED)]
+    if cell.varlen:
+        return [cell]
+    left = max(cell.window[0], 0)
+    return [cell, cell._replace(seqlens=(RAGGED[0] + left, RAGGED[1] + left))]
 
 
-def compile_cell(cell: Cell) -> int:
-    """Compile what checks and timings launch, without a GPU; how many kernels that are."""
+def kernel_of(cell: Cell, name: str) -> tuple[Any, ...]:
+    """What tells the kernels of a cell's variant, or of the portable one, from others."""
+    from flash_attn.backends.sm90 import launch
+
+    problem = problem_of(cell, "meta")
+    window = tuple(launch.binding_window(problem)[i] is None for i in (0, 1))
+    kind = (cell.headdim, window, cell.dtype, cell.varlen, cell.alibi)
+    if name == PORTABLE:
+        return (*kind, cell.heads[0] > cell.heads[1])
+    plan, pack = cell.variants()[name]
+    plan = plan or launch.plan_for(problem)
+    plan = lab.kernel_of(lab.Variant(cell.headdim, True, plan)).plan
+    return (*kind, plan, launch.pack_of(problem._replace(pack_gqa=pack), plan))
+
+
+def compilations(chosen: list[Cell]) -> list[tuple[str, str]]:
+    """(cell, variant) of every kernel that checks and timings launch."""
+    found: dict[Any, tuple[str, str]] = {}
+    for cell in chosen:
+        for name in (PORTABLE, *cell.variants()):
+            found.setdefault(kernel_of(cell, name), (cell.name, name))
+    return list(found.values())
+
+
+def compile_variant(cell: Cell, name: str) -> list[str]:
+    """Compile what checks and timings launch, without a GPU; what it takes, a kernel a text."""
     import aot
     import torch
 
@@ -254,42 +301,51 @@ def compile_cell(cell: Cell) -> int:
     counter = torch.empty(1, dtype=torch.int32, device="meta")
     for one in checked(cell):
         problem = problem_of(one, "meta")._replace(num_splits=1)
-        calls += aot.record(lambda p=problem: registry.load("triton").forward(p), "sm90")
+        run = ours(one, problem).get(name) or partial(registry.load("triton").forward, problem)
         with (
             mock.patch.object(launch, "counter_for", return_value=counter),
             mock.patch.object(launch, "multiprocessors_of", return_value=132),
         ):
-            for run in ours(one, problem).values():
-                calls += aot.record(run, "sm90")
-    return len({aot.compile_kernel(call, "sm90")[1].hash for call in calls})
+            calls += aot.record(run, "sm90")
+    found = {}
+    for call in calls:
+        _, compiled = aot.compile_kernel(call, "sm90")
+        registers, spills = aot.usage_of(compiled, "sm90")
+        found[compiled.hash] = f"{registers} registers" + f", {spills} spilled" * (spills > 0)
+    return list(found.values())
 
 
-def check(cell: Cell) -> list[str]:
-    """Compile every variant; what is wrong with the results, beside the portable kernels'."""
+def check(cell: Cell) -> tuple[list[str], list[str]]:
+    """(what is wrong with the results, beside the portable kernels'; which variants are)."""
     from flash_attn.backends.sm90 import BACKEND
     from flash_attn.core import registry
 
-    bad = []
+    bad, out = [], set()
     for one in checked(cell):
         problem = problem_of(one)._replace(num_splits=1)
-        bad += BACKEND.unsupported(problem, backward=False)
-        if bad:
-            break
+        reasons = BACKEND.unsupported(problem, backward=False)
+        if reasons:
+            return reasons, ["chosen"]
         want = registry.load("triton").forward(problem).out.float()
         for name, run in ours(one, problem).items():
-            what = f"{name}, {one.seqlens}"
-            first = run()
-            error = lab.relative_error(first, want)
-            if not error < 1e-2:
-                bad.append(f"{what}: differs from the portable kernels by {error:.1e}")
-            bad += [f"{what}: runs differ" for _ in range(3) if (run() != first).any()][:1]
-    return bad
+            try:
+                first = run()
+                error = lab.relative_error(first, want)
+                wrong = [] if error < 1e-2 else [f"differs from the portable by {error:.1e}"]
+                wrong += ["runs differ" for _ in range(3) if (run() != first).any()][:1]
+            except Exception as failure:
+                wrong = [f"{type(failure).__name__}: {failure}"[-200:]]
+            bad += [f"{name}, {one.seqlens}: {text}" for text in wrong]
+            out |= {name} if wrong else set()
+    return bad, sorted(out)
 
 
-def time_cell(cell: Cell, folder: Path | None, seconds: float) -> dict[str, float]:
+def time_cell(
+    cell: Cell, folder: Path | None, seconds: float, left_out: list[str]
+) -> dict[str, float]:
     """TFLOP/s by name."""
     problem = problem_of(cell)
-    runs = ours(cell, problem)
+    runs = {name: run for name, run in ours(cell, problem).items() if name not in left_out}
     if folder is not None and not cell.alibi:
         runs["fa3"] = fa3(folder, cell, problem)
         error = lab.relative_error(runs["fa3"](), runs["chosen"]().float())
@@ -299,38 +355,46 @@ def time_cell(cell: Cell, folder: Path | None, seconds: float) -> dict[str, floa
     return {name: cell.flops() / ms / 1e9 for name, ms in milliseconds.items()}
 
 
-def work(names: list[str], folder: Path | None, seconds: float, compile_only: bool) -> None:
-    """What a worker does: compile or check its only cell, or, with seconds, time them all."""
+def work(
+    tasks: list[tuple[str, Any]], folder: Path | None, seconds: float, compile_only: bool
+) -> None:
+    """What a worker does: compile variants, check a cell, or, with seconds, time them all.
+
+    Tasks are (cell, variant to compile), (cell, nothing) or (cell, variants to leave out).
+    """
     chosen = {cell.name: cell for cell in cells()}
     end = time.monotonic() + seconds
-    for position, name in enumerate(names):
+    for position, (name, what) in enumerate(tasks):
         try:
             if compile_only:
-                lab.say(event="compiled", name=name, kernels=compile_cell(chosen[name]))
+                took = compile_variant(chosen[name], what)
+                lab.say(event="compiled", name=name, variant=what, kernels=took)
                 continue
             if not seconds:
-                lab.say(event="checked", name=name, bad=check(chosen[name]))
+                bad, wrong = check(chosen[name])
+                lab.say(event="checked", name=name, bad=bad, wrong=wrong)
                 continue
             left = end - time.monotonic()
             if left < 0.5:
                 break
-            share = min(4.0, left / (len(names) - position))
-            rates = time_cell(chosen[name], folder, share)
+            share = min(4.0, left / (len(tasks) - position))
+            rates = time_cell(chosen[name], folder, share, what)
             lab.say(event="times", name=name, rates=rates)
         except Exception as error:
             traceback.print_exc()
-            lab.say(event="checked", name=name, bad=[f"{type(error).__name__}: {error}"[:300]])
+            text = f"{'' if compile_only is False else what} {type(error).__name__}: {error}"
+            lab.say(event="checked", name=name, bad=[text[:300]], wrong=["chosen"])
 
 
 def call(
-    names: list[str],
+    tasks: list[tuple[str, Any]],
     folder: Path | None,
     seconds: float,
     limit: float,
     compile_only: bool = False,
 ) -> list[Any]:
     """What a worker said, within ``limit`` seconds; an error for what it did not come to."""
-    command = [sys.executable, str(Path(__file__).resolve()), "--work", json.dumps(names)]
+    command = [sys.executable, str(Path(__file__).resolve()), "--work", json.dumps(tasks)]
     command += ["--seconds", str(seconds), *(["--fa3", str(folder)] if folder else [])]
     command += ["--compile-only"] * compile_only
     try:
@@ -339,8 +403,19 @@ def call(
     except subprocess.TimeoutExpired as stopped:
         output, why = (stopped.stdout or b"").decode(), f"no end after {limit:.0f} s"
     found = [json.loads(line[2:]) for line in output.splitlines() if line.startswith("@@")]
-    missing = set(names) - {message.get("name") for message in found}
-    return found + [{"event": "checked", "name": name, "bad": [why]} for name in missing]
+    missing = {name for name, _ in tasks} - {message.get("name") for message in found}
+    return found + [
+        {"event": "checked", "name": name, "bad": [why], "wrong": ["chosen"]} for name in missing
+    ]
+
+
+def compile_all(chosen: list[Cell], jobs: int, limit: float) -> list[Any]:
+    """What workers said that compiled everything, each its share, within ``limit`` seconds."""
+    tasks = compilations(chosen)
+    shares = [tasks[start::jobs] for start in range(min(jobs, len(tasks)))]
+    with ThreadPoolExecutor(jobs) as pool:
+        said = pool.map(lambda share: call(share, None, 0.0, limit, True), shares)
+        return [message for messages in said for message in messages]
 
 
 def print_table(rates: dict[str, dict[str, float]]) -> None:
@@ -378,26 +453,31 @@ def main() -> int:
     if args.list or not names:
         print("\n".join(names) or f"nothing matches {args.match!r}")
         return 0 if names else 2
+    chosen = [cell for cell in cells() if cell.name in names]
+    compiled = compile_all(chosen, args.jobs, args.deadline * (1.0 if args.compile_only else 0.5))
+    for message in compiled:
+        kernels = message.get("kernels", message.get("bad"))
+        if args.compile_only or message["event"] != "compiled" or "spilled" in str(kernels):
+            print(message["name"], "|", message.get("variant"), "|", kernels, flush=True)
     if args.compile_only:
-        with ThreadPoolExecutor(args.jobs) as pool:
-            said = pool.map(lambda name: call([name], None, 0.0, args.deadline, True), names)
-            found = [message for messages in said for message in messages]
-        for message in found:
-            print(message.get("name"), message.get("kernels", message.get("bad")), flush=True)
-        return 0 if all(message["event"] == "compiled" for message in found) else 1
+        return 0 if all(message["event"] == "compiled" for message in compiled) else 1
+    print(f"compiled after {time.monotonic() - started:.0f} s", flush=True)
     with ThreadPoolExecutor(args.jobs) as pool:
-        limit = max(20.0, args.deadline * 0.6)
-        checks = pool.map(lambda name: call([name], None, 0.0, limit), names)
-        verdicts = {found["name"]: found["bad"] for said in checks for found in said}
+        limit = max(20.0, args.deadline * 0.4)
+        checks = pool.map(lambda name: call([(name, None)], None, 0.0, limit), names)
+        found = [one for said in checks for one in said]
+    verdicts = {one["name"]: one["bad"] for one in found}
     for name, bad in verdicts.items():
-        print(f"{name:32s}", "right" if not bad else "; ".join(bad)[:300], flush=True)
+        print(f"{name:32s}", "right" if not bad else "; ".join(bad)[:400], flush=True)
+    left_out = {one["name"]: one["wrong"] for one in found}
+    tasks = [(name, left_out[name]) for name in names if "chosen" not in left_out[name]]
     good = [name for name in names if not verdicts[name]]
     left = args.deadline - (time.monotonic() - started)
-    said = call(good, args.fa3, max(left - 15, 5.0), max(left, 10.0)) if good else []
-    rates = {found["name"]: found["rates"] for found in said if found["event"] == "times"}
-    for found in said:
-        if found["event"] != "times":
-            print("note:", str(found)[:300])
+    said = call(tasks, args.fa3, max(left - 15, 5.0), max(left, 10.0)) if tasks else []
+    rates = {one["name"]: one["rates"] for one in said if one["event"] == "times"}
+    for one in said:
+        if one["event"] != "times":
+            print("note:", str(one)[:300])
     print_table(rates)
     if args.out:
         args.out.write_text(json.dumps({"checks": verdicts, "rates": rates}, indent=1), "utf-8")
