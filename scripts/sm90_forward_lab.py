@@ -1,11 +1,11 @@
 """Compares plans of the Hopper forward kernel: compiles, checks and times them on one GPU.
 
     python scripts/sm90_forward_lab.py --out lab.json --deadline 460
-    python scripts/sm90_forward_lab.py --trial --deadline 150 --fa3 FOLDER
-    python scripts/sm90_forward_lab.py --causal-128 --trace --deadline 120 --fa3 FOLDER
+    python scripts/sm90_forward_lab.py --trial --trace --deadline 330 --fa3 FOLDER
     python scripts/sm90_forward_lab.py --list
     python scripts/sm90_forward_lab.py --compile-only      # no GPU needed
 
+Compared are the plans in use, and with --trial also those that differ from one of them in one part.
 All kernels are compiled at once in many processes. Each plan is then checked in a process of its
 own with a time limit, because a wrong barrier protocol hangs: against a float64 computation, with
 odd and unequal lengths, windows, grouped heads, padded head dims, NaN around every tensor and few
@@ -40,7 +40,6 @@ sys.path[:0] = [str(REPOSITORY / "src"), str(REPOSITORY / "tests" / "compile")]
 
 from flash_attn.backends.sm90.plans import (  # noqa: E402
     DYNAMIC,
-    ONE_TILE,
     ROUND_ROBIN,
     ForwardPlan,
     forward_plans,
@@ -48,19 +47,18 @@ from flash_attn.backends.sm90.plans import (  # noqa: E402
 
 PEERS = ("cudnn", "fa3")
 TOKENS, HIDDEN = 16384, 2048
+LAB_BLOCK_DS = (64, 128, 256)  # those that divide the hidden size; cuDNN has no others
 L2 = 32 << 20
 FLUSH_BYTES = 256 << 20
 # Cycles that the GPU idles before each timed launch, so that the host is never what is timed.
 LEAD_CYCLES = 500_000
-# Of --causal-128, which is a trial too.
-CAUSAL_128 = "--causal-128" in sys.argv
-TRIAL, TRACE = "--trial" in sys.argv or CAUSAL_128, "--trace" in sys.argv
-SEQLENS = (1024, 4096, 16384) if CAUSAL_128 else (512, 1024, 2048, 4096, 8192, 16384)
+TRIAL, TRACE = "--trial" in sys.argv, "--trace" in sys.argv
+SEQLENS = (512, 1024, 2048, 4096, 8192, 16384)
 REPEATS = 40
 FA3_LIBRARIES = ("fa3_C.so", "_C.so", "flash_attn_3/_C.so", "xformers/flash_attn_3/_C.so")
 CHECK_SECONDS, TIME_SECONDS, COMPILE_SECONDS = 40 if TRIAL else 60, 45, 150
 FA3 = Path(sys.argv[sys.argv.index("--fa3") + 1]) if "--fa3" in sys.argv else None
-SCHEDULERS = {ONE_TILE: "one", ROUND_ROBIN: "rr", DYNAMIC: "dyn"}
+SCHEDULERS = {ROUND_ROBIN: "rr", DYNAMIC: "dyn"}
 
 
 class Variant(NamedTuple):
@@ -84,7 +82,6 @@ class Variant(NamedTuple):
         parts += [
             short
             for short, used in (
-                ("xt", plan.early),
                 ("pp", plan.ping_pong),
                 ("skip", plan.skip),
                 ("slim", plan.slim),
@@ -92,7 +89,6 @@ class Variant(NamedTuple):
                 ("ov", plan.overlap),
                 ("peel", plan.peel),
                 ("joint", plan.joint),
-                ("wide", plan.wide),
             )
             if used
         ]
@@ -102,122 +98,22 @@ class Variant(NamedTuple):
         return " ".join(parts)
 
 
-def variants() -> list[Variant]:
-    """The plans in use and their alternatives, without repetitions."""
-    found = [Variant(*row) for row in forward_plans()]
-    base = {
-        64: ForwardPlan(3, 128, 2, ROUND_ROBIN, 2, 1),
-        128: ForwardPlan(2, 128, 2, ROUND_ROBIN, 2, 1),
-        256: ForwardPlan(2, 64, 2, ROUND_ROBIN, 1, 2),
-    }
-    for headdim, full in base.items():
-        dynamic = replace(full, scheduler=DYNAMIC, section_bytes=L2)
-        single = replace(full, scheduler=ONE_TILE, q_slots=1, out_halves=0)
-        early, early_dynamic = replace(full, early=True), replace(dynamic, early=True)
-        plain = [full, early, single, replace(early, scheduler=DYNAMIC)]
-        masked = [
-            dynamic,
-            early_dynamic,
-            replace(dynamic, skip=True),
-            replace(early_dynamic, skip=True),
-            replace(early_dynamic, section_bytes=4 * L2),
-            replace(single, section_bytes=L2, skip=True),
-        ]
-        if headdim < 256:
-            plain += [replace(x, ping_pong=True) for x in (full, early, single)]
-            masked += [replace(x, ping_pong=True) for x in (dynamic, early_dynamic)]
-        if headdim == 64:
-            two = ForwardPlan(2, 128, 3, ROUND_ROBIN, 2, 1, early=True)
-            plain += [two, replace(two, ping_pong=True)]
-            two = replace(two, scheduler=DYNAMIC, section_bytes=L2)
-            masked += [two, replace(two, skip=True), replace(two, section_bytes=4 * L2)]
-        if headdim == 128:
-            masked.append(replace(dynamic, q_slots=1, skip=True))
-        found += [Variant(headdim, False, plan) for plan in plain]
-        found += [Variant(headdim, True, plan) for plan in masked]
-    return list(dict.fromkeys(found))
-
-
-def trials() -> list[Variant]:
-    """Plans that combine the parts that won, beside the best without them."""
-    found = []
-    single = {"scheduler": ONE_TILE, "q_slots": 1, "out_halves": 0, "early": False}
-    slim = {"slim": True}
-
-    def add(headdim: int, masked: bool, *plans: ForwardPlan) -> None:
-        found.extend(Variant(headdim, masked, plan) for plan in plans)
-
-    def dynamic(plan: ForwardPlan, **changes: Any) -> ForwardPlan:
-        return replace(plan, **{"scheduler": DYNAMIC, "section_bytes": L2, **changes})
-
-    def sections(plan: ForwardPlan, *pairs: tuple[int, int]) -> list[ForwardPlan]:
-        return [
-            replace(plan, section_bytes=size << 20, last_bytes=last << 20) for size, last in pairs
-        ]
-
-    # Head dim 128
-    full = ForwardPlan(2, 128, 2, ROUND_ROBIN, 2, 1)
-    three = ForwardPlan(3, 64, 3, ROUND_ROBIN, 1, 1)
-    base = dynamic(full, q_slots=1)
-    add(128, True, base, replace(base, **slim))
-    add(128, True, replace(base, late=True), *sections(base, (8, 32), (16, 32)))
-    add(128, True, *sections(replace(base, late=True), (8, 32)))
-    add(128, True, dynamic(three, skip=True), replace(base, **single, skip=True))
-    turns = replace(full, ping_pong=True)
-    add(128, False, full, turns, replace(turns, **slim), replace(turns, **single))
-    add(128, False, three, replace(three, ping_pong=True), replace(three, stages=4))
-    add(128, False, replace(three, **single, stages=4))
-    # Head dim 256
-    full = ForwardPlan(2, 64, 2, ROUND_ROBIN, 1, 2)
-    base = dynamic(full, skip=True)
-    add(256, True, base, replace(base, late=True))
-    add(256, True, *sections(base, (16, 32), (128, 0)))
-    add(256, True, *sections(replace(base, late=True), (16, 32), (128, 0)))
-    add(256, True, *sections(replace(base, **single), (32, 0), (128, 0)))
-    add(256, False, full, replace(full, **single), replace(full, **slim))
-    # Head dim 64
-    three = ForwardPlan(3, 128, 2, ROUND_ROBIN, 2, 1, early=True, ping_pong=True)
-    unhurried = replace(three, early=False)
-    two = ForwardPlan(2, 128, 3, ROUND_ROBIN, 2, 1, early=True)
-    base = dynamic(two)
-    add(64, True, base, replace(base, **slim), *sections(base, (8, 32), (16, 32)))
-    add(64, True, *sections(replace(base, **slim), (8, 32)))
-    base = dynamic(unhurried, skip=True)
-    add(64, True, base, replace(base, **slim), *sections(base, (16, 32)))
-    add(64, False, unhurried, replace(unhurried, **slim))
-    add(64, False, replace(three, **slim))
-    four = ForwardPlan(4, 64, 3, ROUND_ROBIN, 2, 1)
-    base = dynamic(four, skip=True)
-    add(64, True, *sections(base, (16, 32)), *sections(replace(base, late=True), (16, 32)))
-    add(64, True, *sections(replace(base, **slim), (16, 0), (16, 32)))
-    add(64, False, four, replace(four, **slim))
-    return list(dict.fromkeys(found))
-
-
-def causal_128() -> list[Variant]:
-    """Head dim 128 with a causal mask: the loop of the plans in use, changed part by part."""
-    base = next(
-        plan for block_d, masked, plan in forward_plans() if (block_d, masked) == (128, True)
-    )
-    late = replace(base, late=True)
-    peel, overlap = replace(late, peel=True), replace(late, overlap=True)
-    both = replace(peel, overlap=True)
-    early = replace(both, late=False, early=True, q_slots=2)
-    three = replace(late, consumers=3, block_n=64, stages=3, skip=True)
-    plans = [base, late, peel, overlap, both, replace(late, ping_pong=True)]
-    plans += [replace(x, ping_pong=True) for x in (peel, overlap, both)]
-    plans += [replace(both, ping_pong=True, q_slots=2), early, replace(early, ping_pong=True)]
-    plans.append(replace(base, early=True, q_slots=2))
-    plans.append(replace(peel, stages=3, out_halves=0))  # a third stage in the results' place
-    plans += [three, replace(three, ping_pong=True)]
-    return [Variant(128, True, plan) for plan in plans]
+def neighbours(plan: ForwardPlan, masked: bool) -> list[ForwardPlan]:
+    """Plans that differ from ``plan`` in one part, of those that the kernel has."""
+    parts = ["ping_pong", "overlap", *(["skip"] if masked else [])]
+    parts += ["peel"] if masked and plan.block_m == plan.block_n else []
+    parts += ["slim"] if not plan.late else []
+    parts += ["late"] if plan.scheduler == DYNAMIC and not plan.slim else []
+    found = [replace(plan, **{part: not getattr(plan, part)}) for part in parts]
+    return [x for x in found if not (x.joint and x.ping_pong and x.skip)]
 
 
 def all_variants() -> list[Variant]:
-    """What this run is about."""
-    if CAUSAL_128:
-        return causal_128()
-    return trials() if TRIAL else variants()
+    """What this run is about, without repetitions."""
+    found = [Variant(*row) for row in forward_plans() if row[0] in LAB_BLOCK_DS]
+    if TRIAL:
+        found += [x._replace(plan=plan) for x in found for plan in neighbours(x.plan, x.masked)]
+    return list(dict.fromkeys(found))
 
 
 def kernel_of(variant: Variant) -> Variant:
@@ -227,15 +123,8 @@ def kernel_of(variant: Variant) -> Variant:
 
 def traced() -> list[tuple[Variant, tuple[int, ...]]]:
     """What is traced, at which lengths."""
-    if CAUSAL_128:
-        return [(variant, (4096, 16384)) for variant in causal_128() if not variant.plan.early]
-    found = {variant.name: variant for variant in trials()}
-    wanted = {
-        "128c dyn 2x128 st2 q1 o1": (1024, 4096),
-        "128c dyn 2x128 st2 q1 o1 L2:8M+32M": (512, 1024, 4096),
-        "64c dyn 2x128 st3 q2 o1 xt": (512, 1024, 4096),
-    }
-    return [(found[name], lengths) for name, lengths in wanted.items()]
+    plans = [variant for variant in all_variants() if variant[:2] == (128, True)]
+    return [(variant, (1024, 4096, 16384)) for variant in plans]
 
 
 # ------------------------------------------------------------------------------------- worker side
@@ -527,9 +416,8 @@ def launch_traced(variant: Variant, seqlen: int, times: int = 1) -> Any:
 
     (problem, out), run = bound(variant, seqlen)
     lse = torch.empty(problem.lse_shape, device="cuda")
-    programs = -(-seqlen // variant.plan.block_m) * problem.q.shape[0] * problem.q.shape[2]
-    if variant.plan.scheduler != ONE_TILE:
-        programs = min(programs, 132)
+    tiles = -(-seqlen // variant.plan.block_m) * problem.q.shape[0] * problem.q.shape[2]
+    programs = min(tiles, 132)
     trace = torch.zeros(programs, variant.plan.consumers, 66, 16, dtype=torch.int32, device="cuda")
     for _ in range(times - 1):
         run()
@@ -722,7 +610,7 @@ def call(task: str, chosen: list[Variant], limit: float, budget: float = 0.0) ->
     names = json.dumps([variant.name for variant in chosen])
     process = subprocess.Popen(
         [sys.executable, str(Path(__file__).resolve()), "--work", task, names, str(budget)]
-        + (["--causal-128"] if CAUSAL_128 else ["--trial"] * TRIAL)
+        + ["--trial"] * TRIAL
         + ["--trace"] * TRACE
         + (["--fa3", str(FA3)] if FA3 else []),
         stdout=subprocess.PIPE,
@@ -899,9 +787,8 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) - 3))
     parser.add_argument("--stress", action="store_true", help="check by many runs of short tiles")
     parser.add_argument("--checks", type=int, default=0, help="checks at a time; 0: up to 6")
-    parser.add_argument("--trial", action="store_true", help="parts on trial instead of plans")
-    parser.add_argument("--causal-128", action="store_true", help="parts on trial at 128 causal")
-    parser.add_argument("--trace", action="store_true", help="of trials: where the time goes")
+    parser.add_argument("--trial", action="store_true", help="also plans that differ in one part")
+    parser.add_argument("--trace", action="store_true", help="where the time goes at 128 causal")
     parser.add_argument("--fa3", type=Path, help="folder of FlashAttention-3's library, a peer")
     parser.add_argument("--work", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -924,7 +811,7 @@ def main() -> int:
     lab.compile(args.jobs)
     good = lab.check(args.checks or min(13 if TRIAL else 6, args.jobs))
     lab.save()
-    if TRIAL and TRACE:
+    if TRACE:
         lab.trace()
     table = {} if args.no_times else lab.time(good)
     lab.save()

@@ -44,10 +44,9 @@ _64_FOUR = ForwardPlan(4, 64, 3, DYNAMIC, 2, 1, section_bytes=L2, skip=True)
 _64_THREE = ForwardPlan(3, 128, 2, DYNAMIC, 2, 1, section_bytes=L2, skip=True, ping_pong=True)
 _128 = ForwardPlan(2, 128, 2, DYNAMIC, 1, 1, section_bytes=L2)
 _128_THREE = ForwardPlan(3, 64, 3, DYNAMIC, 1, 1, section_bytes=L2, skip=True)
-_96 = ForwardPlan(2, 128, 3, DYNAMIC, 1, 1, section_bytes=8 << 20, last_bytes=L2, wide=True)
-_192 = ForwardPlan(2, 128, 3, DYNAMIC, 1, 1, section_bytes=16 << 20, last_bytes=L2, joint=True,
-                   wide=True)  # fmt: skip
-_192_TWO = ForwardPlan(2, 64, 3, DYNAMIC, 1, 1, section_bytes=L2, wide=True)
+_96 = ForwardPlan(2, 128, 3, DYNAMIC, 1, 1, section_bytes=8 << 20, last_bytes=L2)
+_192 = ForwardPlan(2, 128, 3, DYNAMIC, 1, 1, section_bytes=16 << 20, last_bytes=L2, joint=True)
+_192_TWO = ForwardPlan(2, 64, 3, DYNAMIC, 1, 1, section_bytes=L2)
 _256 = ForwardPlan(2, 64, 2, DYNAMIC, 1, 2, section_bytes=L2)
 
 
@@ -75,8 +74,8 @@ PACKED = {
         *changed(_128, "overlap", "late", "late overlap", "ping_pong"),
         *changed(_128_THREE, "skip", "late"),
     ),
-    96: changed(replace(_96, stages=2), "wide", "overlap", "late overlap"),
-    192: changed(_192_TWO, "wide", "skip late", "late overlap"),
+    96: changed(replace(_96, stages=2), "overlap", "late overlap"),
+    192: changed(_192_TWO, "skip late", "late overlap"),
     256: changed(_256, "skip", "late", "skip late", "skip late overlap"),
 }
 WINDOW = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -16,7 +17,7 @@ import gluon_model
 import support
 
 from flash_attn.backends.sm90 import launch
-from flash_attn.backends.sm90.plans import ForwardPlan, masks_first_block_alone
+from flash_attn.backends.sm90.plans import ROUND_ROBIN, ForwardPlan, masks_first_block_alone
 from flash_attn.core import reference
 from flash_attn.core.problem import (
     DENSE,
@@ -34,6 +35,13 @@ PROGRAMS = 3
 @pytest.fixture(scope="module")
 def kernels() -> Any:
     return gluon_model.load_kernels("sm90_forward")
+
+
+@pytest.fixture(autouse=True)
+def few_programs() -> Iterator[None]:
+    """Programs walk over several tiles."""
+    with mock.patch.object(launch, "multiprocessors_of", return_value=PROGRAMS):
+        yield
 
 
 def around(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
@@ -91,10 +99,7 @@ def solve(
     whole = torch.full((*shape[:-1], columns), torch.nan, dtype=problem.q.dtype)
     counter = torch.zeros(1, dtype=torch.int32)
     results: list[AttentionResult] = []
-    with (
-        mock.patch.object(launch, "counter_for", return_value=counter),
-        mock.patch.object(launch, "multiprocessors_of", return_value=PROGRAMS),
-    ):
+    with mock.patch.object(launch, "counter_for", return_value=counter):
         (call,) = gluon_model.record(
             lambda: results.append(launch.forward(problem, whole[..., : shape[-1]], plan))
         )
@@ -172,17 +177,11 @@ def test_alibi(kernels: Any, pack: bool) -> None:
     check(kernels, capped._replace(transform=transform))
 
 
-@pytest.mark.parametrize("dim", [96, 192])
-def test_values_two_pieces_at_a_time(kernels: Any, dim: int) -> None:
+@pytest.mark.parametrize("dims", [(64, 88), (96, 64), (96, 192), (64, 184), (192, 64), (192, 128)])
+def test_values_of_another_head_dim(kernels: Any, dims: tuple[int, int]) -> None:
     for mask in (FULL, CAUSAL, WINDOW):
-        for problem in (
-            dense((150, 210), dims=(dim, dim), visibility=mask),
-            dense((150, 210), dims=(64, dim - 8), visibility=mask),
-            packed([(100, 130), (1, 5), (70, 0)], dims=(dim, dim), visibility=mask),
-        ):
-            check(kernels, problem, replace(launch.plan_for(problem), wide=True))
-    narrow = dense((150, 210), dims=(dim, 64), visibility=CAUSAL)
-    check(kernels, narrow, replace(launch.plan_for(narrow), wide=True))
+        check(kernels, dense((150, 210), dims=dims, visibility=mask))
+    check(kernels, packed([(100, 130), (1, 5), (70, 0)], dims=dims, visibility=CAUSAL))
 
 
 @pytest.mark.parametrize("dim", [64, 192])
@@ -193,16 +192,16 @@ def test_keys_and_values_in_one_ring(kernels: Any, dim: int) -> None:
             packed([(100, 330), (1, 5), (70, 0)], dims=(dim, dim), visibility=mask),
         ):
             plan = launch.plan_for(problem)
-            plan = replace(plan, early=False, skip=mask != FULL, joint=True, stages=3)
-            check(kernels, problem, plan)
-            plan = replace(plan, block_n=128, stages=4, wide=dim == 192)
-            check(kernels, problem, plan)
+            plan = replace(plan, ping_pong=False, joint=True, stages=3)
+            check(kernels, problem, replace(plan, block_n=64, skip=mask != FULL))
+            check(kernels, problem, replace(plan, block_n=128, stages=4, skip=mask != FULL))
             check(kernels, problem, replace(plan, skip=False, overlap=True))
 
 
 def test_one_ring_and_loops_without_masks(kernels: Any) -> None:
     problem = dense((150, 406), dims=(192, 192), visibility=CAUSAL, pack_gqa=False)
-    plan = replace(launch.plan_for(problem), block_n=128, skip=False, joint=True, wide=True)
+    plan = launch.plan_for(problem)
+    assert plan.joint
     assert masks_first_block_alone(plan, 150, 406, None, 0, 1)
     check(kernels, problem, replace(plan, overlap=True, peel=True))
 
@@ -213,7 +212,7 @@ def test_the_model_notices_wrong_pieces(change: tuple[str, str]) -> None:
     kernels = gluon_model.load_kernels("sm90_forward", change)
     problem = dense((90, 140), dims=(96, 96))
     with pytest.raises(AssertionError):
-        check(kernels, problem, replace(launch.plan_for(problem), wide=True))
+        check(kernels, problem)
 
 
 def test_the_model_notices_wrong_slots() -> None:
@@ -233,10 +232,9 @@ def test_the_model_notices_wrong_heads() -> None:
 
 
 def test_plans_with_turns(kernels: Any) -> None:
-    plan = launch.plan_for(dense((300, 300)))
-    assert plan.ping_pong
+    plan = ForwardPlan(3, 128, 2, ROUND_ROBIN, 2, 1, ping_pong=True)
     check(kernels, dense((300, 300)), plan)
-    check(kernels, dense((300, 300)), replace(plan, early=True))
+    check(kernels, dense((300, 300)), replace(plan, overlap=True))
 
 
 # By queries, keys and keys on the right: of the first ones a tile's first block is all that is
@@ -250,14 +248,11 @@ def test_loops_without_masks(kernels: Any, seqlen_q: int, seqlen_k: int, right: 
     mask = Visibility(None, right)
     problem = dense((seqlen_q, seqlen_k), dims=(128, 128), visibility=mask, pack_gqa=False)
     plan = replace(launch.plan_for(problem), peel=True)
-    with (
-        mock.patch.object(launch, "counter_for"),
-        mock.patch.object(launch, "multiprocessors_of", return_value=PROGRAMS),
-    ):
+    with mock.patch.object(launch, "counter_for"):
         (call,) = gluon_model.record(lambda: launch.forward(problem, None, plan))
     assert call.keywords["PEEL"] == ((seqlen_q, seqlen_k, right) in PEELED)
     check(kernels, problem, plan)
-    check(kernels, problem, replace(plan, overlap=True, early=True, q_slots=2))
+    check(kernels, problem, replace(plan, overlap=True, q_slots=2))
 
 
 @pytest.mark.parametrize("dim", [64, 96, 128])

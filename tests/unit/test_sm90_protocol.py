@@ -19,7 +19,6 @@ from triton.runtime.jit import JITFunction
 from flash_attn.backends.sm90 import launch
 from flash_attn.backends.sm90.plans import (
     DYNAMIC,
-    ONE_TILE,
     ROUND_ROBIN,
     ForwardPlan,
     forward_plans,
@@ -175,45 +174,35 @@ def packed(
 def variants() -> list[ForwardPlan]:
     """Every plan in use, and with each number of consumers every scheduler and option."""
     plans = [plan for _, _, plan in forward_plans()]
-    for consumers in (1, 2, 3, 4):
+    for consumers in (2, 3, 4):
         base = ForwardPlan(consumers, 64, 2, ROUND_ROBIN, 2, 1)
         plans += [
             base,
             replace(base, stages=3, q_slots=1),
-            replace(base, scheduler=ONE_TILE, q_slots=1, out_halves=0, skip=True),
+            replace(base, skip=True),
             replace(base, scheduler=DYNAMIC, skip=True, section_bytes=1 << 20),
-            replace(base, scheduler=DYNAMIC, early=True, skip=True, out_halves=2),
-            replace(base, scheduler=DYNAMIC, q_slots=1, out_halves=0),
-            replace(base, early=True, stages=3),
-            replace(base, early=True, slim=True),
+            replace(base, scheduler=DYNAMIC, q_slots=1),
             replace(base, slim=True),
-            replace(base, scheduler=DYNAMIC, slim=True, early=True),
             replace(base, scheduler=DYNAMIC, slim=True, skip=True, section_bytes=1 << 15,
                     last_bytes=1 << 16),
             replace(base, scheduler=DYNAMIC, late=True, skip=True, section_bytes=1 << 15,
                     last_bytes=1 << 16),
-            replace(base, scheduler=DYNAMIC, late=True, early=True),
             replace(base, scheduler=DYNAMIC, late=True, overlap=True, peel=True),
-            replace(base, stages=3, q_slots=1, out_halves=0, scheduler=DYNAMIC, late=True),
+            replace(base, scheduler=DYNAMIC, slim=True, overlap=True, skip=True),
+            replace(base, ping_pong=True),
+            replace(base, ping_pong=True, overlap=True, scheduler=DYNAMIC, late=True),
+            replace(base, ping_pong=True, skip=True, scheduler=DYNAMIC),
         ]  # fmt: skip
         joint = replace(base, joint=True, stages=3, q_slots=1)
         plans += [
             joint,
             replace(joint, stages=4, slim=True),
-            replace(joint, scheduler=ONE_TILE, out_halves=0, skip=True),
+            replace(joint, skip=True),
             replace(joint, scheduler=DYNAMIC, skip=True, late=True),
             replace(joint, scheduler=DYNAMIC, slim=True, skip=True),
             replace(joint, scheduler=DYNAMIC, late=True, overlap=True, peel=True),
+            replace(joint, ping_pong=True),
         ]
-        if consumers > 1:
-            plans += [
-                replace(joint, ping_pong=True),
-                replace(base, ping_pong=True),
-                replace(base, ping_pong=True, overlap=True, scheduler=DYNAMIC, late=True),
-                replace(base, ping_pong=True, early=True, scheduler=DYNAMIC),
-                replace(base, ping_pong=True, skip=True, scheduler=DYNAMIC),
-                replace(base, ping_pong=True, scheduler=ONE_TILE, q_slots=1, out_halves=0),
-            ]
     return list(dict.fromkeys(plans))
 
 
@@ -233,7 +222,7 @@ def test_schedules_of_dense_problems(plan: ForwardPlan) -> None:
 @pytest.mark.parametrize("mask", MASKS, ids=str)
 def test_schedules_of_packed_problems(block_d: int, mask: Visibility) -> None:
     plan = lengths_plan(block_d)
-    plans = [plan, replace(plan, early=True), replace(plan, q_slots=1, out_halves=0)]
+    plans = [plan, lengths_plan(block_d, sparing=True), replace(plan, q_slots=1, late=True)]
     lengths = [
         [(300, 300), (1, 1), (0, 5), (129, 0), (64, 200)],
         [(1, 500)],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import triton
@@ -20,10 +21,10 @@ from .._launcher import Launcher, counter_for
 from .plans import (
     DYNAMIC,
     MAX_HEADDIM,
-    ONE_TILE,
     ROWS,
     ForwardKey,
     ForwardPlan,
+    Grid,
     forward_plan,
     heads_at_a_time,
     heads_in_sections,
@@ -32,7 +33,7 @@ from .plans import (
     packed_heads,
     padded_headdim,
     piece_columns,
-    with_own_buffer,
+    with_two_rings,
 )
 
 # Far beyond any length, yet far enough from 2**31 for sums of positions.
@@ -141,11 +142,30 @@ def plan_for(problem: AttentionProblem) -> ForwardPlan:
     left, right = binding_window(problem)
     block_d, block_dv = columns_of(problem)
     width = max(block_d, block_dv)
-    if lengths_of(problem) != SHAPES or problem.transform.alibi_slopes is not None:
-        return lengths_plan(width)
+    transform, has_chunk = problem.transform, problem.visibility.attention_chunk > 0
+    has_alibi, has_softcap = transform.alibi_slopes is not None, transform.softcap > 0.0
+    if lengths_of(problem) != SHAPES or has_alibi:
+        has_left = problem.visibility.window_left is not None
+        return lengths_plan(width, has_left or has_chunk or has_softcap or has_alibi)
     masked = left is not None or right is not None
-    plan = forward_plan(ForwardKey(width, masked, problem.max_seqlen_k, left is not None))
-    return with_own_buffer(plan) if block_d != block_dv else plan
+    grid = Grid(
+        problem.q.shape[-3], problem.batch_size * problem.nheads, multiprocessors_for(problem)
+    )
+    plan = forward_plan(ForwardKey(width, masked, problem.max_seqlen_k, left is not None, grid))
+    plan = with_two_rings(plan) if block_d != block_dv else plan
+    return without_overlap(plan, has_softcap)
+
+
+def without_overlap(plan: ForwardPlan, has_softcap: bool) -> ForwardPlan:
+    """``plan``, with ``overlap`` only where the compiler has registers for it: not with softcap,
+    and with that of Triton 3.9 not for four consumers."""
+    lacks = has_softcap or (plan.consumers == 4 and _TRITON > (3, 6))
+    return replace(plan, overlap=False) if lacks else plan
+
+
+def multiprocessors_for(problem: AttentionProblem) -> int:
+    """How many multiprocessors may work on the problem."""
+    return max(multiprocessors_of(problem.q.device.index or 0) - problem.sm_margin, 1)
 
 
 def fill_empty(problem: AttentionProblem, out: Tensor, lse: Tensor) -> None:
@@ -203,10 +223,7 @@ def launch_forward(
         and lengths == SHAPES
         and masks_first_block_alone(plan, q.shape[-3], k.shape[-3], left, right, pack)
     )
-    programs = tiles
-    if plan.scheduler != ONE_TILE:
-        available = multiprocessors_of(q.device.index or 0) - problem.sm_margin
-        programs = min(programs, max(available, 1))
+    programs = min(tiles, multiprocessors_for(problem))
     # Elsewhere it is not read, and neither are lengths that are absent.
     counter = counter_for(q) if plan.scheduler == DYNAMIC else lse
     scale, softcap, slopes = transform.softmax_scale, transform.softcap, transform.alibi_slopes
@@ -214,7 +231,7 @@ def launch_forward(
         describe(q, ROWS // pack, piece_columns(block_d), pack),
         describe(k, plan.block_n, piece_columns(block_d)),
         describe(v, plan.block_n, piece_columns(block_dv)),
-        describe(out, ROWS // pack, plan.out_columns(block_dv) or block_dv, pack),
+        describe(out, ROWS // pack, plan.out_columns(block_dv), pack),
         lse,
         counter,
         lse if trace is None else trace,
@@ -298,7 +315,6 @@ def constants(plan: ForwardPlan, block_d: int, block_dv: int) -> dict[str, Any]:
         "Q_SLOTS": plan.q_slots,
         "OUT_COLUMNS": plan.out_columns(block_dv),
         "SCHEDULER": plan.scheduler,
-        "EARLY": plan.early,
         "PING_PONG": plan.ping_pong,
         "SKIP": plan.skip,
         "REGISTERS": plan.registers,
@@ -306,6 +322,5 @@ def constants(plan: ForwardPlan, block_d: int, block_dv: int) -> dict[str, Any]:
         "LATE": plan.late,
         "OVERLAP": plan.overlap,
         "JOINT": plan.joint,
-        "WIDE": plan.wide and piece_columns(block_dv) < block_dv,
         "num_warps": 4,
     }
