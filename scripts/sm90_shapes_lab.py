@@ -35,19 +35,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import sm90_forward_lab as lab  # noqa: E402
 
-from flash_attn.backends.sm90.plans import DYNAMIC, ForwardPlan  # noqa: E402
+from flash_attn.backends.sm90.plans import DYNAMIC, ROUND_ROBIN, ForwardPlan  # noqa: E402
 
 L2 = 32 << 20
-# By head dim: the plans in use for lengths on the device, and what windows take.
 _64 = ForwardPlan(2, 128, 3, DYNAMIC, 2, 1, section_bytes=L2)
 _64_FOUR = ForwardPlan(4, 64, 3, DYNAMIC, 2, 1, section_bytes=L2, skip=True)
 _64_THREE = ForwardPlan(3, 128, 2, DYNAMIC, 2, 1, section_bytes=L2, skip=True, ping_pong=True)
+_64_ONE = ForwardPlan(1, 128, 3, ROUND_ROBIN, 1, 1)
 _128 = ForwardPlan(2, 128, 2, DYNAMIC, 1, 1, section_bytes=L2)
-_128_THREE = ForwardPlan(3, 64, 3, DYNAMIC, 1, 1, section_bytes=L2, skip=True)
 _96 = ForwardPlan(2, 128, 3, DYNAMIC, 1, 1, section_bytes=8 << 20, last_bytes=L2)
 _192 = ForwardPlan(2, 128, 3, DYNAMIC, 1, 1, section_bytes=16 << 20, last_bytes=L2, joint=True)
-_192_TWO = ForwardPlan(2, 64, 3, DYNAMIC, 1, 1, section_bytes=L2)
-_256 = ForwardPlan(2, 64, 2, DYNAMIC, 1, 2, section_bytes=L2)
+_STAY: dict[str, Any] = {"scheduler": ROUND_ROBIN, "section_bytes": 0, "skip": False}
 
 
 def changed(plan: ForwardPlan, *options: str) -> tuple[ForwardPlan, ...]:
@@ -55,37 +53,27 @@ def changed(plan: ForwardPlan, *options: str) -> tuple[ForwardPlan, ...]:
     return tuple(replace(plan, **dict.fromkeys(names.split(), True)) for names in options)
 
 
-# By head dim: what is tried beside the plan with a causal mask, with packed sequences, and with a
-# left bound.
+# By head dim: what is tried beside the plan with a causal mask, with packed sequences, with a left
+# bound, and, by whether there is a mask, where tiles are few.
 CAUSAL = {
-    96: changed(_96, "late overlap peel", "overlap peel", "ping_pong late overlap peel",
-                "ping_pong peel", "late peel", "peel"),
-    192: changed(_192, "late", "skip late", "late peel", "late overlap peel", "ping_pong peel",
-                 "skip late peel", "slim overlap peel"),
-}  # fmt: skip
-PACKED = {
-    64: (
-        *changed(_64, "overlap", "late", "late overlap", "ping_pong overlap"),
-        *changed(_64_FOUR, "skip", "overlap", "late"),
-        _64_THREE,
-    ),
-    128: (
-        replace(_128, section_bytes=8 << 20, last_bytes=L2),
-        *changed(_128, "overlap", "late", "late overlap", "ping_pong"),
-        *changed(_128_THREE, "skip", "late"),
-    ),
-    96: changed(replace(_96, stages=2), "overlap", "late overlap"),
-    192: changed(_192_TWO, "skip late", "late overlap"),
-    256: changed(_256, "skip", "late", "skip late", "skip late overlap"),
+    96: changed(_96, "overlap peel", "ping_pong peel"),
+    192: changed(_192, "skip late peel", "late overlap peel"),
 }
-WINDOW = {
-    64: (
-        *changed(_64, "early", "early overlap", "late", "late overlap"),
-        *changed(_64_FOUR, "overlap", "slim", "slim overlap"),  # spills without either
-    ),
-    128: (
-        *changed(_128, "late", "overlap", "late overlap", "ping_pong"),
-        *changed(_128_THREE, "skip", "late"),
+PACKED = {
+    64: (_64, *changed(_64_FOUR, "late"), _64_THREE),
+    128: changed(_128, "overlap", "late overlap"),
+    96: changed(replace(_96, stages=2), "peel", "late overlap"),
+    192: (),
+    256: (),
+}
+WINDOW = {64: changed(_64, "late"), 128: changed(_128, "overlap", "late overlap")}
+FEW = {
+    True: (*changed(_64, "late overlap peel", "late peel"), _64_THREE, _64_FOUR, _64_ONE),
+    False: (
+        *(replace(plan, **_STAY) for plan in changed(_64, "overlap", "ping_pong")),
+        replace(_64_THREE, **_STAY, slim=True),
+        replace(_64_FOUR, **_STAY, slim=True),
+        _64_ONE,
     ),
 }
 PORTABLE = "portable kernels"  # what results are compared with
@@ -176,10 +164,14 @@ def cells() -> list[Cell]:
                     Cell(f"d{headdim} {kind} s{seqlen}", 16384 // seqlen, (seqlen, seqlen),
                          (nheads, nheads), headdim, window, plans=plans)
                 )  # fmt: skip
-    found += [
-        Cell(f"fp16 b1 h16 d64 s{seqlen}", 1, (seqlen, seqlen), (16, 16), 64, dtype="float16")
-        for seqlen in (512, 1024, 2048, 4096, 8192)
-    ]
+    for seqlen in (512, 1024, 2048, 4096, 8192):
+        for masked, plans in FEW.items():
+            window = (-1, 0) if masked else (-1, -1)
+            kind = "causal" if masked else "full"
+            found.append(
+                Cell(f"fp16 b1 h16 d64 {kind} s{seqlen}", 1, (seqlen, seqlen), (16, 16), 64, window,
+                     "float16", plans=plans)
+            )  # fmt: skip
     found += [
         Cell("gqa 32/8 b16 q80 k4096", 16, (80, 4096), (32, 8), 128),
         Cell("gqa 64/8 b8 q192 k8192", 8, (192, 8192), (64, 8), 128),
@@ -274,7 +266,9 @@ def kernel_of(cell: Cell, name: str) -> tuple[Any, ...]:
     if name == PORTABLE:
         return (*kind, cell.heads[0] > cell.heads[1])
     plan, pack = cell.variants()[name]
-    plan = plan or launch.plan_for(problem)
+    if plan is None:
+        with mock.patch.object(launch, "multiprocessors_of", return_value=132):
+            plan = launch.plan_for(problem)
     plan = lab.kernel_of(lab.Variant(cell.headdim, True, plan)).plan
     return (*kind, plan, launch.pack_of(problem._replace(pack_gqa=pack), plan))
 

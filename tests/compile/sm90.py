@@ -239,7 +239,7 @@ def plans_in_use() -> list[tuple[int, bool, plans.ForwardPlan]]:
     """The table of plans, without those of tiles that are padded instead."""
     rows = plans.forward_plans()
     return [
-        (block_d, masked, launch.without_overlap(plan, False))
+        (block_d, masked, launch.within_registers(plan, False, False))
         for block_d, masked, plan in rows
         if launch.columns_of(Case(plan, block_d, "full").problem)[0] == block_d
     ]
@@ -251,7 +251,7 @@ def all_cases() -> list[Case]:
     for block_d, masked, plan in plans_in_use():
         cases.append(Case(plan, block_d, "causal" if masked else "full"))
         if masked:
-            window_plan = plans.windowed(plan, block_d)
+            window_plan = launch.within_registers(plans.windowed(plan, block_d), True, False)
             cases += [Case(window_plan, block_d, mask) for mask in ("left", "window")]
     longest = {(block_d, masked): plan for block_d, masked, plan in plans_in_use()}
     cases += [
@@ -288,12 +288,11 @@ def feature_cases() -> list[Case]:
     for headdim in plans.BLOCK_DS:
         for features in ("alibi", "packed alibi"):
             cases += [planned(headdim, mask, features) for mask in ("full", "causal", "window")]
-        cases.append(planned(headdim, "window", "alibi softcap sinks")._replace(pack=8))
-        cases.append(planned(headdim, "window", "packed alibi softcap sinks")._replace(pack=8))
+        cases.append(planned(headdim, "window", "alibi softcap sinks", pack=8))
+        cases.append(planned(headdim, "window", "packed alibi softcap sinks", pack=8))
         for pack, features in ((2, ""), (4, "packed sinks"), (8, "packed"), (8, "used"), (8, "")):
             cases += [
-                planned(headdim, mask, features)._replace(pack=pack)
-                for mask in ("full", "causal", "window")
+                planned(headdim, mask, features, pack=pack) for mask in ("full", "causal", "window")
             ]
     return cases
 
@@ -317,15 +316,15 @@ def selection() -> list[Case]:
         planned(128, "left", "used"),
         planned(64, "full", "packed", headdim_v=128),
         planned(256, "causal", "", headdim_v=64),
-        planned(64, "full", "", 500)._replace(pack=8),
+        planned(64, "full", "", 500, pack=8),
         planned(64, "chunk", "sinks"),
         planned(64, "causal", "packed"),
         planned(256, "full", "used"),
         planned(64, "causal", "alibi"),
-        planned(128, "full", "alibi")._replace(pack=8),
+        planned(128, "full", "alibi", pack=8),
         planned(128, "causal", "packed alibi"),
-        planned(128, "window", "packed sinks")._replace(pack=8),
-        planned(256, "causal", "packed")._replace(pack=4),
+        planned(128, "window", "packed sinks", pack=8),
+        planned(256, "causal", "packed", pack=4),
     ]
     return list(dict.fromkeys(cases))
 
@@ -337,17 +336,19 @@ def planned(
     length: int = 3000,
     headdim_v: int = 0,
     few: bool = False,
+    pack: int = 0,
 ) -> Case:
     """The case of a problem with sequences of ``length``, on a GPU that has ``few`` or many tiles
     for each multiprocessor."""
     case = Case(plans.forward_plan(plans.ForwardKey(64, False, 1)), headdim, mask,
-                features=features, headdim_v=headdim_v)  # fmt: skip
+                features=features, headdim_v=headdim_v, pack=pack)  # fmt: skip
     problem = case.problem
     long = problem.k.new_empty(2, length, 2, headdim)
+    queries = problem.k.new_empty(2, length, problem.nheads, headdim)
     if problem.is_varlen_q:
         problem = problem._replace(layout=problem.layout._replace(max_seqlen_k=length))
     else:
-        problem = problem._replace(q=long, k=long)
+        problem = problem._replace(q=queries, k=long)
     with mock.patch.object(launch, "multiprocessors_of", return_value=400 if few else 1):
         return case._replace(plan=launch.plan_for(problem))
 

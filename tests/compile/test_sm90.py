@@ -133,6 +133,14 @@ def test_plans_spare_registers_where_they_lack(monkeypatch: pytest.MonkeyPatch) 
         transform = make_transform(64, softcap=softcap)
         problem = AttentionProblem(q, q, q, transform, mask, layout)
         assert launch.plan_for(problem) == plans.lengths_plan(64, sparing)
+    monkeypatch.setattr(launch, "_TRITON", (3, 9))
+    problem = problem._replace(visibility=Visibility(), transform=make_transform(64))
+    assert launch.plan_for(problem) == plans.lengths_plan(64, sparing=True)
+    q = q[None]
+    problem = AttentionProblem(q, q, q, make_transform(64), Visibility(40, 0))
+    assert launch.plan_for(problem) == plans.lengths_plan(64, sparing=True)
+    monkeypatch.setattr(launch, "_TRITON", (3, 6))
+    assert launch.plan_for(problem) == plans.forward_plan(plans.ForwardKey(64, True, 300, True))
 
 
 @pytest.mark.parametrize("headdim", [128, 256])

@@ -142,25 +142,33 @@ def plan_for(problem: AttentionProblem) -> ForwardPlan:
     left, right = binding_window(problem)
     block_d, block_dv = columns_of(problem)
     width = max(block_d, block_dv)
-    transform, has_chunk = problem.transform, problem.visibility.attention_chunk > 0
-    has_alibi, has_softcap = transform.alibi_slopes is not None, transform.softcap > 0.0
-    if lengths_of(problem) != SHAPES or has_alibi:
-        has_left = problem.visibility.window_left is not None
-        return lengths_plan(width, has_left or has_chunk or has_softcap or has_alibi)
+    has_softcap = problem.transform.softcap > 0.0
+    if problem.transform.alibi_slopes is not None:
+        return lengths_plan(width, sparing=True)
+    if lengths_of(problem) != SHAPES:
+        plan = lengths_plan(width)
+        has_left = left is not None and (left < _NO_WINDOW or problem.visibility.attention_chunk)
+        spills = plan.consumers == 4 and (_TRITON > (3, 6) or pack_of(problem, plan) > 1)
+        return lengths_plan(width, sparing=bool(has_left or has_softcap or spills))
     masked = left is not None or right is not None
     grid = Grid(
         problem.q.shape[-3], problem.batch_size * problem.nheads, multiprocessors_for(problem)
     )
     plan = forward_plan(ForwardKey(width, masked, problem.max_seqlen_k, left is not None, grid))
     plan = with_two_rings(plan) if block_d != block_dv else plan
-    return without_overlap(plan, has_softcap)
+    return within_registers(plan, left is not None, has_softcap)
 
 
-def without_overlap(plan: ForwardPlan, has_softcap: bool) -> ForwardPlan:
-    """``plan``, with ``overlap`` only where the compiler has registers for it: not with softcap,
-    and with that of Triton 3.9 not for four consumers."""
-    lacks = has_softcap or (plan.consumers == 4 and _TRITON > (3, 6))
-    return replace(plan, overlap=False) if lacks else plan
+def within_registers(plan: ForwardPlan, has_left: bool, has_softcap: bool) -> ForwardPlan:
+    """``plan``, or one that the compiler has registers for.
+
+    There are none for ``overlap`` with softcap. For four consumers that of Triton 3.9 has none for
+    ``overlap`` either, nor for a left bound.
+    """
+    is_tight = plan.consumers == 4 and _TRITON > (3, 6)
+    if is_tight and has_left:
+        return lengths_plan(64, sparing=True)
+    return replace(plan, overlap=False) if is_tight or has_softcap else plan
 
 
 def multiprocessors_for(problem: AttentionProblem) -> int:

@@ -253,8 +253,8 @@ _LENGTHS: dict[int, ForwardPlan] = {
     256: ForwardPlan(2, 64, 2, DYNAMIC, 1, 2, skip=True, late=True, overlap=True,
                      section_bytes=_L2),
 }  # fmt: skip
-# The same with a left bound, softcap or ALiBi, where more numbers describe a row: with the plans
-# above the compiler runs out of registers.
+# The same with a left bound, softcap, ALiBi or packed heads, where more numbers describe a row:
+# with the plans above the compiler runs out of registers.
 _SPARING: dict[int, ForwardPlan] = {
     64: ForwardPlan(2, 128, 3, DYNAMIC, 2, 1, section_bytes=_L2),
     96: ForwardPlan(2, 128, 2, DYNAMIC, 1, 1, section_bytes=_L2),
