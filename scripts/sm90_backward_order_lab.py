@@ -49,7 +49,7 @@ def plans(headdim: int, is_causal: bool, seqlen: int) -> dict[str, Any]:
 
 
 # ----------------------------------------------------------------------------------------- workers
-def compile_worker() -> None:
+def compile_worker(choose: Callable[[int, bool, int], dict[str, Any]] = plans) -> None:
     """Compile the kernels of the (headdim, causal, name) on stdin, without touching a GPU."""
     import aot
     import torch
@@ -69,12 +69,12 @@ def compile_worker() -> None:
         lse = torch.empty(2, 4, 256, device="meta")
         state = torch.empty(2, dtype=torch.int64, device="meta")
         inputs = BackwardInputs(x, x, lse, x, x, x, state)
-        plan = plans(headdim, is_causal, 256)[name]
+        plan = choose(headdim, is_causal, 256)[name]
         for one in aot.record(
             lambda p=problem, i=inputs, plan=plan: launch_backward.backward(p, i, plan), "sm90"
         ):
             source, compiled = aot.compile_kernel(one, "sm90")
-            spilled = aot.resources_of(compiled, "sm90").spilled
+            _, spilled = aot.usage_of(compiled, "sm90")
             build_launcher(source, compiled)
             emit(event="compiled", name=f"D{headdim} {is_causal} {name}", spilled=spilled)
 
@@ -195,10 +195,13 @@ def whole_backward(cell: Cell, plan: Any) -> Callable[[], object]:
 class Parent:
     """Runs the phases and keeps what they found."""
 
+    script = Path(__file__)
+    choose = staticmethod(plans)
+
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         kinds = [(d, c) for c in (False, True) for d in options.headdims]
-        self.kernels = [(d, c, name) for d, c in kinds for name in plans(d, c, 4096)]
+        self.kernels = [(d, c, name) for d, c in kinds for name in self.choose(d, c, 4096)]
         self.cells = [(s, d, c) for s in options.seqlens for d, c in kinds]
         self.left_out: list[str] = []
         self.times: list[dict[str, Any]] = []
@@ -211,7 +214,7 @@ class Parent:
     def compile_all(self) -> None:
         """Compile all kernels in parallel."""
         count = max(1, min(len(os.sched_getaffinity(0)), len(self.kernels)))
-        children = [Process("compile", Path(__file__)) for _ in range(count)]
+        children = [Process("compile", self.script) for _ in range(count)]
         for i, child in enumerate(children):
             child.send(self.kernels[i::count])
         compiled = 0
@@ -230,7 +233,7 @@ class Parent:
     def time_all(self) -> None:
         """Time the cells, in a new process after each plan that does not end."""
         while self.cells and self.left() > 8.0:
-            process, stage = Process("gpu", Path(__file__)), "start"
+            process, stage = Process("gpu", self.script), "start"
             process.send({"cells": self.cells, "left_out": self.left_out,
                           "rounds": self.options.rounds,
                           "first": self.options.seqlens[0]})  # fmt: skip

@@ -1,15 +1,17 @@
 """Compares plans of the Hopper forward kernel: compiles, checks and times them on one GPU.
 
     python scripts/sm90_forward_lab.py --out lab.json --deadline 460
-    python scripts/sm90_forward_lab.py --trial --deadline 150 --fa3 FOLDER
+    python scripts/sm90_forward_lab.py --trial --trace --deadline 330 --fa3 FOLDER
     python scripts/sm90_forward_lab.py --list
+    python scripts/sm90_forward_lab.py --compile-only      # no GPU needed
 
-All plans are compiled at once in many processes. Each is then checked in a process of its own with
-a time limit, because a wrong barrier protocol hangs: against a float64 computation, with odd and
-unequal lengths, windows, grouped heads, padded head dims, NaN around every tensor and few programs
-walking over many tiles. What is right is timed in turns with PyTorch's cuDNN attention and, if
---fa3 names the folder of its library, FlashAttention-3, one process for each head dim and mask. The
-last thing printed is the table.
+Compared are the plans in use, and with --trial also those that differ from one of them in one part.
+All kernels are compiled at once in many processes. Each plan is then checked in a process of its
+own with a time limit, because a wrong barrier protocol hangs: against a float64 computation, with
+odd and unequal lengths, windows, grouped heads, padded head dims, NaN around every tensor and few
+programs walking over many tiles. What is right is timed in turns with PyTorch's cuDNN attention
+and, if --fa3 names the folder of its library, FlashAttention-3, one process for each head dim and
+mask. The last thing printed is the table.
 """
 # ruff: noqa: T201
 
@@ -34,29 +36,29 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPOSITORY / "src"))
+sys.path[:0] = [str(REPOSITORY / "src"), str(REPOSITORY / "tests" / "compile")]
 
 from flash_attn.backends.sm90.plans import (  # noqa: E402
     DYNAMIC,
-    ONE_TILE,
     ROUND_ROBIN,
     ForwardPlan,
     forward_plans,
 )
 
-SEQLENS = (512, 1024, 2048, 4096, 8192, 16384)
 PEERS = ("cudnn", "fa3")
 TOKENS, HIDDEN = 16384, 2048
+LAB_BLOCK_DS = (64, 128, 256)  # those that divide the hidden size; cuDNN has no others
 L2 = 32 << 20
 FLUSH_BYTES = 256 << 20
 # Cycles that the GPU idles before each timed launch, so that the host is never what is timed.
 LEAD_CYCLES = 500_000
 TRIAL, TRACE = "--trial" in sys.argv, "--trace" in sys.argv
+SEQLENS = (512, 1024, 2048, 4096, 8192, 16384)
 REPEATS = 40
 FA3_LIBRARIES = ("fa3_C.so", "_C.so", "flash_attn_3/_C.so", "xformers/flash_attn_3/_C.so")
 CHECK_SECONDS, TIME_SECONDS, COMPILE_SECONDS = 40 if TRIAL else 60, 45, 150
 FA3 = Path(sys.argv[sys.argv.index("--fa3") + 1]) if "--fa3" in sys.argv else None
-SCHEDULERS = {ONE_TILE: "one", ROUND_ROBIN: "rr", DYNAMIC: "dyn"}
+SCHEDULERS = {ROUND_ROBIN: "rr", DYNAMIC: "dyn"}
 
 
 class Variant(NamedTuple):
@@ -80,11 +82,13 @@ class Variant(NamedTuple):
         parts += [
             short
             for short, used in (
-                ("xt", plan.early),
                 ("pp", plan.ping_pong),
                 ("skip", plan.skip),
                 ("slim", plan.slim),
                 ("late", plan.late),
+                ("ov", plan.overlap),
+                ("peel", plan.peel),
+                ("joint", plan.joint),
             )
             if used
         ]
@@ -94,95 +98,21 @@ class Variant(NamedTuple):
         return " ".join(parts)
 
 
-def variants() -> list[Variant]:
-    """The plans in use and their alternatives, without repetitions."""
-    found = [Variant(*row) for row in forward_plans()]
-    base = {
-        64: ForwardPlan(3, 128, 2, ROUND_ROBIN, 2, 1),
-        128: ForwardPlan(2, 128, 2, ROUND_ROBIN, 2, 1),
-        256: ForwardPlan(2, 64, 2, ROUND_ROBIN, 1, 2),
-    }
-    for headdim, full in base.items():
-        dynamic = replace(full, scheduler=DYNAMIC, section_bytes=L2)
-        single = replace(full, scheduler=ONE_TILE, q_slots=1, out_halves=0)
-        early, early_dynamic = replace(full, early=True), replace(dynamic, early=True)
-        plain = [full, early, single, replace(early, scheduler=DYNAMIC)]
-        masked = [
-            dynamic,
-            early_dynamic,
-            replace(dynamic, skip=True),
-            replace(early_dynamic, skip=True),
-            replace(early_dynamic, section_bytes=4 * L2),
-            replace(single, section_bytes=L2, skip=True),
-        ]
-        if headdim < 256:
-            plain += [replace(x, ping_pong=True) for x in (full, early, single)]
-            masked += [replace(x, ping_pong=True) for x in (dynamic, early_dynamic)]
-        if headdim == 64:
-            two = ForwardPlan(2, 128, 3, ROUND_ROBIN, 2, 1, early=True)
-            plain += [two, replace(two, ping_pong=True)]
-            two = replace(two, scheduler=DYNAMIC, section_bytes=L2)
-            masked += [two, replace(two, skip=True), replace(two, section_bytes=4 * L2)]
-        if headdim == 128:
-            masked.append(replace(dynamic, q_slots=1, skip=True))
-        found += [Variant(headdim, False, plan) for plan in plain]
-        found += [Variant(headdim, True, plan) for plan in masked]
-    return list(dict.fromkeys(found))
+def neighbours(plan: ForwardPlan, masked: bool) -> list[ForwardPlan]:
+    """Plans that differ from ``plan`` in one part, of those that the kernel has."""
+    parts = ["ping_pong", "overlap", *(["skip"] if masked else [])]
+    parts += ["peel"] if masked and plan.block_m == plan.block_n else []
+    parts += ["slim"] if not plan.late else []
+    parts += ["late"] if plan.scheduler == DYNAMIC and not plan.slim else []
+    found = [replace(plan, **{part: not getattr(plan, part)}) for part in parts]
+    return [x for x in found if not (x.joint and x.ping_pong and x.skip)]
 
 
-def trials() -> list[Variant]:
-    """Plans that combine the parts that won, beside the best without them."""
-    found = []
-    single = {"scheduler": ONE_TILE, "q_slots": 1, "out_halves": 0, "early": False}
-    slim = {"slim": True}
-
-    def add(headdim: int, masked: bool, *plans: ForwardPlan) -> None:
-        found.extend(Variant(headdim, masked, plan) for plan in plans)
-
-    def dynamic(plan: ForwardPlan, **changes: Any) -> ForwardPlan:
-        return replace(plan, **{"scheduler": DYNAMIC, "section_bytes": L2, **changes})
-
-    def sections(plan: ForwardPlan, *pairs: tuple[int, int]) -> list[ForwardPlan]:
-        return [
-            replace(plan, section_bytes=size << 20, last_bytes=last << 20) for size, last in pairs
-        ]
-
-    # Head dim 128
-    full = ForwardPlan(2, 128, 2, ROUND_ROBIN, 2, 1)
-    three = ForwardPlan(3, 64, 3, ROUND_ROBIN, 1, 1)
-    base = dynamic(full, q_slots=1)
-    add(128, True, base, replace(base, **slim))
-    add(128, True, replace(base, late=True), *sections(base, (8, 32), (16, 32)))
-    add(128, True, *sections(replace(base, late=True), (8, 32)))
-    add(128, True, dynamic(three, skip=True), replace(base, **single, skip=True))
-    turns = replace(full, ping_pong=True)
-    add(128, False, full, turns, replace(turns, **slim), replace(turns, **single))
-    add(128, False, three, replace(three, ping_pong=True), replace(three, stages=4))
-    add(128, False, replace(three, **single, stages=4))
-    # Head dim 256
-    full = ForwardPlan(2, 64, 2, ROUND_ROBIN, 1, 2)
-    base = dynamic(full, skip=True)
-    add(256, True, base, replace(base, late=True))
-    add(256, True, *sections(base, (16, 32), (128, 0)))
-    add(256, True, *sections(replace(base, late=True), (16, 32), (128, 0)))
-    add(256, True, *sections(replace(base, **single), (32, 0), (128, 0)))
-    add(256, False, full, replace(full, **single), replace(full, **slim))
-    # Head dim 64
-    three = ForwardPlan(3, 128, 2, ROUND_ROBIN, 2, 1, early=True, ping_pong=True)
-    unhurried = replace(three, early=False)
-    two = ForwardPlan(2, 128, 3, ROUND_ROBIN, 2, 1, early=True)
-    base = dynamic(two)
-    add(64, True, base, replace(base, **slim), *sections(base, (8, 32), (16, 32)))
-    add(64, True, *sections(replace(base, **slim), (8, 32)))
-    base = dynamic(unhurried, skip=True)
-    add(64, True, base, replace(base, **slim), *sections(base, (16, 32)))
-    add(64, False, unhurried, replace(unhurried, **slim))
-    add(64, False, replace(three, **slim))
-    four = ForwardPlan(4, 64, 3, ROUND_ROBIN, 2, 1)
-    base = dynamic(four, skip=True)
-    add(64, True, *sections(base, (16, 32)), *sections(replace(base, late=True), (16, 32)))
-    add(64, True, *sections(replace(base, **slim), (16, 0), (16, 32)))
-    add(64, False, four, replace(four, **slim))
+def all_variants() -> list[Variant]:
+    """What this run is about, without repetitions."""
+    found = [Variant(*row) for row in forward_plans() if row[0] in LAB_BLOCK_DS]
+    if TRIAL:
+        found += [x._replace(plan=plan) for x in found for plan in neighbours(x.plan, x.masked)]
     return list(dict.fromkeys(found))
 
 
@@ -193,13 +123,8 @@ def kernel_of(variant: Variant) -> Variant:
 
 def traced() -> list[tuple[Variant, tuple[int, ...]]]:
     """What is traced, at which lengths."""
-    found = {variant.name: variant for variant in trials()}
-    wanted = {
-        "128c dyn 2x128 st2 q1 o1": (1024, 4096),
-        "128c dyn 2x128 st2 q1 o1 L2:8M+32M": (512, 1024, 4096),
-        "64c dyn 2x128 st3 q2 o1 xt": (512, 1024, 4096),
-    }
-    return [(found[name], lengths) for name, lengths in wanted.items()]
+    plans = [variant for variant in all_variants() if variant[:2] == (128, True)]
+    return [(variant, (1024, 4096, 16384)) for variant in plans]
 
 
 # ------------------------------------------------------------------------------------- worker side
@@ -245,6 +170,22 @@ STRESS_RUNS = 300
 WINDOWS = ((100, 0), (64, 40), (300, None), (0, 0), (None, 5), (None, 700), (7, 1000))
 
 
+def shapes_of(variant: Variant) -> list[Shape]:
+    """What a variant is checked with."""
+    shapes = list(SHAPES)
+    if variant.masked and not TRIAL:
+        shapes += [Shape(2, 4, 2, 517, 700, 5, window=window) for window in WINDOWS]
+        shapes += [Shape(1, 2, 2, 700, 300, 3, window=window) for window in WINDOWS[:4]]
+    return shapes
+
+
+def visibility_of(variant: Variant, shape: Shape) -> Any:
+    """The mask of a variant's shape."""
+    from flash_attn.core.problem import Visibility
+
+    return Visibility(*shape.window) if variant.masked else Visibility()
+
+
 def padded(shape: tuple[int, ...]) -> Any:
     """A tensor surrounded by NaN: 40 rows and 8 columns lie past its end in memory."""
     import torch
@@ -279,13 +220,12 @@ def check_shape(variant: Variant, shape: Shape) -> list[str]:
 
     from flash_attn.backends.reference import BACKEND as reference
     from flash_attn.backends.sm90 import launch
-    from flash_attn.core.problem import AttentionProblem, Visibility, make_transform
+    from flash_attn.core.problem import AttentionProblem, make_transform
 
     headdim = variant.headdim + (shape.headdim or 0)
     q = random(shape.batch, shape.seqlen_q, shape.nheads, headdim)
     k, v = (random(shape.batch, shape.seqlen_k, shape.nheads_k, headdim) for _ in range(2))
-    visibility = Visibility(*shape.window) if variant.masked else Visibility()
-    problem = AttentionProblem(q, k, v, make_transform(headdim), visibility)
+    problem = AttentionProblem(q, k, v, make_transform(headdim), visibility_of(variant, shape))
     want, want_lse, *_ = reference.forward(
         problem._replace(q=q.double(), k=k.double(), v=v.double())
     )
@@ -352,15 +292,15 @@ def stress(variant: Variant) -> None:
 
     from flash_attn.backends.reference import BACKEND as reference
     from flash_attn.backends.sm90 import launch
-    from flash_attn.core.problem import AttentionProblem, Visibility, make_transform
+    from flash_attn.core.problem import AttentionProblem, make_transform
 
     bad = []
     for shape in STRESSED:
         say(event="stage", at=f"stress {tuple(shape)}")
         q = random(shape.batch, shape.seqlen_q, shape.nheads, variant.headdim)
         k, v = (random(shape.batch, shape.seqlen_k, shape.nheads_k, variant.headdim) for _ in "kv")
-        visibility = Visibility(*shape.window) if variant.masked else Visibility()
-        problem = AttentionProblem(q, k, v, make_transform(variant.headdim), visibility)
+        visible = visibility_of(variant, shape)
+        problem = AttentionProblem(q, k, v, make_transform(variant.headdim), visible)
         want = reference.forward(problem).out.float()
         out, lse = padded(q.shape), torch.empty(problem.lse_shape, device="cuda")
         wrong = torch.zeros(3, *q.shape[:3], dtype=torch.int64, device="cuda")
@@ -389,11 +329,7 @@ def check(variant: Variant) -> None:
     torch.manual_seed(11)
     torch.backends.cuda.matmul.allow_tf32 = False
     bad = []
-    shapes = list(SHAPES)
-    if variant.masked and not TRIAL:
-        shapes += [Shape(2, 4, 2, 517, 700, 5, window=window) for window in WINDOWS]
-        shapes += [Shape(1, 2, 2, 700, 300, 3, window=window) for window in WINDOWS[:4]]
-    for shape in shapes:
+    for shape in shapes_of(variant):
         say(event="stage", at=str(tuple(shape)))
         bad += [f"{tuple(shape)}: {text}" for text in check_shape(variant, shape)]
     say(event="stage", at="neighbours")
@@ -424,34 +360,52 @@ def bound(variant: Variant, seqlen: int) -> tuple[Any, Callable[[], None]]:
 
 
 def compile_all(chosen: list[Variant]) -> None:
-    """Compile without launching; what is compiled here is found in the cache later."""
-    from triton.runtime.jit import JITFunction
+    """Compile without a GPU; what is compiled here is found in the cache later."""
+    import aot
+
+    for variant in chosen:
+        for one in launches_of(variant):
+            _, compiled = aot.compile_kernel(one, "sm90")
+            registers, spills = aot.usage_of(compiled, "sm90")
+            say(event="compiled", registers=registers, spills=spills)
+
+
+def launches_of(variant: Variant) -> list[Any]:
+    """The kernel calls of a variant's checks, timings and traces, one of each kernel."""
+    import aot
+    import torch
 
     from flash_attn.backends.sm90 import launch
-    from flash_attn.core.problem import Visibility
+    from flash_attn.core.problem import AttentionProblem, make_transform
 
-    run = JITFunction.run
-
-    def only_compile(self: Any, *args: Any, grid: Any, warmup: bool, **keywords: Any) -> Any:
-        compiled = run(self, *args, grid=grid, warmup=True, **keywords)
-        compiled._init_handles()
-        say(event="compiled", registers=compiled.n_regs, spills=compiled.n_spills)
-        return compiled
-
-    windows = [Visibility(*x) for x in ((None, 0), (40, None), (40, 30), (None, None))]
-    with mock.patch.object(JITFunction, "run", only_compile):
-        for variant in chosen:
-            problem, _ = bound(variant, 512)[0]
-            if TRIAL:
-                visible = problem._replace(visibility=windows[0 if variant.masked else -1])
-                launch.forward(visible, None, variant.plan)
-                continue
-            for window in windows if variant.masked else windows[-1:]:
-                visible = problem._replace(visibility=window)
-                launch.forward(visible, None, variant.plan)
-        for variant, _ in traced() if TRACE else ():
-            if variant in chosen:
-                launch_traced(variant, 512)
+    timed = Shape(1, 16, 16, 512, 512)
+    shapes = [(shape, False) for shape in (*shapes_of(variant), timed)]
+    if TRACE and variant in [one for one, _ in traced()]:
+        shapes.append((timed, True))
+    counter = torch.empty(1, dtype=torch.int32, device="meta")
+    found = {}
+    for shape, is_traced in shapes:
+        headdim = variant.headdim + (shape.headdim or 0)
+        q, k, v = (
+            torch.empty(shape.batch, *rows, headdim, dtype=torch.bfloat16, device="meta")
+            for rows in ((shape.seqlen_q, shape.nheads), *[(shape.seqlen_k, shape.nheads_k)] * 2)
+        )
+        problem = AttentionProblem(q, k, v, make_transform(headdim), visibility_of(variant, shape))
+        lse = torch.empty(problem.lse_shape, device="meta")
+        arguments = (
+            problem,
+            variant.plan,
+            torch.empty_like(q),
+            lse,
+            counter if is_traced else None,
+        )
+        with (
+            mock.patch.object(launch, "counter_for", return_value=counter),
+            mock.patch.object(launch, "multiprocessors_of", return_value=shape.programs),
+        ):
+            (one,) = aot.record(lambda a=arguments: launch.launch_forward(*a), "sm90")
+        found[str(sorted(one.keywords.items()))] = one
+    return list(found.values())
 
 
 def launch_traced(variant: Variant, seqlen: int, times: int = 1) -> Any:
@@ -462,9 +416,8 @@ def launch_traced(variant: Variant, seqlen: int, times: int = 1) -> Any:
 
     (problem, out), run = bound(variant, seqlen)
     lse = torch.empty(problem.lse_shape, device="cuda")
-    programs = -(-seqlen // variant.plan.block_m) * problem.q.shape[0] * problem.q.shape[2]
-    if variant.plan.scheduler != ONE_TILE:
-        programs = min(programs, 132)
+    tiles = -(-seqlen // variant.plan.block_m) * problem.q.shape[0] * problem.q.shape[2]
+    programs = min(tiles, 132)
     trace = torch.zeros(programs, variant.plan.consumers, 66, 16, dtype=torch.int32, device="cuda")
     for _ in range(times - 1):
         run()
@@ -625,7 +578,7 @@ def time_in_turns(runs: dict[str, Callable[[], Any]], seconds: float) -> dict[st
 
 def work(task: str, names: list[str], seconds: float) -> None:
     """What a worker process does."""
-    by_name = {variant.name: variant for variant in (trials() if TRIAL else variants())}
+    by_name = {variant.name: variant for variant in all_variants()}
     chosen = [by_name[name] for name in names]
     if task == "compile":
         compile_all(chosen)
@@ -709,11 +662,11 @@ class Lab:
             self.out.parent.mkdir(parents=True, exist_ok=True)
             self.out.write_text(json.dumps(self.record, indent=1), encoding="utf-8")
 
-    def compile(self, jobs: int) -> None:
-        """Fill the compiler's cache."""
+    def compile(self, jobs: int, seconds: float = COMPILE_SECONDS) -> bool:
+        """Fill the compiler's cache; whether everything was compiled."""
         chosen = list({kernel_of(x): x for x in reversed(self.chosen)}.values())
         shares = [chosen[i::jobs] for i in range(min(jobs, len(chosen)))]
-        limit = min(COMPILE_SECONDS, self.left())
+        limit = min(seconds, self.left())
         with ThreadPoolExecutor(len(shares)) as pool:
             findings = list(pool.map(lambda share: call("compile", share, limit), shares))
         kernels = [message for found in findings for message in found.all("compiled")]
@@ -722,6 +675,7 @@ class Lab:
         for found in findings:
             if found.state != "ok":
                 self.log("compiling:", found.state)
+        return all(found.state == "ok" for found in findings)
 
     def check(self, jobs: int) -> list[Variant]:
         """The variants that are right."""
@@ -813,7 +767,7 @@ def print_table(table: dict[tuple[int, bool], dict[str, dict[int, float]]]) -> N
                 percent = f"{100 * rate / rival[s]:4.0f}" if rival[s] else "    "
                 mark = "*" if rate == best[s] else " "
                 cells.append(f"{rate:4.0f}{percent}{mark}" if rate else "   -     ")
-            print(f"{name:40s}", *cells)
+            print(f"{name:50s}", *cells)
     if ratios:
         mean = math.exp(sum(map(math.log, ratios.values())) / len(ratios))
         lowest = sorted(ratios, key=lambda cell: ratios[cell])[:8]
@@ -829,11 +783,12 @@ def main() -> int:
     parser.add_argument("--match", default="", help="only variants whose name contains it")
     parser.add_argument("--list", action="store_true", help="print the variants' names and end")
     parser.add_argument("--no-times", action="store_true", help="compile and check alone")
+    parser.add_argument("--compile-only", action="store_true", help="fill Triton's cache and end")
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) - 3))
     parser.add_argument("--stress", action="store_true", help="check by many runs of short tiles")
     parser.add_argument("--checks", type=int, default=0, help="checks at a time; 0: up to 6")
-    parser.add_argument("--trial", action="store_true", help="parts on trial instead of plans")
-    parser.add_argument("--trace", action="store_true", help="with --trial: where the time goes")
+    parser.add_argument("--trial", action="store_true", help="also plans that differ in one part")
+    parser.add_argument("--trace", action="store_true", help="where the time goes at 128 causal")
     parser.add_argument("--fa3", type=Path, help="folder of FlashAttention-3's library, a peer")
     parser.add_argument("--work", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -846,16 +801,17 @@ def main() -> int:
             traceback.print_exc()
             return 1
         return 0
-    chosen = trials() if TRIAL else variants()
-    chosen = [variant for variant in chosen if args.match in variant.name]
+    chosen = [variant for variant in all_variants() if args.match in variant.name]
     if args.list or not chosen:
         print("\n".join(variant.name for variant in chosen) or f"nothing matches {args.match!r}")
         return 0 if chosen else 2
     lab = Lab(chosen, args.deadline, args.out, "stress" if args.stress else "check")
+    if args.compile_only:
+        return 0 if lab.compile(args.jobs, args.deadline) else 1
     lab.compile(args.jobs)
     good = lab.check(args.checks or min(13 if TRIAL else 6, args.jobs))
     lab.save()
-    if TRIAL and TRACE:
+    if TRACE:
         lab.trace()
     table = {} if args.no_times else lab.time(good)
     lab.save()

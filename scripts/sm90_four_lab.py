@@ -45,7 +45,6 @@ sys.path[:0] = [str(REPOSITORY / "src"), str(REPOSITORY / "tests")]
 
 from flash_attn.backends.sm90.plans import (  # noqa: E402
     DYNAMIC,
-    ONE_TILE,
     ROUND_ROBIN,
     ForwardPlan,
 )
@@ -100,7 +99,6 @@ def variants() -> dict[str, Variant]:
         "4 dyn causal": Variant(dynamic, True),
         "4 dyn causal slim": Variant(replace(dynamic, slim=True), True),
         "4 dyn causal late": Variant(replace(dynamic, late=True), True),
-        "4 one causal": Variant(replace(skip, scheduler=ONE_TILE, q_slots=1, out_halves=0), True),
         "4 rr turns": Variant(replace(four, ping_pong=True)),
         "4 rr 104 registers": Variant(four, registers=104),
     }

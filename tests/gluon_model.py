@@ -12,7 +12,9 @@ possible interleaving, and a run finds
 * shared memory handed to the asynchronous proxy (TMA, MMA) without a fence after it was written;
 * barriers completed too often, and waits that miss a phase;
 * in kernels with DETERMINISTIC, additions to global memory in another order than that of the
-  programs' numbers, or started before the one that they follow is in memory.
+  programs' numbers, or started before the one that they follow is in memory;
+* additions that start before what TMA stores in the same place is in memory, and such a store after
+  additions or another one.
 
 What it does not model: registers, bank conflicts, the barriers that the compiler itself adds, and
 warps of one warpgroup apart from each other.
@@ -21,6 +23,7 @@ warps of one warpgroup apart from each other.
 from __future__ import annotations
 
 import functools
+import importlib
 import random
 import re
 import sys
@@ -136,6 +139,7 @@ class Memory:
 
     def __init__(self, data: Any, busy: Any, unfenced: Any, dtype: DType) -> None:
         self.data, self.busy, self.unfenced, self.dtype = data, busy, unfenced, dtype
+        self.following: Memory = self  # of an array's buffer, that buffer and those after it
 
     @classmethod
     def allocate(cls, dtype: DType, shape: list[int]) -> Memory:
@@ -156,7 +160,9 @@ class Memory:
     def index(self, i: int) -> Memory:
         if not 0 <= i < self.data.shape[0]:
             raise ModelError(f"slot {i} of {self.data.shape[0]}")
-        return self._view(lambda x: x[int(i)])
+        found = self._view(lambda x: x[int(i)])
+        found.following = self._view(lambda x: x[int(i) :])
+        return found
 
     def slice(self, start: int, length: int, dim: int = 0) -> Memory:
         where = [slice(None)] * self.data.ndim
@@ -168,6 +174,16 @@ class Memory:
 
     def permute(self, order: list[int]) -> Memory:
         return self._view(lambda x: x.transpose(order))
+
+    def _reinterpret(self, dtype: DType, shape: list[int], layout: Any) -> Beside:
+        """Of an array's buffer: it and those after it as one, their columns side by side."""
+        rows, columns = shape
+        count = columns // self.data.shape[-1]
+        parts = self.following.slice(0, count)
+        if parts.data.size != rows * columns:
+            raise ModelError(f"{parts.data.shape} is not {shape}")
+        view = parts.reshape([count, rows, -1]).permute([1, 0, 2])
+        return Beside(view.data, view.busy, view.unfenced, dtype)
 
     def load(self, layout: Any = None) -> Tensor:
         if (self.busy < 0).any():
@@ -207,6 +223,14 @@ class Memory:
         self.data[...] = value.reshape(self.data.shape)
         self.unfenced[...] = 0
         self.busy += 1
+
+
+class Beside(Memory):
+    """Buffers side by side, (rows, count, columns of each), as an operand of products."""
+
+    @property
+    def matrix(self) -> np.ndarray:
+        return self.data.reshape(self.data.shape[0], -1)
 
 
 class Barrier:
@@ -301,6 +325,10 @@ class Descriptor:
         if places.size and not (places.min() >= 0 and places.max() < self.flat.numel()):
             raise ModelError("TMA outside of the tensor's memory")
         return tuple(slice(*one) for one in ranges), torch.from_numpy(places)
+
+    def touches(self, at: Any) -> bool:
+        """Whether some of a block at ``at`` is inside of the tensor."""
+        return all(part.start < part.stop for part in self._places(at)[0])
 
     def read(self, at: Any) -> np.ndarray:
         inside, places = self._places(at)
@@ -417,6 +445,7 @@ class Machine:
         self.resident, self.is_ordered = resident, is_ordered
         # The latest addition to each place of global memory, and whose it is.
         self.additions: dict[Any, tuple[int, Transfer]] = {}
+        self.stores: dict[Any, Transfer] = {}  # to each place of global memory
         self.tma_speed = self.random.choice((0.01, 0.3))
         self.turn_over = threading.Semaphore(0)
         self.agents: list[Agent] = []
@@ -474,6 +503,8 @@ class Machine:
 
     def note_addition(self, place: Any, program: int, transfer: Transfer) -> None:
         """A program adds to a place."""
+        if place in self.stores and not self.stores[place].is_done:
+            raise ModelError("an addition while a store to its place may still be on its way")
         if self.is_ordered and place in self.additions:
             before, earlier = self.additions[place]
             if before >= program:
@@ -481,6 +512,14 @@ class Machine:
             if not earlier.is_done:
                 raise ModelError("an addition while the one before it may still be on its way")
         self.additions[place] = (program, transfer)
+
+    def note_store(self, place: Any, program: int, transfer: Transfer) -> None:
+        """A program stores to a place, which nobody may have done anything to."""
+        if place in self.stores or place in self.additions:
+            raise ModelError("a store over what is there")
+        self.stores[place] = transfer
+        if self.is_ordered:
+            self.additions[place] = (program, transfer)
 
 
 # ---------------------------------------------------------------------------- stand-ins for Triton
@@ -490,9 +529,10 @@ def _mma(a: Any, b: Memory, acc: Any, *, use_acc: bool = True, is_async: bool = 
     for source in sources:
         source.read_begins()
     left = a.data if isinstance(a, Memory) else np.asarray(a)
+    right = b.matrix if isinstance(b, Beside) else b.data
     start = acc.value if isinstance(acc, Pending) else np.asarray(acc)
     with np.errstate(invalid="ignore", over="ignore"):
-        value = left.astype(np.float32) @ b.data.astype(np.float32)
+        value = left.astype(np.float32) @ right.astype(np.float32)
     pending = Pending(tensor(value + start if use_acc else value), sources)
     here().products.append(pending)
     return pending if is_async else _mma_wait(0, [pending])
@@ -544,9 +584,9 @@ def _tma_out(add: bool) -> Callable[..., None]:
 
         transfer = agent.machine.ask_tma(read, lambda: desc.write(at, block[0], add))
         agent.stores.append(transfer)
-        if add:
-            place = (desc.flat.data_ptr(), *map(int, at))
-            agent.machine.note_addition(place, agent.program, transfer)
+        if desc.touches(at):
+            note = agent.machine.note_addition if add else agent.machine.note_store
+            note((desc.flat.data_ptr(), *map(int, at)), agent.program, transfer)
 
     return start
 
@@ -588,6 +628,12 @@ def _instruction(text: str, _: str = "", arguments: Any = (), **__: Any) -> Any:
         here().sleep()
     if text.startswith(("ld.acquire", "ld.relaxed")):
         return Int(here().look(arguments[0]))
+    if "atom.acquire.gpu.global.max.s32 old, [$1], 1" in text:
+        here().pause()
+        counter = arguments[0]
+        old = int(counter.load(None, 0))
+        counter.store(max(old, 1), None)
+        return Int(old)
     if "red.relaxed" in text:
         for _warp in range(here().warps):
             here().pause()
@@ -772,6 +818,12 @@ def load_kernels(name: str, change: tuple[str, str] | None = None) -> types.Modu
     with mock.patch.dict(sys.modules, {**_stand_ins(), "modelled_kernels": package}):
         exec(compile(source, f"{name}.py", "exec"), loaded.__dict__)
     return loaded
+
+
+def argument(module: str, kernel: str, name: str) -> int:
+    """Which argument of a kernel of ``flash_attn.kernels.<module>`` has a name."""
+    loaded = importlib.import_module(f"flash_attn.kernels.{module}")
+    return getattr(loaded, kernel).arg_names.index(name)
 
 
 class Launch(NamedTuple):

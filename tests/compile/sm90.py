@@ -18,7 +18,7 @@ import sys
 import time
 from collections import Counter
 from contextlib import redirect_stdout
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from io import StringIO
 from typing import Any, NamedTuple
 from unittest import mock
@@ -65,7 +65,22 @@ FEATURES = (
     "alibi softcap sinks",
     "packed alibi softcap sinks",
 )
+_WAIT_OR_STEP = re.compile(r"(WARPGROUP\.DEPBAR\.LE) gsb0, 0x(\d+)|(MUFU\.EX2|FMNMX)")
 _OPCODE = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)")
+
+
+def softmax_under_products(code: str) -> list[tuple[int, int]]:
+    """After each wait that leaves products running: the maxima and the powers computed before the
+    next wait."""
+    counts: list[Counter[str]] = []
+    is_running = False
+    for _, behind, step in _WAIT_OR_STEP.findall(code):
+        if not step:
+            is_running = int(behind) > 0
+            counts += [Counter()] * is_running
+        elif is_running:
+            counts[-1] += Counter({step: 1})
+    return [(count["FMNMX"], count["MUFU.EX2"]) for count in counts]
 
 
 class Case(NamedTuple):
@@ -82,10 +97,10 @@ class Case(NamedTuple):
     @property
     def label(self) -> str:
         plan = self.plan
-        scheduler = ("one", "rr", "dyn")[plan.scheduler]
+        scheduler = ("rr", "dyn")[plan.scheduler]
         options = [f"{plan.consumers}x{plan.block_n}", f"st{plan.stages}", f"q{plan.q_slots}"]
         options += [f"o{plan.out_halves}"]
-        flags = ("early", "ping_pong", "skip", "slim", "late")
+        flags = ("ping_pong", "skip", "slim", "late", "overlap", "peel", "joint")
         options += [name for name in flags if getattr(plan, name)]
         dtype = str(self.dtype).removeprefix("torch.")
         options += [f"v{self.headdim_v}"] if self.headdim_v else []
@@ -133,6 +148,7 @@ class Compiled:
     unused: list[str]
     overlaid: list[str]
     opcodes: Counter[str] = field(repr=False)
+    overlapped: list[tuple[int, int]]
 
     def failures(self, case: Case) -> list[str]:
         """What makes the kernel unfit."""
@@ -149,9 +165,22 @@ class Compiled:
         products = plan.consumers * 2 * (block_d // 16 + plan.block_n // 16)
         if self.opcodes["HGMMA"] < products:
             found.append(f"{self.opcodes['HGMMA']} warpgroup MMAs, expected {products} or more")
+        if plan.overlap and not self.overlaps(case):
+            found.append(f"maxima and weights under products: {self.overlapped}")
         if not (self.opcodes["UTMALDG"] and self.opcodes["UTMASTG"]):
             found.append("no TMA")
         return found
+
+    def overlaps(self, case: Case) -> bool:
+        """Whether all consumers compute the maxima of a thread's block_n / 2 scores under products
+        and, where the loop has no mask, all but one most weights. The assembler of Triton 3.6 keeps
+        them behind the wait with a mask at head dim 256, and for the last of four consumers."""
+        scores, consumers = case.plan.block_n / 2, case.plan.consumers
+        peeled = case.plan.peel and case.mask == "causal" and not case.pack
+        if sum(maxima >= 0.9 * scores for maxima, _ in self.overlapped) < consumers:
+            return False
+        enough = sum(weights >= 0.75 * scores for _, weights in self.overlapped)
+        return enough >= consumers - 1 or not (case.mask == "full" or peeled)
 
 
 def arguments_of(case: Case) -> tuple[JITFunction, tuple[Any, ...], dict[str, Any]]:
@@ -202,6 +231,7 @@ def compile_case(case: Case) -> Compiled:
         unused=barriers.unused(compiled.asm["ttgir"]),
         overlaid=barriers.overlaid(barriers.allocated(compiled.asm["ttgir"])),
         opcodes=Counter(_OPCODE.findall(code)),
+        overlapped=softmax_under_products(code),
     )
 
 
@@ -209,7 +239,7 @@ def plans_in_use() -> list[tuple[int, bool, plans.ForwardPlan]]:
     """The table of plans, without those of tiles that are padded instead."""
     rows = plans.forward_plans()
     return [
-        (block_d, masked, plan)
+        (block_d, masked, launch.within_registers(plan, False, False))
         for block_d, masked, plan in rows
         if launch.columns_of(Case(plan, block_d, "full").problem)[0] == block_d
     ]
@@ -221,25 +251,15 @@ def all_cases() -> list[Case]:
     for block_d, masked, plan in plans_in_use():
         cases.append(Case(plan, block_d, "causal" if masked else "full"))
         if masked:
-            window_plan = plans.windowed(plan, block_d)
+            window_plan = launch.within_registers(plans.windowed(plan, block_d), True, False)
             cases += [Case(window_plan, block_d, mask) for mask in ("left", "window")]
     longest = {(block_d, masked): plan for block_d, masked, plan in plans_in_use()}
     cases += [
         Case(plan, block_d, "causal" if masked else "full", torch.float16)
         for (block_d, masked), plan in longest.items()
     ]
-    cases += feature_cases() + trial_cases()
+    cases += feature_cases()
     return list(dict.fromkeys(cases))
-
-
-def trial_cases() -> list[Case]:
-    """Plans with four consumers, which are in no table yet."""
-    four = plans.ForwardPlan(4, 64, 3, plans.ROUND_ROBIN, 2, 1)
-    masked = replace(four, scheduler=plans.DYNAMIC, skip=True)
-    return [
-        *(Case(plan, 64, "full") for plan in (four, replace(four, slim=True))),
-        *(Case(replace(masked, **x), 64, "causal") for x in ({}, {"slim": True}, {"late": True})),
-    ]
 
 
 def feature_cases() -> list[Case]:
@@ -251,6 +271,7 @@ def feature_cases() -> list[Case]:
         for features in ("softcap", "sinks"):
             for length in (500, 3000, 9000):
                 cases += [planned(headdim, mask, features, length) for mask in ("full", "causal")]
+            cases += [planned(headdim, mask, features, 500, few=True) for mask in MASKS]
         cases.append(planned(headdim, "chunk", ""))
         for features in ("packed softcap", "used softcap"):
             cases += [planned(headdim, mask, features) for mask in ("full", "window")]
@@ -267,12 +288,11 @@ def feature_cases() -> list[Case]:
     for headdim in plans.BLOCK_DS:
         for features in ("alibi", "packed alibi"):
             cases += [planned(headdim, mask, features) for mask in ("full", "causal", "window")]
-        cases.append(planned(headdim, "window", "alibi softcap sinks")._replace(pack=8))
-        cases.append(planned(headdim, "window", "packed alibi softcap sinks")._replace(pack=8))
+        cases.append(planned(headdim, "window", "alibi softcap sinks", pack=8))
+        cases.append(planned(headdim, "window", "packed alibi softcap sinks", pack=8))
         for pack, features in ((2, ""), (4, "packed sinks"), (8, "packed"), (8, "used"), (8, "")):
             cases += [
-                planned(headdim, mask, features)._replace(pack=pack)
-                for mask in ("full", "causal", "window")
+                planned(headdim, mask, features, pack=pack) for mask in ("full", "causal", "window")
             ]
     return cases
 
@@ -296,28 +316,41 @@ def selection() -> list[Case]:
         planned(128, "left", "used"),
         planned(64, "full", "packed", headdim_v=128),
         planned(256, "causal", "", headdim_v=64),
-        planned(64, "full", "")._replace(pack=8),
+        planned(64, "full", "", 500, pack=8),
+        planned(64, "chunk", "sinks"),
+        planned(64, "causal", "packed"),
+        planned(256, "full", "used"),
         planned(64, "causal", "alibi"),
-        planned(128, "full", "alibi")._replace(pack=8),
+        planned(128, "full", "alibi", pack=8),
         planned(128, "causal", "packed alibi"),
-        planned(128, "window", "packed sinks")._replace(pack=8),
-        planned(256, "causal", "packed")._replace(pack=4),
+        planned(128, "window", "packed sinks", pack=8),
+        planned(256, "causal", "packed", pack=4),
     ]
-    cases += trial_cases()
     return list(dict.fromkeys(cases))
 
 
-def planned(headdim: int, mask: str, features: str, length: int = 3000, headdim_v: int = 0) -> Case:
-    """The case of a problem with sequences of ``length``."""
+def planned(
+    headdim: int,
+    mask: str,
+    features: str,
+    length: int = 3000,
+    headdim_v: int = 0,
+    few: bool = False,
+    pack: int = 0,
+) -> Case:
+    """The case of a problem with sequences of ``length``, on a GPU that has ``few`` or many tiles
+    for each multiprocessor."""
     case = Case(plans.forward_plan(plans.ForwardKey(64, False, 1)), headdim, mask,
-                features=features, headdim_v=headdim_v)  # fmt: skip
+                features=features, headdim_v=headdim_v, pack=pack)  # fmt: skip
     problem = case.problem
     long = problem.k.new_empty(2, length, 2, headdim)
+    queries = problem.k.new_empty(2, length, problem.nheads, headdim)
     if problem.is_varlen_q:
         problem = problem._replace(layout=problem.layout._replace(max_seqlen_k=length))
     else:
-        problem = problem._replace(q=long, k=long)
-    return case._replace(plan=launch.plan_for(problem))
+        problem = problem._replace(q=queries, k=long)
+    with mock.patch.object(launch, "multiprocessors_of", return_value=400 if few else 1):
+        return case._replace(plan=launch.plan_for(problem))
 
 
 def main() -> int:

@@ -19,7 +19,12 @@ import torch
 from triton import knobs
 
 from flash_attn.backends.sm90 import launch_backward
-from flash_attn.backends.sm90.plans_backward import MAX_HEADDIM_CHUNK, plan_ordered
+from flash_attn.backends.sm90.plans_backward import (
+    MAX_HEADDIM_CHUNK,
+    BackwardPlan,
+    plan_backward,
+    plan_ordered,
+)
 from flash_attn.core.problem import (
     DENSE,
     AttentionProblem,
@@ -69,12 +74,12 @@ def launches(case: Case, headdim: int) -> Iterator[tuple[str, aot.Launch]]:
     for one in aot.record(lambda: launch_backward.backward(problem, inputs), "sm90"):
         yield "in use", one
     widest = max(headdim, case.headdim_v or 0)
-    if case == HOUSEKEEPING and headdim <= 64:
-        plan = launch_backward.plan_backward(headdim, True, seqlen)
-        plan = plan._replace(housekeeping=True, registers=200, other_registers=40)
-        for one in aot.record(lambda: launch_backward.backward(problem, inputs, plan), "sm90"):
-            if one.name == "attention_backward_sm90":
-                yield "housekeeping", one
+    if case in AROUND:
+        for name, plan in around(headdim, case.mask != "full", seqlen).items():
+            for one in aot.record(
+                lambda p=plan: launch_backward.backward(problem, inputs, p), "sm90"
+            ):
+                yield name, one
     if "alibi" in case.features and widest > MAX_HEADDIM_CHUNK:
         return  # refused in order
     if case.shape != "usual" or case.headdim_v:
@@ -94,8 +99,25 @@ class Case(NamedTuple):
     headdim_v: int | None = None
 
 
-# Housekeeping, which no plan in use has, is compiled once.
-HOUSEKEEPING = Case("causal")
+def around(headdim: int, is_masked: bool, seqlen: int) -> dict[str, BackwardPlan]:
+    """Plans with less work before and after, none of which is in use."""
+    plan = plan_backward(headdim, is_masked, seqlen)
+    ordered = plan_ordered(headdim, is_masked, seqlen)
+    stores = {"adder": True, "first_stores": True, "in_flight": 1, "backwards": True}
+    found = {
+        "first stores": plan._replace(**stores, dq_slots=4, registers=ordered.registers),
+        "first stores in order": ordered._replace(first_stores=True),
+    }
+    if headdim <= 64:
+        house = plan._replace(housekeeping=True, registers=200, other_registers=40)
+        found["housekeeping"] = house
+        found["finishing"] = house._replace(prepares=False)
+        found["finishing, first stores"] = found["finishing"]._replace(**stores)
+    return found
+
+
+# Where they are compiled.
+AROUND = (Case("causal"), Case("full"))
 CASES = [
     *map(Case, VISIBILITIES),
     Case("causal", "ones"),

@@ -64,13 +64,83 @@ def test_results_leave_in_rows_of_128_bytes(block_d: int, halves: int) -> None:
 def test_every_shape_has_a_plan_that_fits(headdim: int, masked: bool, seqlen: int) -> None:
     block_d = plans.padded_headdim(headdim)
     assert block_d >= headdim
-    plan = plans.forward_plan(plans.ForwardKey(block_d, masked, seqlen))
-    assert (block_d, masked, plan) in plans.forward_plans()
+    grids = [None, *(plans.Grid(seqlen, heads, 132) for heads in (1, 16, 512))]
+    for grid in grids:
+        plan = plans.forward_plan(plans.ForwardKey(block_d, masked, seqlen, grid=grid))
+        assert (block_d, masked, plan) in plans.forward_plans()
+        check_fits(plan, block_d)
+    plan = plans.forward_plan(plans.ForwardKey(block_d, masked, seqlen, has_left=True))
+    check_fits(plan, block_d)
+    assert not plan.joint  # spills
+    for sparing in (False, True):
+        plan = plans.lengths_plan(block_d, sparing)
+        check_fits(plan, block_d)
+        assert plan.scheduler == plans.DYNAMIC
+        assert not plan.slim
+
+
+def check_fits(plan: plans.ForwardPlan, block_d: int) -> None:
+    """Shared memory, registers, and what the kernel asks of a plan."""
     assert plan.shared_bytes(block_d) <= plans.SHARED_LIMIT - 1024  # barriers, the compiler's own
     threads = 128 * (plan.consumers + 1)
     given = plan.registers * plan.consumers + 24
     assert plan.registers <= 240
     assert given * 128 <= 65536 // threads // 8 * 8 * threads
+    assert plan.consumers > 1 or not (plan.slim or plan.ping_pong)
+    assert not plan.late or (plan.scheduler == plans.DYNAMIC and not plan.slim)
+    assert not plan.joint or (plan.stages >= 3 and not (plan.ping_pong and plan.skip))
+    unjoined = plans.with_two_rings(plan)
+    assert not unjoined.joint
+    assert unjoined.shared_bytes(block_d) <= plans.SHARED_LIMIT - 1024
+
+
+def test_tiles_are_smaller_where_there_are_few() -> None:
+    def consumers(block_d: int, masked: bool, rows: int, heads: int) -> int:
+        key = plans.ForwardKey(block_d, masked, rows, grid=plans.Grid(rows, heads, 132))
+        return plans.forward_plan(key).consumers
+
+    # Causal, 16 heads: as measured.
+    assert [consumers(64, True, n, 16) for n in (512, 1024, 2048, 4096)] == [1, 2, 2, 2]
+    assert [consumers(64, True, n, 16) for n in (8192, 16384)] == [3, 3]
+    assert [consumers(64, True, n, 1024) for n in (512, 1024, 2048, 4096)] == [4, 4, 4, 4]
+    # 128 tiles of 256 rows occupy the GPU as well as 256 of 128; 64 do not.
+    assert [consumers(64, False, n, 16) for n in (512, 1024, 1999)] == [1, 2, 4]
+    # 176 tiles of 192 rows are done in two rounds, and so are 256 of 128.
+    assert consumers(64, False, 2048, 16) == consumers(128, False, 2048, 16) == 2
+    assert consumers(64, False, 2048, 256) == consumers(128, False, 2048, 256) == 3
+    assert consumers(256, True, 512, 1) == consumers(192, False, 512, 1) == 2
+
+
+def test_plans_spare_registers_where_they_lack(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "multiprocessors_of", lambda _index: 1)
+    for triton, headdim, softcap, overlap in (
+        ((3, 6), 256, 0.0, True), ((3, 6), 256, 20.0, False), ((3, 9), 256, 0.0, True),
+        ((3, 6), 64, 0.0, True), ((3, 9), 64, 0.0, False),
+    ):  # fmt: skip
+        monkeypatch.setattr(launch, "_TRITON", triton)
+        q = torch.empty(1, 300, 2, headdim, dtype=torch.bfloat16, device="meta")
+        transform = make_transform(headdim, softcap=softcap)
+        assert launch.plan_for(AttentionProblem(q, q, q, transform)).overlap == overlap
+    monkeypatch.setattr(launch, "_TRITON", (3, 6))
+    bounds = torch.empty(2, dtype=torch.int32, device="meta")
+    q = torch.empty(300, 2, 64, dtype=torch.bfloat16, device="meta")
+    layout = SequenceLayout(bounds, bounds, max_seqlen_q=300, max_seqlen_k=300)
+    for mask, softcap, sparing in (
+        (Visibility(None, 0), 0.0, False), (Visibility(), 0.0, False),
+        (Visibility(40, 0), 0.0, True), (Visibility(None, 0, 128), 0.0, True),
+        (Visibility(None, 0), 20.0, True),
+    ):  # fmt: skip
+        transform = make_transform(64, softcap=softcap)
+        problem = AttentionProblem(q, q, q, transform, mask, layout)
+        assert launch.plan_for(problem) == plans.lengths_plan(64, sparing)
+    monkeypatch.setattr(launch, "_TRITON", (3, 9))
+    problem = problem._replace(visibility=Visibility(), transform=make_transform(64))
+    assert launch.plan_for(problem) == plans.lengths_plan(64, sparing=True)
+    q = q[None]
+    problem = AttentionProblem(q, q, q, make_transform(64), Visibility(40, 0))
+    assert launch.plan_for(problem) == plans.lengths_plan(64, sparing=True)
+    monkeypatch.setattr(launch, "_TRITON", (3, 6))
+    assert launch.plan_for(problem) == plans.forward_plan(plans.ForwardKey(64, True, 300, True))
 
 
 @pytest.mark.parametrize("headdim", [128, 256])
@@ -148,3 +218,12 @@ def test_tiles_are_in_pieces_or_padded(monkeypatch: pytest.MonkeyPatch) -> None:
             v = torch.empty(1, 300, 2, 128, dtype=torch.bfloat16)
             problem = AttentionProblem(q, q, v, make_transform(headdim))
             assert launch.columns_of(problem) == (expected, 128)
+
+
+def test_maxima_and_weights_under_products_are_counted() -> None:
+    early, late = "FMNMX R1, R2, R3 ;\n" * 2 + "MUFU.EX2 R1, R2 ;\n" * 3, "MUFU.EX2 R3, R4 ;\n"
+    wait = "WARPGROUP.DEPBAR.LE gsb0, 0x{} ;\n"
+    code = late + wait.format(1) + early + wait.format(0) + late + wait.format(0) + late
+    assert sm90.softmax_under_products(code) == [(2, 3)]
+    assert sm90.softmax_under_products(code + wait.format(3) + late) == [(2, 3), (0, 1)]
+    assert sm90.softmax_under_products(late + wait.format(0) + early) == []

@@ -37,10 +37,13 @@ def test_compiles_within_the_limits(headdim: int, tmp_path: Path) -> None:
     if headdim == 64:  # what wider heads are refused with
         assert found >= {"packed alibi", "used alibi"}
     assert "" in found
-    plans = {"in use", "ordered", *(["housekeeping"] if headdim == 64 else [])}
+    plans = {"in use", "ordered", "first stores", "first stores in order"}
+    if headdim == 64:
+        plans |= {"housekeeping", "finishing", "finishing, first stores"}
     assert {kernel["plan"] for kernel in kernels} == plans
     for kernel in kernels:
-        if kernel["plan"] == "housekeeping":  # in no plan in use: newer Tritons spill a few bytes
+        # In no plan in use: newer Tritons spill a few bytes.
+        if kernel["plan"] in ("housekeeping", "finishing"):
             assert not kernel["lost"] + kernel["unused"] + kernel["overlaid"], kernel
         else:
             assert not kernel["failures"], kernel

@@ -357,6 +357,25 @@ def test_a_thousand_runs_are_equal(headdim: int, programs: int) -> None:
             assert differs.item() == 0
 
 
+@pytest.mark.parametrize(("block_d", "masked", "plan"), plans.forward_plans(), ids=str)
+def test_every_plan_in_use(block_d: int, masked: bool, plan: plans.ForwardPlan) -> None:
+    """By name: which one is chosen depends on how many tiles there are."""
+    from flash_attn.backends.sm90 import launch
+
+    if block_d % 3 == 0 and launch._TRITON > (3, 6):
+        pytest.skip("there tiles are padded")
+    plan = launch.within_registers(plan, False, False)
+    mask = CAUSAL if masked else Visibility()
+    for seqlens, heads, batch in (((700, 7), (6, 2), 1), ((300, 300), (16, 4), 8),
+                                  ((1100, 1100), (4, 2), 2)):  # fmt: skip
+        problem = dense(seqlens, heads, block_d, batch=batch, visibility=mask, pack_gqa=False)
+        with (
+            mock.patch.object(launch, "plan_for", return_value=plan),
+            mock.patch.object(launch, "multiprocessors_of", return_value=5),
+        ):
+            check(problem)
+
+
 _FOUR = plans.ForwardPlan(4, 64, 3, plans.ROUND_ROBIN, 2, 1)
 _FOUR_MASKED = replace(_FOUR, skip=True, section_bytes=1 << 24)
 
@@ -373,7 +392,7 @@ _FOUR_MASKED = replace(_FOUR, skip=True, section_bytes=1 << 24)
     ids=str,
 )
 def test_four_consumers(plan: plans.ForwardPlan) -> None:
-    """Plans that are in no table yet, by name; docs/lab/hopper-forward.md."""
+    """Also with schedules of no plan in use, by name; docs/lab/hopper-forward.md."""
     from flash_attn.backends.sm90 import launch
 
     mask = CAUSAL if plan.skip else Visibility()

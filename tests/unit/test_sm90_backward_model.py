@@ -64,7 +64,32 @@ PLANS |= {
     "d64 group adder": D64_GROUP._replace(**ADDER),
     "d128 adder": D128._replace(**ADDER),
 }
+STORED = {**ADDER, "first_stores": True, "in_flight": 1, "backwards": True}
+FINISHING = {**HOUSEKEEPING, "prepares": False}
+PLANS |= {
+    "d64 group, first stores": D64_GROUP._replace(**STORED),
+    "d64 group, first stores, three in flight": D64_GROUP._replace(
+        **{**STORED, "in_flight": 3, "dq_slots": 3}
+    ),
+    "d64, first stores": D64._replace(**STORED),
+    "d128, first stores": D128._replace(**STORED),
+    "d128, first stores, nothing in flight": D128._replace(
+        adder=True, first_stores=True, is_reversed=True
+    ),
+    "d64 group, first stores in order": D64_GROUP._replace(**ORDERED, first_stores=True),
+    "d64, first stores in order": D64._replace(**ORDERED, first_stores=True),
+    "d128, first stores reversed": D128._replace(**ORDERED, first_stores=True, is_reversed=True),
+    "d64 group finishing": D64_GROUP._replace(**FINISHING, backwards=True),
+    "d128 finishing": D128._replace(**FINISHING),
+    "d64 group finishing, first stores": D64_GROUP._replace(**FINISHING, **STORED),
+    "d64 finishing, first stores": D64._replace(**FINISHING, **STORED),
+    "d128 finishing, first stores in order": D128._replace(
+        **FINISHING, **ORDERED, first_stores=True
+    ),
+    "d128 housekeeping, first stores": D128._replace(**HOUSEKEEPING, **STORED),
+}
 FP16 = torch.float16
+SUMS = gluon_model.argument("sm90_backward", "row_statistics_sm90", "dq_sums")
 KERNELS = ["row_statistics_sm90", "attention_backward_sm90", "finish_dq_sm90"]
 
 
@@ -100,6 +125,8 @@ def solve(
     # For head dims above 128 the main kernel is another one.
     assert [one.name.replace("_wide", "") for one in launches][-3:] == KERNELS
     for one in launches:
+        if one.name == "row_statistics_sm90":
+            one.arguments[SUMS].fill_(float("nan"))  # as anything may lie there
         gluon_model.run_launch(kernels, one, seed=seed, resident=8 if plan.housekeeping else 3)
     return Solution(out, lse, *grads)
 
@@ -166,7 +193,10 @@ def test_nothing_outside_is_read_or_written(kernels: Any, name: str) -> None:
         assert int(buffer.isnan().sum()) == buffer.numel() - view.numel()
 
 
-@pytest.mark.parametrize("name", ["d64 group housekeeping", "d128 housekeeping"])
+HOUSEKEEPERS = [name for name, plan in PLANS.items() if plan.housekeeping]
+
+
+@pytest.mark.parametrize("name", HOUSEKEEPERS)
 @pytest.mark.parametrize(
     ("seqlens", "heads", "options"),
     [
@@ -217,7 +247,9 @@ def test_inputs_that_tma_cannot_address_are_copied(kernels: Any) -> None:
     check(inputs, solve(kernels, inputs, D64))
 
 
-RAGGED = ["d64 group reversed", "d64 ordered", "d128 ordered", "d128 reversed"]
+IN_ORDER = ["d64 group reversed", "d64 ordered", "d128 ordered", "d128 reversed"]
+FIRST_STORES = ["d64 group, first stores", "d64, first stores", "d128, first stores reversed"]
+RAGGED = [*IN_ORDER, *FIRST_STORES]
 BATCHES = {
     "several": ([130, 40, 1], [100, 300, 1]),
     "empty": ([0, 70, 0, 0, 65, 0], [0, 200, 0, 30, 0, 0]),
@@ -250,7 +282,7 @@ def test_packed_sequences(kernels: Any, name: str, batch: str, mask: str) -> Non
     check(zeros, got._replace(out=got.out.nan_to_num(0.0)))
 
 
-@pytest.mark.parametrize("name", RAGGED)
+@pytest.mark.parametrize("name", IN_ORDER)
 @pytest.mark.parametrize("chunk", [0, 90])
 def test_packed_sequences_give_the_same_in_every_interleaving(
     kernels: Any, name: str, chunk: int
@@ -296,7 +328,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("bounds", HOSTILE)
-@pytest.mark.parametrize("name", ["d64 group reversed", "d128 ordered"])
+@pytest.mark.parametrize("name", ["d64 group reversed", "d128 ordered", "d64, first stores"])
 def test_bounds_that_lie(kernels: Any, name: str, bounds: str) -> None:
     """Nothing outside is touched, nobody waits for ever, and gradients are numbers."""
     plan = PLANS[name]._replace(housekeeping=False)
@@ -524,11 +556,71 @@ FAULTS = [
         "                pass_turn(duties, earlier[config.IN_FLIGHT])\n",
         "                pass_turn(duties, earlier[0])\n",
     ),
+    *(
+        Fault(f"{what}, {name}", PLANS[name], old, new)
+        for name in ("d64 group, first stores", "d128, first stores")
+        for what, old, new in (
+            (
+                "nobody waits for the first one's tiles",
+                "            wait_until(counter, 2)\n",
+                "            pass\n",
+            ),
+            (
+                "all store",
+                "            store_or_add(dq_desc, at, shared.dq.slot(use), state == 0)\n",
+                "            store_or_add(dq_desc, at, shared.dq.slot(use), state >= 0)\n",
+            ),
+            (
+                "nobody stores",
+                "            store_or_add(dq_desc, at, shared.dq.slot(use), state == 0)\n",
+                "            store_or_add(dq_desc, at, shared.dq.slot(use), state < 0)\n",
+            ),
+            (
+                "the first one's tiles count before they are in memory",
+                "            tma_complete(config.IN_FLIGHT * TILES)\n            pass_turn",
+                "            pass_turn",
+            ),
+            (
+                "the first one's last tiles count before they are in memory",
+                "    tma_complete(0)\n    for j in gl.static_range(config.IN_FLIGHT):\n"
+                "        if owed",
+                "    for j in gl.static_range(config.IN_FLIGHT):\n        if owed",
+            ),
+            (
+                "the first one's last tiles do not count",
+                "        if owed[j] >= 0:",
+                "        if owed[j] < -1:",
+            ),
+            (
+                "rows without keys are not zeroed",
+                "        if FIRST_STORES:\n            parts",
+                "        if False:\n            parts",
+            ),
+        )
+    ),
+    Fault(
+        "the first in order adds",
+        PLANS["d128, first stores reversed"],
+        "shared.dq.slot(use), turn == 0)",
+        "shared.dq.slot(use), turn < 0)",
+    ),
+    Fault(
+        "the second in order stores too",
+        PLANS["d64 group, first stores in order"],
+        "shared.dq.slot(use), turn == 0)",
+        "shared.dq.slot(use), turn <= 1)",
+    ),
+    Fault(
+        "housekeepers take what nobody stored",
+        PLANS["d64 group finishing, first stores"],
+        "work.config.BLOCK_M)) > 0,",
+        "work.config.BLOCK_M)) >= 0,",
+    ),
     Fault(
         "the adder gives a buffer back while TMA reads it",
         PLANS["d128 adder"],
-        "        tma.store_wait(0)\n        for tile",
-        "        for tile",
+        "        earlier = earlier[: config.IN_FLIGHT]\n        tma.store_wait(0)\n",
+        "        earlier = earlier[: config.IN_FLIGHT]\n",
     ),
     Fault(
         "dq is left where there is no room",
@@ -539,8 +631,13 @@ FAULTS = [
     Fault(
         "dq is added before it is there",
         PLANS["d64 group adder"],
+        "            fence_async()  # also behind what was only peeked at\n"
+        "        for tile in gl.static_range(TILES):\n"
+        "            use = i * TILES + tile\n"
         "            shared.dq.wait_full(use)\n",
-        "",
+        "            fence_async()  # also behind what was only peeked at\n"
+        "        for tile in gl.static_range(TILES):\n"
+        "            use = i * TILES + tile\n",
     ),
     Fault(
         "dq without a fence",

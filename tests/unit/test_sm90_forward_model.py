@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -16,7 +17,7 @@ import gluon_model
 import support
 
 from flash_attn.backends.sm90 import launch
-from flash_attn.backends.sm90.plans import ForwardPlan
+from flash_attn.backends.sm90.plans import ROUND_ROBIN, ForwardPlan, masks_first_block_alone
 from flash_attn.core import reference
 from flash_attn.core.problem import (
     DENSE,
@@ -34,6 +35,13 @@ PROGRAMS = 3
 @pytest.fixture(scope="module")
 def kernels() -> Any:
     return gluon_model.load_kernels("sm90_forward")
+
+
+@pytest.fixture(autouse=True)
+def few_programs() -> Iterator[None]:
+    """Programs walk over several tiles."""
+    with mock.patch.object(launch, "multiprocessors_of", return_value=PROGRAMS):
+        yield
 
 
 def around(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
@@ -91,10 +99,7 @@ def solve(
     whole = torch.full((*shape[:-1], columns), torch.nan, dtype=problem.q.dtype)
     counter = torch.zeros(1, dtype=torch.int32)
     results: list[AttentionResult] = []
-    with (
-        mock.patch.object(launch, "counter_for", return_value=counter),
-        mock.patch.object(launch, "multiprocessors_of", return_value=PROGRAMS),
-    ):
+    with mock.patch.object(launch, "counter_for", return_value=counter):
         (call,) = gluon_model.record(
             lambda: results.append(launch.forward(problem, whole[..., : shape[-1]], plan))
         )
@@ -172,6 +177,53 @@ def test_alibi(kernels: Any, pack: bool) -> None:
     check(kernels, capped._replace(transform=transform))
 
 
+@pytest.mark.parametrize("dims", [(64, 88), (96, 64), (96, 192), (64, 184), (192, 64), (192, 128)])
+def test_values_of_another_head_dim(kernels: Any, dims: tuple[int, int]) -> None:
+    for mask in (FULL, CAUSAL, WINDOW):
+        check(kernels, dense((150, 210), dims=dims, visibility=mask))
+    check(kernels, packed([(100, 130), (1, 5), (70, 0)], dims=dims, visibility=CAUSAL))
+
+
+@pytest.mark.parametrize("dim", [64, 192])
+def test_keys_and_values_in_one_ring(kernels: Any, dim: int) -> None:
+    for mask in (FULL, CAUSAL, WINDOW):
+        for problem in (
+            dense((150, 410), dims=(dim, dim), visibility=mask),
+            packed([(100, 330), (1, 5), (70, 0)], dims=(dim, dim), visibility=mask),
+        ):
+            plan = launch.plan_for(problem)
+            plan = replace(plan, ping_pong=False, joint=True, stages=3)
+            check(kernels, problem, replace(plan, block_n=64, skip=mask != FULL))
+            check(kernels, problem, replace(plan, block_n=128, stages=4, skip=mask != FULL))
+            check(kernels, problem, replace(plan, skip=False, overlap=True))
+
+
+def test_one_ring_and_loops_without_masks(kernels: Any) -> None:
+    problem = dense((150, 406), dims=(192, 192), visibility=CAUSAL, pack_gqa=False)
+    plan = launch.plan_for(problem)
+    assert plan.joint
+    assert masks_first_block_alone(plan, 150, 406, None, 0, 1)
+    check(kernels, problem, replace(plan, overlap=True, peel=True))
+
+
+@pytest.mark.parametrize("change", [("PIECES_V + FIRST)", "PIECES_V + 0)"),
+                                    ("FIRST * PIECE, out", "PIECE, out")])  # fmt: skip
+def test_the_model_notices_wrong_pieces(change: tuple[str, str]) -> None:
+    kernels = gluon_model.load_kernels("sm90_forward", change)
+    problem = dense((90, 140), dims=(96, 96))
+    with pytest.raises(AssertionError):
+        check(kernels, problem)
+
+
+def test_the_model_notices_wrong_slots() -> None:
+    change = ("gl.minimum(2 * i + 2,", "gl.minimum(2 * i + 1,")
+    kernels = gluon_model.load_kernels("sm90_forward", change)
+    problem = dense((90, 400))
+    plan = replace(launch.plan_for(problem), block_n=64, joint=True, stages=3)
+    with pytest.raises(AssertionError):
+        check(kernels, problem, plan)
+
+
 def test_the_model_notices_wrong_heads() -> None:
     change = ("i = i & (work.config.POSITIONS - 1)", "i = i % 5")
     kernels = gluon_model.load_kernels("sm90_forward", change)
@@ -180,7 +232,35 @@ def test_the_model_notices_wrong_heads() -> None:
 
 
 def test_plans_with_turns(kernels: Any) -> None:
-    plan = launch.plan_for(dense((300, 300)))
-    assert plan.ping_pong
+    plan = ForwardPlan(3, 128, 2, ROUND_ROBIN, 2, 1, ping_pong=True)
     check(kernels, dense((300, 300)), plan)
-    check(kernels, dense((300, 300)), replace(plan, early=True))
+    check(kernels, dense((300, 300)), replace(plan, overlap=True))
+
+
+# By queries, keys and keys on the right: of the first ones a tile's first block is all that is
+# masked, also where it is cut off, where a tile sees nothing, and with a window on the right.
+PEELED = [(256, 256, 0), (150, 150, 0), (129, 257, 0), (300, 172, 0), (150, 342, 64)]
+NOT_PEELED = [(150, 210, 0), (256, 256, 1), (256, 255, 0)]
+
+
+@pytest.mark.parametrize(("seqlen_q", "seqlen_k", "right"), PEELED + NOT_PEELED)
+def test_loops_without_masks(kernels: Any, seqlen_q: int, seqlen_k: int, right: int) -> None:
+    mask = Visibility(None, right)
+    problem = dense((seqlen_q, seqlen_k), dims=(128, 128), visibility=mask, pack_gqa=False)
+    plan = replace(launch.plan_for(problem), peel=True)
+    with mock.patch.object(launch, "counter_for"):
+        (call,) = gluon_model.record(lambda: launch.forward(problem, None, plan))
+    assert call.keywords["PEEL"] == ((seqlen_q, seqlen_k, right) in PEELED)
+    check(kernels, problem, plan)
+    check(kernels, problem, replace(plan, overlap=True, q_slots=2))
+
+
+@pytest.mark.parametrize("dim", [64, 96, 128])
+@pytest.mark.parametrize("turns", [False, True])
+def test_weights_under_products(kernels: Any, dim: int, turns: bool) -> None:
+    """Scores grow, so that references move."""
+    for mask in (FULL, CAUSAL, WINDOW):
+        problem = dense((150, 410), dims=(dim, dim), visibility=mask)
+        problem.k.mul_(torch.linspace(8.0, 0.1, 410, dtype=problem.k.dtype)[:, None, None])
+        plan = replace(launch.plan_for(problem), overlap=True, ping_pong=turns)
+        check(kernels, problem, plan)

@@ -19,11 +19,11 @@ from triton.runtime.jit import JITFunction
 from flash_attn.backends.sm90 import launch
 from flash_attn.backends.sm90.plans import (
     DYNAMIC,
-    ONE_TILE,
     ROUND_ROBIN,
     ForwardPlan,
     forward_plans,
     lengths_plan,
+    masks_first_block_alone,
 )
 from flash_attn.core.masking import visible_keys
 from flash_attn.core.problem import (
@@ -174,32 +174,35 @@ def packed(
 def variants() -> list[ForwardPlan]:
     """Every plan in use, and with each number of consumers every scheduler and option."""
     plans = [plan for _, _, plan in forward_plans()]
-    for consumers in (1, 2, 3, 4):
+    for consumers in (2, 3, 4):
         base = ForwardPlan(consumers, 64, 2, ROUND_ROBIN, 2, 1)
         plans += [
             base,
             replace(base, stages=3, q_slots=1),
-            replace(base, scheduler=ONE_TILE, q_slots=1, out_halves=0, skip=True),
+            replace(base, skip=True),
             replace(base, scheduler=DYNAMIC, skip=True, section_bytes=1 << 20),
-            replace(base, scheduler=DYNAMIC, early=True, skip=True, out_halves=2),
-            replace(base, scheduler=DYNAMIC, q_slots=1, out_halves=0),
-            replace(base, early=True, stages=3),
-            replace(base, early=True, slim=True),
+            replace(base, scheduler=DYNAMIC, q_slots=1),
             replace(base, slim=True),
-            replace(base, scheduler=DYNAMIC, slim=True, early=True),
             replace(base, scheduler=DYNAMIC, slim=True, skip=True, section_bytes=1 << 15,
                     last_bytes=1 << 16),
             replace(base, scheduler=DYNAMIC, late=True, skip=True, section_bytes=1 << 15,
                     last_bytes=1 << 16),
-            replace(base, scheduler=DYNAMIC, late=True, early=True),
+            replace(base, scheduler=DYNAMIC, late=True, overlap=True, peel=True),
+            replace(base, scheduler=DYNAMIC, slim=True, overlap=True, skip=True),
+            replace(base, ping_pong=True),
+            replace(base, ping_pong=True, overlap=True, scheduler=DYNAMIC, late=True),
+            replace(base, ping_pong=True, skip=True, scheduler=DYNAMIC),
         ]  # fmt: skip
-        if consumers > 1:
-            plans += [
-                replace(base, ping_pong=True),
-                replace(base, ping_pong=True, early=True, scheduler=DYNAMIC),
-                replace(base, ping_pong=True, skip=True, scheduler=DYNAMIC),
-                replace(base, ping_pong=True, scheduler=ONE_TILE, q_slots=1, out_halves=0),
-            ]
+        joint = replace(base, joint=True, stages=3, q_slots=1)
+        plans += [
+            joint,
+            replace(joint, stages=4, slim=True),
+            replace(joint, skip=True),
+            replace(joint, scheduler=DYNAMIC, skip=True, late=True),
+            replace(joint, scheduler=DYNAMIC, slim=True, skip=True),
+            replace(joint, scheduler=DYNAMIC, late=True, overlap=True, peel=True),
+            replace(joint, ping_pong=True),
+        ]
     return list(dict.fromkeys(plans))
 
 
@@ -219,7 +222,7 @@ def test_schedules_of_dense_problems(plan: ForwardPlan) -> None:
 @pytest.mark.parametrize("mask", MASKS, ids=str)
 def test_schedules_of_packed_problems(block_d: int, mask: Visibility) -> None:
     plan = lengths_plan(block_d)
-    plans = [plan, replace(plan, early=True), replace(plan, q_slots=1, out_halves=0)]
+    plans = [plan, lengths_plan(block_d, sparing=True), replace(plan, q_slots=1, late=True)]
     lengths = [
         [(300, 300), (1, 1), (0, 5), (129, 0), (64, 200)],
         [(1, 500)],
@@ -309,3 +312,37 @@ def test_margins_leave_multiprocessors_to_others(margin: int, programs: int) -> 
     machine = simulate(problem, plan, 5, margin)
     assert machine.programs == programs
     check(problem, plan, machine)
+
+
+@pytest.mark.parametrize("block", [64, 128])
+def test_where_the_first_block_alone_is_masked(block: int) -> None:
+    """Told from every row of every tile, for lengths and windows around multiples of a block."""
+    plan = ForwardPlan(block // 64, block, 2, DYNAMIC, 1, 1)
+    found = set()
+    for seqlen_q in (1, block - 1, block, block + 1, 2 * block + 5, 3 * block):
+        for shift in range(-2 * block - 1, 2 * block + 2):
+            for right in (0, 1, 40, block):
+                seqlen_k = seqlen_q + shift
+                if seqlen_k < 1:
+                    continue
+                alone = masks_first_block_alone(plan, seqlen_q, seqlen_k, None, right, 1)
+                assert not alone or first_block_is_all(block, seqlen_q, seqlen_k, right)
+                found.add(alone)
+    assert found == {False, True}
+    for n in (1, 100, 4096):
+        assert masks_first_block_alone(plan, n, n, None, 0, 1)
+    assert not masks_first_block_alone(plan, block, block, 5, 0, 1)
+    assert not masks_first_block_alone(plan, block, block, None, None, 1)
+    assert not masks_first_block_alone(plan, block, block, None, 0, 2)
+    assert not masks_first_block_alone(replace(plan, block_n=192), block, block, None, 0, 1)
+
+
+def first_block_is_all(block: int, seqlen_q: int, seqlen_k: int, right: int) -> bool:
+    """Whether all rows of all tiles see a key of the tile's first block and all of the others."""
+    for first_row in range(0, seqlen_q, block):
+        rows = torch.arange(first_row, min(first_row + block, seqlen_q))
+        ends = (rows + (seqlen_k - seqlen_q) + right + 1).clamp(max=seqlen_k)
+        last = -(-int(ends.max()) // block) * block
+        if last > 0 and not (last - block < ends.min()):
+            return False
+    return True

@@ -12,8 +12,9 @@ from triton.experimental.gluon.language.nvidia.hopper import tma
 from triton.language.core import _aggregate as aggregate
 
 __all__ = [
-    "aggregate", "allow_dependents", "count_up", "fence_async", "meet", "opaque_zero", "peek",
-    "tma_add", "tma_complete", "tma_load", "tma_store", "wait_for_dependencies", "wait_until",
+    "aggregate", "allow_dependents", "claim", "count_up", "fence_async", "meet", "opaque_zero",
+    "peek", "tma_add", "tma_complete", "tma_load", "tma_store", "wait_for_dependencies",
+    "wait_until",
 ]  # fmt: skip
 
 # (descriptor, coordinates, barrier, shared memory) and (descriptor, coordinates, shared memory)
@@ -97,6 +98,23 @@ def count_up(counter):
     What it does from here on is behind all that it has peeked at.
     """
     gl.inline_asm_elementwise(_COUNT_UP, "=r,l", [counter], dtype=gl.int32, is_pure=False, pack=1)
+
+
+_CLAIM = gl.constexpr(
+    "{ .reg .pred is_first; .reg .b32 lane, old; mov.u32 lane, %laneid; "
+    "setp.eq.u32 is_first, lane, 0; mov.b32 old, 0; "
+    "@is_first atom.acquire.gpu.global.max.s32 old, [$1], 1; "
+    "bar.warp.sync 0xffffffff; shfl.sync.idx.b32 $0, old, 0, 31, 0xffffffff; }"
+)
+
+
+@gluon.jit
+def claim(counter):
+    """What a counter in global memory was before it became at least 1; for a single warp, which
+    then sees what was written before the counter became what it was."""
+    return gl.inline_asm_elementwise(
+        _CLAIM, "=r,l", [counter], dtype=gl.int32, is_pure=False, pack=1
+    )
 
 
 @gluon.jit

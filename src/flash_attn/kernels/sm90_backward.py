@@ -22,6 +22,7 @@ are already in the registers that the next products read them from. A consumer's
 
 DQ_GROUP: a third group computes dQ instead, so that the consumers never wait for each other.
 ADDER: a warp of its own has TMA add dQ, and whoever computes it only waits for room to leave it in.
+FIRST_STORES: the first program that comes to a block of dq stores it, so nobody has to zero it.
 DETERMINISTIC: the programs add to each block of dq in the order of their keys, REVERSED from the
 last to the first. A program waits only for programs with smaller numbers, which started before it.
 
@@ -54,6 +55,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from .gluon_async import (
     aggregate,
     allow_dependents,
+    claim,
     count_up,
     fence_async,
     meet,
@@ -215,6 +217,8 @@ class Config:
     ADDER: gl.constexpr
     IN_FLIGHT: gl.constexpr
     DETERMINISTIC: gl.constexpr
+    FIRST_STORES: gl.constexpr
+    PREPARES: gl.constexpr
     SOFTCAP: gl.constexpr
     HAS_LEFT: gl.constexpr
     HAS_RIGHT: gl.constexpr
@@ -225,7 +229,8 @@ class Config:
     @gluon.constexpr_function
     def __init__(self, BLOCK_M, BLOCK_D, EAGER_DV, AHEAD, DQ_GROUP, HOUSEKEEPING, ADDER,
                  IN_FLIGHT, DETERMINISTIC, SOFTCAP, HAS_LEFT, HAS_RIGHT, HAS_CHUNK, HAS_ALIBI,
-                 RAGGED, BLOCK_N=128, HEAD_DIM=None):  # fmt: skip
+                 RAGGED, BLOCK_N=128, HEAD_DIM=None, FIRST_STORES=False,
+                 PREPARES=False):  # fmt: skip
         self.BLOCK_M = gl.constexpr(BLOCK_M)
         self.BLOCK_N = gl.constexpr(BLOCK_N)
         self.BLOCK_D = gl.constexpr(BLOCK_D)
@@ -237,6 +242,8 @@ class Config:
         self.ADDER = gl.constexpr(ADDER)
         self.IN_FLIGHT = gl.constexpr(IN_FLIGHT)
         self.DETERMINISTIC = gl.constexpr(DETERMINISTIC)
+        self.FIRST_STORES = gl.constexpr(FIRST_STORES)
+        self.PREPARES = gl.constexpr(PREPARES)
         self.SOFTCAP = gl.constexpr(SOFTCAP)
         self.HAS_LEFT = gl.constexpr(HAS_LEFT)
         self.HAS_RIGHT = gl.constexpr(HAS_RIGHT)
@@ -566,7 +573,7 @@ def ask_with_row_values(desc, values_desc, head, row, sum_row, ring, values, use
     tma_load(desc, coordinates(work.queries, head, row), slot, ring.slot(use))
     if use == 0:
         wait_for_dependencies()
-    if work.config.HOUSEKEEPING:  # noqa: SIM102 -- one condition is a constant, the other is not
+    if work.config.PREPARES:  # noqa: SIM102 -- one condition is a constant, the other is not
         if row == work.first_row:
             wait_until_prepared(duties, sum_row // duties.padded_rows)
     tma_load(values_desc, [sum_row], slot, values.index(use % ring.SLOTS))
@@ -986,7 +993,11 @@ def adder(work, shared, duties, dq_desc):
         for tile in gl.static_range(TILES):
             use = i * TILES + tile
             shared.dq.wait_full(use)
-            tma_add(dq_desc, [tile_of(work, sum_row, tile) * 64, 0], shared.dq.slot(use))
+            at = [tile_of(work, sum_row, tile) * 64, 0]
+            if config.FIRST_STORES:
+                store_or_add(dq_desc, at, shared.dq.slot(use), turn == 0)
+            else:
+                tma_add(dq_desc, at, shared.dq.slot(use))
         earlier = (sum_row,) + earlier
         row, sum_row = step_after(work, row, sum_row)
         if config.DETERMINISTIC:
@@ -1011,12 +1022,78 @@ def adder(work, shared, duties, dq_desc):
 
 
 @gluon.jit
+def claiming_adder(work, shared, duties, dq_desc):
+    """Add every step's tiles of dq to the sums, in any order behind who stores them: FIRST_STORES.
+
+    A block's counter is 0 before anybody came, then 1, and 2 when the first tiles are in memory,
+    which is looked at when IN_FLIGHT more steps' are on their way. Nobody waits in a circle: all
+    programs take the blocks in the same order, so who is waited for is further on.
+    """
+    config = work.config
+    TILES: gl.constexpr = tiles_in_block(config)
+    wait_for_dependencies()  # that the counters are zeroed
+    row = work.first_row
+    sum_row = work.first_sum
+    owed = no_rows(config)  # of the last steps, the rows that this program stored, or -1
+    for i in range(work.steps):
+        counter = duties.turns + sum_row // ROWS
+        state = claim(counter)
+        if state == 1:
+            wait_until(counter, 2)
+        fence_async()
+        for tile in gl.static_range(TILES):
+            use = i * TILES + tile
+            shared.dq.wait_full(use)
+            at = [tile_of(work, sum_row, tile) * 64, 0]
+            store_or_add(dq_desc, at, shared.dq.slot(use), state == 0)
+        owed = (gl.where(state == 0, sum_row, -1),) + owed
+        row, sum_row = step_after(work, row, sum_row)
+        if owed[config.IN_FLIGHT] >= 0:
+            tma_complete(config.IN_FLIGHT * TILES)
+            pass_turn(duties, owed[config.IN_FLIGHT])
+        owed = owed[: config.IN_FLIGHT]
+        tma.store_wait(0)
+        for tile in gl.static_range(TILES):
+            shared.dq.release(i * TILES + tile)
+    tma_complete(0)
+    for j in gl.static_range(config.IN_FLIGHT):
+        if owed[j] >= 0:
+            pass_turn(duties, owed[j])
+    if config.HOUSEKEEPING:
+        report_sums(work, duties)
+
+
+@gluon.jit
+def store_or_add(desc, at, buffer, is_first):
+    """Store a tile of the sums of dq if nobody did before, else add to it."""
+    if is_first:
+        tma_store(desc, at, buffer)
+    else:
+        tma_add(desc, at, buffer)
+
+
+@gluon.jit
+def no_rows(config):
+    """-1 for IN_FLIGHT steps, each another value: see no_steps."""
+    rows = ()
+    for _ in gl.static_range(config.IN_FLIGHT):
+        rows = rows + (opaque_zero() - 1,)
+    return rows
+
+
+@gluon.jit
 def no_steps(config):
     """Rows of IN_FLIGHT steps that there are not. Each another value: see test_kernel_loops."""
     rows = ()
     for _ in gl.static_range(config.IN_FLIGHT):
         rows = rows + (opaque_zero(),)
     return rows
+
+
+@gluon.jit
+def counter_of(turns, sum_row, BLOCK_M: gl.constexpr):
+    """The counter of the block of BLOCK_M rows with a row of the sums."""
+    return turns + sum_row // BLOCK_M * (BLOCK_M // ROWS)
 
 
 @gluon.jit
@@ -1041,7 +1118,8 @@ class Duties:
 
     ``prepared`` counts the pieces of each query head, ``summed`` the programs that have added all
     of theirs to dq for each key head, once for each warp; ``turns`` those that have added to each
-    64 rows of dq, of a block of more only to the first; int32 in global memory.
+    64 rows of dq, of a block of more only to the first, or what claiming_adder says; int32 in
+    global memory.
     """
 
     prepared: gl.tensor
@@ -1166,8 +1244,9 @@ def prepare_pieces(config, duties, ring, douts, out_desc, do_desc):
         sum_row += strip * STRIP
         target = sum_row + gl.arange(0, STRIP, layout=gl.SliceLayout(1, TILE))
         gl.store(duties.delta + target, row_delta)
-        target = sum_row * BLOCK_D + gl.arange(0, STRIP * BLOCK_D, layout=FLAT)
-        gl.store(duties.sums + target, gl.zeros([STRIP * BLOCK_D], gl.float32, FLAT))
+        if not config.FIRST_STORES:
+            target = sum_row * BLOCK_D + gl.arange(0, STRIP * BLOCK_D, layout=FLAT)
+            gl.store(duties.sums + target, gl.zeros([STRIP * BLOCK_D], gl.float32, FLAT))
         if strip == STRIPS - 1:
             fence_async()
             count_up(duties.prepared + number)
@@ -1213,6 +1292,10 @@ def finish_pieces(work, duties, ring, desc):
         ring.wait_full(use)
         FLAT: gl.constexpr = gl.BlockedLayout([1, 16], [8, 4], [2, 1], [1, 0])
         values = strip_in_matrix_order(ring.slot(use).load(FLAT)) * work.scale
+        if work.config.FIRST_STORES:
+            sum_row = piece * PIECE + part // (4 * COLUMNS) * ROWS
+            values = gl.where(peek(counter_of(duties.turns, sum_row, work.config.BLOCK_M)) > 0,
+                              values, 0.0)  # fmt: skip
         STORED: gl.constexpr = values.type.layout
         rows = gl.arange(0, 16, layout=gl.SliceLayout(1, STORED))
         rows += row + part // (4 * COLUMNS) * ROWS + part % 4 * 16
@@ -1234,9 +1317,10 @@ def finish_pieces(work, duties, ring, desc):
 
 @gluon.jit
 def housekeeper(work, duties, strips, douts, parts, out_desc, do_desc, sums_desc):
-    """Prepare and finish this program's pieces."""
+    """Prepare, with PREPARES, and finish this program's pieces."""
     wait_for_dependencies()
-    prepare_pieces(work.config, duties, strips, douts, out_desc, do_desc)
+    if work.config.PREPARES:
+        prepare_pieces(work.config, duties, strips, douts, out_desc, do_desc)
     finish_pieces(work, duties, parts, sums_desc)
 
 
@@ -1262,7 +1346,8 @@ def attention_backward_sm90(
     EAGER_DV: gl.constexpr, AHEAD: gl.constexpr, DQ_GROUP: gl.constexpr,
     ADDER: gl.constexpr, IN_FLIGHT: gl.constexpr,
     REGISTERS: gl.constexpr, DQ_REGISTERS: gl.constexpr, OTHER_REGISTERS: gl.constexpr,
-    HOUSEKEEPING: gl.constexpr, DETERMINISTIC: gl.constexpr, REVERSED: gl.constexpr,
+    HOUSEKEEPING: gl.constexpr, PREPARES: gl.constexpr,
+    DETERMINISTIC: gl.constexpr, REVERSED: gl.constexpr, FIRST_STORES: gl.constexpr,
     SOFTCAP: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, CU_Q: gl.constexpr, CU_K: gl.constexpr,
@@ -1287,8 +1372,8 @@ def attention_backward_sm90(
             time.
         out_desc, dout_desc: as do_desc, with blocks of STRIP rows; parts_desc: as dq_desc, with
             blocks (16, 64). These and all up to ``lag`` are only used with HOUSEKEEPING.
-        counters: (batch * (nheads + nheads_k),) and with DETERMINISTIC one more for each 64 rows
-            of all padded ones; int32, zeros: see Duties.
+        counters: (batch * (nheads + nheads_k),) and with DETERMINISTIC or FIRST_STORES one more for
+            each 64 rows of all padded ones; int32, zeros: see Duties.
         lse, lse_log2, delta, dq_sums, dq: what row_statistics_sm90 and finish_dq_sm90 take.
         lag: see Duties; at least the pieces of a section and of one program.
         bounds_q, table, used_q, used_k: see Lengths; with CU_Q, CU_K, USED_Q, USED_K alone, and
@@ -1300,8 +1385,9 @@ def attention_backward_sm90(
         slopes, stride_slope: ALiBi's (batch, nheads), with HAS_ALIBI and without SOFTCAP.
         DS_SLOTS: buffers of dS; at least 2 without DQ_GROUP.
         DQ_SLOTS: buffers of 64 x 64 of dq; 2, or with ADDER more, even without DQ_GROUP.
-        ADDER: needed by DETERMINISTIC, for which IN_FLIGHT says of how many steps the additions may
-            be on their way before the oldest one's are waited for.
+        ADDER: needed by DETERMINISTIC and FIRST_STORES, for which IN_FLIGHT says of how many steps
+            the additions may be on their way before the oldest one's are waited for.
+        PREPARES: whether the housekeepers also prepare; if not, the launch before does all of it.
         REGISTERS, DQ_REGISTERS, OTHER_REGISTERS: of a thread of the consumers (the first one gets
             what is left), of the dq group, and of the producer and the housekeepers.
     """
@@ -1309,14 +1395,15 @@ def attention_backward_sm90(
     gl.static_assert(DQ_GROUP or DS_SLOTS >= 2)
     gl.static_assert(DQ_SLOTS == 2 or (ADDER and DQ_SLOTS > 2))
     gl.static_assert(DQ_GROUP or DQ_SLOTS % 2 == 0)
-    gl.static_assert(ADDER or not DETERMINISTIC)
+    gl.static_assert(ADDER or not (DETERMINISTIC or FIRST_STORES))
+    gl.static_assert(HOUSEKEEPING or not PREPARES)
     RAGGED: gl.constexpr = CU_Q or CU_K or USED_Q or USED_K
     gl.static_assert(not (RAGGED and HOUSEKEEPING))
     gl.static_assert(not HAS_CHUNK or (HAS_LEFT and HAS_RIGHT))
     gl.static_assert(not (HAS_ALIBI and SOFTCAP))
     config = Config(BLOCK_M, BLOCK_D, EAGER_DV, AHEAD, DQ_GROUP, HOUSEKEEPING, ADDER,
                     IN_FLIGHT, DETERMINISTIC, SOFTCAP, HAS_LEFT, HAS_RIGHT, HAS_CHUNK, HAS_ALIBI,
-                    RAGGED, 128, HEAD_DIM)  # fmt: skip
+                    RAGGED, 128, HEAD_DIM, FIRST_STORES, PREPARES)  # fmt: skip
     q = ring_for(q_desc, Q_SLOTS, 2)
     do = ring_for(do_desc, DO_SLOTS, 2)
     k = ring_for(k_desc, 1, 0)
@@ -1386,9 +1473,13 @@ def attention_backward_sm90(
         gl.to_tensor(stride_qb), gl.to_tensor(stride_qm), gl.to_tensor(stride_qh),
     )  # fmt: skip
     if HOUSEKEEPING:
-        strips = ring_for(out_desc, 4, 0)
-        dout_strips = buffers_for(dout_desc, 4)
         parts = ring_for(parts_desc, 2, 0)
+        if PREPARES:
+            strips = ring_for(out_desc, 4, 0)
+            dout_strips = buffers_for(dout_desc, 4)
+        else:  # nobody reads them
+            strips = parts
+            dout_strips = parts.data
         fence_async_shared()
     # Spelled out, because in tuples bound to a name constants become tensors.
     gl.warp_specialize(
@@ -1399,7 +1490,8 @@ def attention_backward_sm90(
         + ([(dq_group, (work, shared, duties, dq_desc))] if DQ_GROUP else [])
         + ([(housekeeper, (work, duties, strips, dout_strips, parts, out_desc, dout_desc,
                            parts_desc))] if HOUSEKEEPING else [])
-        + ([(adder, (work, shared, duties, dq_desc))] if ADDER else [])
+        + ([(claiming_adder if FIRST_STORES and not DETERMINISTIC else adder,
+             (work, shared, duties, dq_desc))] if ADDER else [])
         + [
             (producer, (work, shared, duties, group, q_desc, k_desc, v_desc, do_desc, lse_desc,
                         delta_desc)),
@@ -1487,14 +1579,15 @@ def row_statistics_sm90(
     stride_ob, stride_om, stride_oh, stride_gb, stride_gm, stride_gh, stride_lb, stride_lh,
     nheads, seqlen_q, padded_rows, tiles, table, table_tiles, used_q, batch_size,
     HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_M: gl.constexpr, HAS_DLSE: gl.constexpr,
-    CU_Q: gl.constexpr, USED_Q: gl.constexpr,
+    CU_Q: gl.constexpr, USED_Q: gl.constexpr, ZEROES: gl.constexpr, BACKWARDS: gl.constexpr,
 ):  # fmt: skip
-    """delta and log-sum-exp in base 2 of BLOCK_M rows; zeroes their sums of dq.
+    """delta and log-sum-exp in base 2 of BLOCK_M rows; with ZEROES zeroes their sums of dq.
 
     ``tiles`` of them make up a head of a sequence, with CU_Q one of all packed sequences.
 
     Rows past the end, up to padded_rows, and rows that see no key get 0 and +inf. The gradient of
     the log-sum-exp, dlse (like lse, contiguous), only changes delta. The counters are zeroed too.
+    BACKWARDS begins with the last rows, so that the first ones are still in the L2 cache after it.
     """
     allow_dependents()
     # 192 columns are no tensor's.
@@ -1504,6 +1597,8 @@ def row_statistics_sm90(
     FLAT: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
     ROW: gl.constexpr = gl.SliceLayout(1, ROWS_OF_OUT)
     pid = gl.program_id(0)
+    if BACKWARDS:
+        pid = gl.num_programs(0) - 1 - pid
     for i in range(pid * 512, num_counters, gl.num_programs(0) * 512):
         places = i + gl.arange(0, 512, layout=FLAT)
         gl.store(counters + places, gl.zeros([512], gl.int32, FLAT), mask=places < num_counters)
@@ -1546,9 +1641,10 @@ def row_statistics_sm90(
     do = gl.load(dout + at * stride_gm + column, mask=mask, other=0.0)
     row_lse = gl.load(lse + b64 * stride_lb + h.to(gl.int64) * stride_lh + rows, mask=inside,
                       other=float("inf"))  # fmt: skip
-    sums = dq_sums + first * BLOCK_D + gl.arange(0, BLOCK_M * 64, layout=FLAT)
-    for j in gl.static_range(BLOCK_D // 64):
-        gl.store(sums + j * BLOCK_M * 64, gl.zeros([BLOCK_M * 64], gl.float32, FLAT))
+    if ZEROES:
+        sums = dq_sums + first * BLOCK_D + gl.arange(0, BLOCK_M * 64, layout=FLAT)
+        for j in gl.static_range(BLOCK_D // 64):
+            gl.store(sums + j * BLOCK_M * 64, gl.zeros([BLOCK_M * 64], gl.float32, FLAT))
     row_delta = gl.sum(o.to(gl.float32) * do.to(gl.float32), 1)
     if HAS_DLSE:
         row_delta -= gl.load(dlse + head_batch.to(gl.int64) * seqlen_q + rows, mask=inside,
@@ -1574,22 +1670,29 @@ def strip_in_matrix_order(parts):
 @gluon.jit(
     do_not_specialize=(
         "nheads", "seqlen_q", "padded_rows", "tiles", "first_tile", "batch_size", "table_tiles",
+        "first_turn",
     ),
     do_not_specialize_on_alignment=("table",),
 )  # fmt: skip
 def finish_dq_sm90(
     dq_sums, dq, stride_b, stride_m, stride_h, scale, nheads, seqlen_q, padded_rows, tiles,
-    first_tile, table, table_tiles, batch_size,
-    HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, CU_Q: gl.constexpr,
+    first_tile, table, table_tiles, batch_size, counters, first_turn,
+    HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_M: gl.constexpr, CU_Q: gl.constexpr,
+    FIRST_STORES: gl.constexpr, BACKWARDS: gl.constexpr,
 ):  # fmt: skip
     """dq = scale * sums, for 64 rows of one head, of which ``tiles`` make a padded sequence.
 
-    With CU_Q ``tiles`` make all packed ones; rows of no sequence get 0.
+    With CU_Q ``tiles`` make all packed ones; rows of no sequence get 0. With FIRST_STORES so do
+    those whose block of BLOCK_M has a counter of 0, from ``first_turn`` of the counters on.
+    BACKWARDS begins with the last rows, whose sums are still in the L2 cache.
     """
     FLAT: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])
     STORED: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     COLUMNS: gl.constexpr = BLOCK_D // 64
-    pid = gl.program_id(0) + first_tile
+    pid = gl.program_id(0)
+    if BACKWARDS:
+        pid = gl.num_programs(0) - 1 - pid
+    pid += first_tile
     head_batch = pid // tiles
     tile = pid - head_batch * tiles
     b = head_batch // nheads
@@ -1609,15 +1712,20 @@ def finish_dq_sm90(
     flat = gl.expand_dims(flat_rows, 1) + gl.expand_dims(
         gl.arange(0, 64, layout=gl.SliceLayout(0, FLAT)), 0
     )
+    turns = counter_of(counters + first_turn, first, BLOCK_M)
     first *= BLOCK_D
     dq += b.to(gl.int64) * stride_b + h.to(gl.int64) * stride_h
     target = dq + gl.expand_dims(rows.to(gl.int64) * stride_m, 1) + gl.expand_dims(cols, 0)
     wait_for_dependencies()
+    if FIRST_STORES:
+        was_added_to = peek(turns) > 0
     for j in gl.static_range(COLUMNS):
         if CU_Q:
             parts = gl.load(dq_sums + first + j * 4096 + flat, mask=has_sums, other=0.0)
         else:
             parts = gl.load(dq_sums + first + j * 4096 + flat)
+        if FIRST_STORES:
+            parts = gl.where(was_added_to, parts, 0.0)
         values = (matrix_order(parts) * scale).to(dq.dtype.element_ty)
         values = gl.convert_layout(values, STORED)
         mask = gl.expand_dims(rows < count, 1)

@@ -37,12 +37,17 @@ so each consumer has all heads for positions of its own, and to TMA they are a b
 head, nobody notices.
 
 Head dims 96 and 192 are no powers of two, as the language wants tensors to be: their tiles lie in
-three pieces of 32 or 64 columns, each loaded, multiplied and stored by itself.
+three pieces of 32 or 64 columns, each loaded and stored by itself. The first two pieces of values,
+which lie side by side, are multiplied at once: products of 32 columns cost more than half of those
+of 64.
 
-SCHEDULER says how programs find tiles: ONE_TILE (a program computes the tile of its number),
-ROUND_ROBIN (programs stay and take every n-th tile), DYNAMIC (the producer takes the next tile from
-a counter in global memory while the consumers still compute, and tells them through a mailbox;
-the last fetch of a launch sets the counter back to 0).
+With JOINT keys and values share one ring, whose slots are used in the order in which the consumers
+need them: k[0], k[1], v[0], k[2], v[1], .., v[last]. Three slots are enough for that, where two
+rings need four.
+
+SCHEDULER says how programs find tiles: ROUND_ROBIN (a program takes every n-th tile), DYNAMIC (the
+producer takes the next tile from a counter in global memory while the consumers still compute, and
+tells them through a mailbox; the last fetch of a launch sets the counter back to 0).
 """
 
 import math
@@ -59,9 +64,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .gluon_compat import aggregate, group_barrier, scalar_of, tma_load, tma_store
 
-ONE_TILE = gl.constexpr(0)
-ROUND_ROBIN = gl.constexpr(1)
-DYNAMIC = gl.constexpr(2)
+ROUND_ROBIN = gl.constexpr(0)
+DYNAMIC = gl.constexpr(1)
 
 LN2 = gl.constexpr(0.6931471805599453)
 LOG2E = gl.constexpr(1.4426950408889634)
@@ -198,10 +202,10 @@ class Config:
     BLOCK_DV: gl.constexpr
     PIECES: gl.constexpr
     PIECES_V: gl.constexpr
+    PARTS_V: gl.constexpr
     CONSUMERS: gl.constexpr
     SCHEDULER: gl.constexpr
     OUT_COLUMNS: gl.constexpr
-    EARLY: gl.constexpr
     PING_PONG: gl.constexpr
     MOST_SKIPPED: gl.constexpr
     HAS_LEFT: gl.constexpr
@@ -213,12 +217,15 @@ class Config:
     LENGTHS: gl.constexpr
     SLIM: gl.constexpr
     LATE: gl.constexpr
+    OVERLAP: gl.constexpr
+    PEEL: gl.constexpr
+    JOINT: gl.constexpr
     TRACE: gl.constexpr
 
     @gluon.constexpr_function
-    def __init__(self, PACK, BLOCK_N, BLOCK_D, BLOCK_DV, CONSUMERS, SCHEDULER, OUT_COLUMNS, EARLY,
+    def __init__(self, PACK, BLOCK_N, BLOCK_D, BLOCK_DV, CONSUMERS, SCHEDULER, OUT_COLUMNS,
                  PING_PONG, SKIP, HAS_LEFT, HAS_RIGHT, HAS_CHUNK, HAS_SOFTCAP, HAS_SINKS,
-                 HAS_ALIBI, LENGTHS, SLIM, LATE, TRACE):  # fmt: skip
+                 HAS_ALIBI, LENGTHS, SLIM, LATE, OVERLAP, PEEL, JOINT, TRACE):  # fmt: skip
         self.PACK = gl.constexpr(PACK)
         self.POSITIONS = gl.constexpr(64 // PACK)
         self.BLOCK_M = gl.constexpr(64 // PACK * CONSUMERS)
@@ -227,14 +234,13 @@ class Config:
         self.BLOCK_DV = gl.constexpr(BLOCK_DV)
         self.PIECES = gl.constexpr(3 if BLOCK_D % 3 == 0 else 1)
         self.PIECES_V = gl.constexpr(3 if BLOCK_DV % 3 == 0 else 1)
+        # Products that the values' columns are multiplied in.
+        self.PARTS_V = gl.constexpr(2 if BLOCK_DV % 3 == 0 else 1)
         self.CONSUMERS = gl.constexpr(CONSUMERS)
         self.SCHEDULER = gl.constexpr(SCHEDULER)
         self.OUT_COLUMNS = gl.constexpr(OUT_COLUMNS)
-        self.EARLY = gl.constexpr(EARLY)
         self.PING_PONG = gl.constexpr(PING_PONG)
-        # With EARLY, values of the next tile cannot be released before those of this one are used.
-        most = 1 if EARLY else CONSUMERS
-        self.MOST_SKIPPED = gl.constexpr(most if SKIP and HAS_RIGHT else 0)
+        self.MOST_SKIPPED = gl.constexpr(CONSUMERS if SKIP and HAS_RIGHT else 0)
         self.HAS_LEFT = gl.constexpr(HAS_LEFT)
         self.HAS_RIGHT = gl.constexpr(HAS_RIGHT)
         self.HAS_CHUNK = gl.constexpr(HAS_CHUNK)
@@ -244,6 +250,9 @@ class Config:
         self.LENGTHS = gl.constexpr(LENGTHS)
         self.SLIM = gl.constexpr(SLIM)
         self.LATE = gl.constexpr(LATE)
+        self.OVERLAP = gl.constexpr(OVERLAP)
+        self.PEEL = gl.constexpr(PEEL)
+        self.JOINT = gl.constexpr(JOINT)
         self.TRACE = gl.constexpr(TRACE)
 
 
@@ -461,7 +470,7 @@ def place_of(work, index):
     last_head = first_head + work.section
     last_head = gl.where(first_head == work.in_sections, work.sequences, last_head)
     within = index - first_head * work.row_tiles
-    # An index past the last tile is asked about too, with EARLY: whatever comes out is unused.
+    # An index past the last tile is asked about too, with LENGTHS: whatever comes out is unused.
     heads = gl.maximum(gl.minimum(last_head, work.sequences) - first_head, 1)
     row_tile = within // heads
     sequence = first_head + within - row_tile * heads
@@ -560,6 +569,31 @@ def blocks_to_skip(work, tile, LANE: gl.constexpr):
     return skipped
 
 
+# A tile uses the slots of keys and values from one on: once for each block, of both with JOINT.
+@gluon.jit
+def uses_of(work, blocks):
+    """How many uses a tile of so many blocks is."""
+    return 2 * blocks if work.config.JOINT else blocks
+
+
+@gluon.jit
+def key_use(work, first_use, i):
+    """The use of a tile's i-th block of keys, counted from the last one."""
+    use = first_use + i
+    if work.config.JOINT:
+        use = first_use + gl.maximum(2 * i - 1, 0)
+    return use
+
+
+@gluon.jit
+def value_use(work, first_use, i, blocks):
+    """The use of a tile's i-th block of values."""
+    use = first_use + i
+    if work.config.JOINT:
+        use = first_use + gl.minimum(2 * i + 2, 2 * blocks - 1)
+    return use
+
+
 # ---------------------------------------------------------------------------------------- producer
 @gluon.jit
 def producer(work, shared, q_desc, k_desc, v_desc, counter):
@@ -583,17 +617,24 @@ def producer(work, shared, q_desc, k_desc, v_desc, counter):
             row = span.k_start + (tile.first_block + tile.blocks - 1 - i) * config.BLOCK_N
             # Nobody sees an empty tile's keys: those past the end are zeros, whatever the others.
             row = gl.where(tile.is_empty, work.seqlen_k, row)
-            shared.k.wait_empty(block_use, 0)
-            load_rows(k_desc, entry, key_head, row, shared.k, block_use, 0, config.PIECES)
+            use = key_use(work, block_use, i) if config.JOINT else block_use
+            shared.k.wait_empty(use, 0)
+            load_rows(k_desc, entry, key_head, row, shared.k, use, 0, config.PIECES)
             if i == 0:
                 for lane in gl.static_range(config.CONSUMERS):
                     shared.q.wait_empty(tile_use, lane)
                     load_rows(q_desc, entry, span.head * config.PACK,
                               span.q_start + tile.first_row + lane * config.POSITIONS,
                               shared.q, tile_use, lane, config.PIECES)  # fmt: skip
-            shared.v.wait_empty(block_use, 0)
-            load_rows(v_desc, entry, key_head, row, shared.v, block_use, 0, config.PIECES_V)
-            block_use += 1
+            if not config.JOINT:
+                shared.v.wait_empty(use, 0)
+                load_rows(v_desc, entry, key_head, row, shared.v, use, 0, config.PIECES_V)
+                block_use += 1
+            elif i > 0:
+                # The values of the keys before: of those behind in memory.
+                shared.v.wait_empty(use + 1, 0)
+                load_rows(v_desc, entry, key_head, row + config.BLOCK_N, shared.v, use + 1, 0,
+                          config.PIECES_V)  # fmt: skip
             if config.SCHEDULER == DYNAMIC and not config.SLIM:
                 # The first loads are on their way: time to fetch the next tile. Later, and it is
                 # known better who will be free first; but then the fetch is waited for.
@@ -607,6 +648,12 @@ def producer(work, shared, q_desc, k_desc, v_desc, counter):
                     else:
                         next_index, next_tile = tile_with_rows(work, counter, next_index)
                         announce_tile(next_index, next_tile, shared.mailbox, tile_use + 1)
+        if config.JOINT:
+            row = span.k_start + tile.first_block * config.BLOCK_N
+            row = gl.where(tile.is_empty, work.seqlen_k, row)
+            block_use += uses_of(work, tile.blocks)
+            shared.v.wait_empty(block_use - 1, 0)
+            load_rows(v_desc, entry, key_head, row, shared.v, block_use - 1, 0, config.PIECES_V)
         if config.SCHEDULER == DYNAMIC and not config.SLIM:
             index = next_index
             tile = next_tile
@@ -910,6 +957,13 @@ def weights_of(work, s, maximum, MAYBE_EMPTY: gl.constexpr):
 
 
 @gluon.jit
+def growth_of(work, m, shift, sums):
+    """(ROWS, 1): what ``sums`` with reference ``m`` are multiplied by for that of ``shift``."""
+    factor = gl.exp2(m * work.scale_log2 - shift)
+    return gl.expand_dims(gl.convert_layout(factor, gl.SliceLayout(1, sums.type.layout)), 1)
+
+
+@gluon.jit
 def partial_sums(p, BLOCK_N: gl.constexpr):
     """(ROWS, 4): the sums of what each of the four threads that share a row holds."""
     return gl.sum(gl.sum(p.reshape([ROWS, BLOCK_N // 8, 4, 2]), 3), 1)
@@ -931,33 +985,35 @@ def scores(work, shared, zeros, tile_use, block_use, LANE: gl.constexpr):
 
 
 @gluon.jit
-def first_scores(work, shared, zeros, tile_use, block_use, skipped, exists, LANE: gl.constexpr):
-    """Start the first product of a tile; blocks that this consumer skips are released unread.
-
-    Without a tile (``exists`` false) it multiplies what lies in shared memory, for nobody.
-    """
-    if exists:
-        if work.config.EARLY:
-            if skipped > 0:
-                shared.k.wait_full(block_use, 0)
-                shared.k.release(block_use, 0)
-        else:
-            for use in range(block_use, block_use + skipped):
-                shared.k.wait_full(use, 0)
-                shared.k.release(use, 0)
-                shared.v.wait_full(use, 0)
-                shared.v.release(use, 0)
-        shared.q.wait_full(tile_use, LANE)
-        shared.k.wait_full(block_use + skipped, 0)
-    return scores(work, shared, zeros, tile_use, block_use + skipped, LANE)
+def first_scores(work, shared, zeros, tile_use, block_use, skipped, LANE: gl.constexpr):
+    """Start the first product of a tile; blocks that this consumer skips are released unread."""
+    for at in range(block_use, block_use + skipped):
+        use = key_use(work, block_use, at - block_use)
+        shared.k.wait_full(use, 0)
+        shared.k.release(use, 0)
+        # Never the tile's last block.
+        use = value_use(work, block_use, at - block_use, skipped + 1)
+        shared.v.wait_full(use, 0)
+        shared.v.release(use, 0)
+    use = key_use(work, block_use, skipped)
+    shared.q.wait_full(tile_use, LANE)
+    shared.k.wait_full(use, 0)
+    return scores(work, shared, zeros, tile_use, use, LANE)
 
 
 @gluon.jit
-def add_values(work, shared, weights, acc, block_use, PIECE: gl.constexpr):
-    """Start acc += weights v of the slot, of a piece of its columns."""
+def add_values(work, shared, weights, acc, block_use, FIRST: gl.constexpr, COUNT: gl.constexpr):
+    """Start acc += weights v of the slot, of COUNT pieces of its columns from the FIRST on."""
+    BLOCK_N: gl.constexpr = work.config.BLOCK_N
     COLUMNS: gl.constexpr = work.config.BLOCK_DV // work.config.PIECES_V
-    v = shared.v.data.index(shared.v.index(block_use, 0) * work.config.PIECES_V + PIECE)
-    return warpgroup_mma(weights, v.reshape([work.config.BLOCK_N, COLUMNS]), acc, is_async=True)
+    v = shared.v.data.index(shared.v.index(block_use, 0) * work.config.PIECES_V + FIRST)
+    if COUNT == 1:
+        v = v.reshape([BLOCK_N, COLUMNS])
+    else:
+        # Blocks of columns as wide as the swizzle follow each other in memory, as the pieces do.
+        BESIDE: gl.constexpr = gl.NVMMASharedLayout(2 * COLUMNS, 16, 2)
+        v = v._reinterpret(v.dtype, [BLOCK_N, COUNT * COLUMNS], BESIDE)
+    return warpgroup_mma(weights, v, acc, is_async=True)
 
 
 @gluon.jit
@@ -1086,15 +1142,23 @@ def consumer(LANE: gl.constexpr, work, shared, target, lse, sinks):
     """Compute POSITIONS positions of every tile, from the (LANE * POSITIONS)-th on."""
     config = work.config
     BLOCK_N: gl.constexpr = config.BLOCK_N
-    PIECES_V: gl.constexpr = config.PIECES_V
-    BLOCK_DV: gl.constexpr = config.BLOCK_DV // PIECES_V  # of a piece
+    PARTS_V: gl.constexpr = config.PARTS_V
+    # Columns of a piece, and pieces and columns of the first accumulator.
+    PIECE: gl.constexpr = config.BLOCK_DV // config.PIECES_V
+    FIRST: gl.constexpr = 2 if PARTS_V > 1 else 1
+    BLOCK_DV: gl.constexpr = FIRST * PIECE
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
+    OUTPUT_PIECE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PIECE, 16])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUTPUT, 2)
+    WEIGHTS_1: gl.constexpr = gl.DotOperandLayout(0, OUTPUT_PIECE, 2)
     SCORE_ROWS: gl.constexpr = gl.SliceLayout(1, SCORES)
     OUTPUT_ROWS: gl.constexpr = gl.SliceLayout(1, OUTPUT)
-    MASKED: gl.constexpr = config.HAS_LEFT or config.HAS_RIGHT
-    THROUGH_Q: gl.constexpr = config.OUT_COLUMNS == 0
+    PIECE_ROWS: gl.constexpr = gl.SliceLayout(1, OUTPUT_PIECE)
+    MASKED: gl.constexpr = (config.HAS_LEFT or config.HAS_RIGHT) and not config.PEEL
+    # Uses from one block to the next, and from values to the keys of the block after theirs.
+    STEP: gl.constexpr = 2 if config.JOINT else 1
+    TO_KEYS: gl.constexpr = -1 if config.JOINT else 1
     DTYPE: gl.constexpr = target.desc.dtype
     if config.PING_PONG and LANE == config.CONSUMERS - 1:
         take_turn("arrive", 0)  # consumer 0 goes first
@@ -1109,30 +1173,17 @@ def consumer(LANE: gl.constexpr, work, shared, target, lse, sinks):
         gl.store(record + 1, now())
     block_use = 0
     tile_use = 0
-    s = zeros
     if config.LENGTHS != SHAPES:
         index, tile = announced_tile(work, shared.mailbox, 0)
-    elif config.EARLY:
-        tile = tile_at(work, index)
-    if config.EARLY:
-        skipped = blocks_to_skip(work, tile, LANE)
-        s = first_scores(work, shared, zeros, tile_use, block_use, skipped, True, LANE)
-        s = warpgroup_mma_wait(0, deps=[s])
-        shared.k.release(block_use + skipped, 0)
     while index < work.tiles:
         if config.TRACE:
             at_top = now()
-        if not config.EARLY:
-            if config.LENGTHS == SHAPES:
-                tile = tile_at(work, index)
-            skipped = blocks_to_skip(work, tile, LANE)
-            s = first_scores(work, shared, zeros, tile_use, block_use, skipped, True, LANE)
-            s = warpgroup_mma_wait(0, deps=[s])
-            shared.k.release(block_use + skipped, 0)
-        elif config.MOST_SKIPPED > 0:
-            if skipped > 0:
-                shared.v.wait_full(block_use, 0)
-                shared.v.release(block_use, 0)
+        if config.LENGTHS == SHAPES:
+            tile = tile_at(work, index)
+        skipped = blocks_to_skip(work, tile, LANE)
+        s = first_scores(work, shared, zeros, tile_use, block_use, skipped, LANE)
+        s = warpgroup_mma_wait(0, deps=[s])
+        shared.k.release(key_use(work, block_use, skipped), 0)
         if config.TRACE:
             at_scores = now()
             wait_k = 0
@@ -1145,9 +1196,8 @@ def consumer(LANE: gl.constexpr, work, shared, target, lse, sinks):
                 take_turn("arrive", (LANE + 1) % config.CONSUMERS)
         span = tile.span
         first_row = tile.first_row + LANE * config.POSITIONS
-        if not THROUGH_Q:
-            if tile.blocks - skipped == 1:
-                shared.q.release(tile_use, LANE)
+        if tile.blocks - skipped == 1:
+            shared.q.release(tile_use, LANE)
 
         # The first block.
         first_key = (tile.first_block + tile.blocks - 1 - skipped) * BLOCK_N
@@ -1159,12 +1209,11 @@ def consumer(LANE: gl.constexpr, work, shared, target, lse, sinks):
         l = partial_sums(p, BLOCK_N)
         weights = gl.convert_layout(p.to(DTYPE), WEIGHTS)
         acc = gl.zeros([ROWS, BLOCK_DV], gl.float32, OUTPUT)
-        if PIECES_V > 1:
-            acc_1 = gl.zeros([ROWS, BLOCK_DV], gl.float32, OUTPUT)
-            acc_2 = gl.zeros([ROWS, BLOCK_DV], gl.float32, OUTPUT)
+        if PARTS_V > 1:
+            acc_1 = gl.zeros([ROWS, PIECE], gl.float32, OUTPUT_PIECE)
 
         # The others: scores of block i and values of block i - 1 at a time.
-        use = block_use + skipped
+        use = value_use(work, block_use, skipped, tile.blocks)
         if config.LENGTHS != SHAPES:
             clear_values(work, shared, use, 0, span.rows_k - first_key)
         if config.TRACE:
@@ -1173,30 +1222,30 @@ def consumer(LANE: gl.constexpr, work, shared, target, lse, sinks):
             first_key -= BLOCK_N
             if config.TRACE:
                 wait_k -= now()
-            shared.k.wait_full(use + 1, 0)
+            shared.k.wait_full(use + TO_KEYS, 0)
             if config.TRACE:
                 wait_k += now()
             if config.PING_PONG:
                 take_turn("sync", LANE)
-            s = scores(work, shared, zeros, tile_use, use + 1, LANE)
+            s = scores(work, shared, zeros, tile_use, use + TO_KEYS, LANE)
             if config.TRACE:
                 wait_v -= now()
             shared.v.wait_full(use, 0)
             if config.TRACE:
                 wait_v += now()
-            acc = add_values(work, shared, weights, acc, use, 0)
-            if PIECES_V > 1:
-                acc_1 = add_values(work, shared, weights, acc_1, use, 1)
-                acc_2 = add_values(work, shared, weights, acc_2, use, 2)
+            acc = add_values(work, shared, weights, acc, use, 0, FIRST)
+            if PARTS_V > 1:
+                weights_1 = gl.convert_layout(weights, WEIGHTS_1, assert_trivial=True)
+                acc_1 = add_values(work, shared, weights_1, acc_1, use, FIRST, 1)
             if config.PING_PONG:
                 take_turn("arrive", (LANE + 1) % config.CONSUMERS)
             if config.TRACE:
                 wait_s -= now()
-            s = warpgroup_mma_wait(PIECES_V, deps=[s])
+            s = warpgroup_mma_wait(PARTS_V, deps=[s])
             if config.TRACE:
                 wait_s += now()
-            shared.k.release(use + 1, 0)
-            if not THROUGH_Q:
+            shared.k.release(use + TO_KEYS, 0)
+            if not config.OVERLAP:
                 if i == tile.blocks - 1:
                     shared.q.release(tile_use, LANE)
             s = biased(work, span, capped(work, s), first_row, first_key, slope)
@@ -1206,57 +1255,51 @@ def consumer(LANE: gl.constexpr, work, shared, target, lse, sinks):
             m_new = settle_maximum(m, m_new, m + most_growth, LANE)
             p, shift = weights_of(work, s, m_new, MASKED)
             sums = partial_sums(p, BLOCK_N)
-            if PIECES_V > 1:
-                acc, acc_1, acc_2 = warpgroup_mma_wait(0, deps=[acc, acc_1, acc_2])
+            if config.OVERLAP:
+                # The assembler moves a wait for products up to the branch in front of it: this one
+                # keeps it behind the weights.
+                if i == tile.blocks - 1:
+                    shared.q.release(tile_use, LANE)
+            if PARTS_V > 1:
+                acc, acc_1 = warpgroup_mma_wait(0, deps=[acc, acc_1])
             else:
                 acc = warpgroup_mma_wait(0, deps=[acc])
             shared.v.release(use, 0)
             if warp_has_moved(LANE):
-                alpha = gl.exp2(m * work.scale_log2 - shift)
-                alpha_l = gl.convert_layout(alpha, gl.SliceLayout(1, l.type.layout))
-                l = l * gl.expand_dims(alpha_l, 1)
-                alpha_o = gl.expand_dims(gl.convert_layout(alpha, OUTPUT_ROWS), 1)
-                acc = acc * alpha_o
-                if PIECES_V > 1:
-                    acc_1 = acc_1 * alpha_o
-                    acc_2 = acc_2 * alpha_o
+                l = l * growth_of(work, m, shift, l)
+                acc = acc * growth_of(work, m, shift, acc)
+                if PARTS_V > 1:
+                    acc_1 = acc_1 * growth_of(work, m, shift, acc_1)
             l = l + sums
             m = m_new
             weights = gl.convert_layout(p.to(DTYPE), WEIGHTS)
-            use += 1
+            use += STEP
 
-        # The last values, under which the next tile's first product may start.
+        # The last values.
         if config.TRACE:
             at_end = now()
             traced = tile.blocks - skipped
-        block_use += tile.blocks
+        block_use += uses_of(work, tile.blocks)
         if config.HAS_LEFT:
             first = first_key_of(work, span, 0) - tile.first_block * BLOCK_N
             clear_values(work, shared, block_use - 1, first, BLOCK_N)
         shared.v.wait_full(block_use - 1, 0)
-        acc = add_values(work, shared, weights, acc, block_use - 1, 0)
-        if PIECES_V > 1:
-            acc_1 = add_values(work, shared, weights, acc_1, block_use - 1, 1)
-            acc_2 = add_values(work, shared, weights, acc_2, block_use - 1, 2)
+        acc = add_values(work, shared, weights, acc, block_use - 1, 0, FIRST)
+        if PARTS_V > 1:
+            weights_1 = gl.convert_layout(weights, WEIGHTS_1, assert_trivial=True)
+            acc_1 = add_values(work, shared, weights_1, acc_1, block_use - 1, FIRST, 1)
         if config.TRACE:
             at_mail = now()
         if config.LENGTHS != SHAPES:
             index, next_tile = announced_tile(work, shared.mailbox, tile_use + 1)
         else:
             index = index_after(work, index, shared.mailbox, tile_use)
-            if config.EARLY:
-                next_tile = tile_at(work, index)
         if config.TRACE:
             at_index = now()
-        if config.EARLY:
-            next_skipped = blocks_to_skip(work, next_tile, LANE)
-            s = first_scores(work, shared, zeros, tile_use + 1, block_use, next_skipped,
-                             index < work.tiles, LANE)  # fmt: skip
-        BEHIND: gl.constexpr = config.PIECES if config.EARLY else 0
-        if PIECES_V > 1:
-            acc, acc_1, acc_2 = warpgroup_mma_wait(BEHIND, deps=[acc, acc_1, acc_2])
+        if PARTS_V > 1:
+            acc, acc_1 = warpgroup_mma_wait(0, deps=[acc, acc_1])
         else:
-            acc = warpgroup_mma_wait(BEHIND, deps=[acc])
+            acc = warpgroup_mma_wait(0, deps=[acc])
         shared.v.release(block_use - 1, 0)
         if config.TRACE:
             at_values = now()
@@ -1269,33 +1312,19 @@ def consumer(LANE: gl.constexpr, work, shared, target, lse, sinks):
         row_zero = entry_of(work, span) * work.nheads * config.PACK + head
         row_zero = row_zero.to(gl.int64) * work.seqlen_q
         gl.store(lse + row_zero + span.q_start + row, row_lse, mask=row < span.rows)
-        factor = gl.convert_layout(gl.where(sees, 1.0 / divisor, 0.0), OUTPUT_ROWS)
-        factor = gl.expand_dims(factor, 1)
+        row_factor = gl.where(sees, 1.0 / divisor, 0.0)
+        factor = gl.expand_dims(gl.convert_layout(row_factor, OUTPUT_ROWS), 1)
         out = normalised(work, acc, factor).to(DTYPE)
-        if PIECES_V > 1:
+        if PARTS_V > 1:
             buffer = shared.out.index(LANE)
-            store_columns(work, target, span, first_row, 0, out, buffer)
-            out = normalised(work, acc_1, factor).to(DTYPE)
-            store_columns(work, target, span, first_row, BLOCK_DV, out, buffer)
-            out = normalised(work, acc_2, factor).to(DTYPE)
-            store_columns(work, target, span, first_row, 2 * BLOCK_DV, out, buffer)
-        elif THROUGH_Q:
-            # Nobody else reads this part of q, and its products are done.
-            buffer = shared.q.data.index(shared.q.index(tile_use, LANE))
-            store_rows(work, target, span, first_row, out, buffer, BLOCK_DV)
-            if config.SCHEDULER != ONE_TILE:
-                tma.store_wait(0)
-                shared.q.release(tile_use, LANE)
+            store_rows(work, target, span, first_row, out, buffer, PIECE)
+            factor_1 = gl.expand_dims(gl.convert_layout(row_factor, PIECE_ROWS), 1)
+            out = normalised(work, acc_1, factor_1).to(DTYPE)
+            store_columns(work, target, span, first_row, FIRST * PIECE, out, buffer)
         else:
             store_rows(work, target, span, first_row, out, shared.out.index(LANE),
                        config.OUT_COLUMNS)  # fmt: skip
-        if config.EARLY:
-            s = warpgroup_mma_wait(0, deps=[s])
-            # After the last tile nobody waits for this. A condition here would be merged with the
-            # loop's own, which changes the loop and costs registers.
-            shared.k.release(block_use + next_skipped, 0)
-            skipped = next_skipped
-        if config.EARLY or config.LENGTHS != SHAPES:
+        if config.LENGTHS != SHAPES:
             tile = next_tile
         if config.TRACE:
             if tile_use < 64:
@@ -1339,18 +1368,19 @@ def attention_forward_sm90(
     step_head, columns, slopes, step_slope,
     PACK: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr,
     CONSUMERS: gl.constexpr, STAGES: gl.constexpr, Q_SLOTS: gl.constexpr, OUT_COLUMNS: gl.constexpr,
-    SCHEDULER: gl.constexpr, EARLY: gl.constexpr, PING_PONG: gl.constexpr, SKIP: gl.constexpr,
+    SCHEDULER: gl.constexpr, PING_PONG: gl.constexpr, SKIP: gl.constexpr,
     REGISTERS: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
     HAS_CHUNK: gl.constexpr, HAS_SOFTCAP: gl.constexpr, HAS_SINKS: gl.constexpr,
     HAS_ALIBI: gl.constexpr, LENGTHS: gl.constexpr, HAS_USED_Q: gl.constexpr,
-    HAS_USED_K: gl.constexpr, SLIM: gl.constexpr, LATE: gl.constexpr, TRACE: gl.constexpr,
+    HAS_USED_K: gl.constexpr, SLIM: gl.constexpr, LATE: gl.constexpr, OVERLAP: gl.constexpr,
+    PEEL: gl.constexpr, JOINT: gl.constexpr, TRACE: gl.constexpr,
 ):  # fmt: skip
     """See the module's docstring; launched with 4 warps, the producer's.
 
     Args:
         q_desc, k_desc, v_desc, out_desc: TMA descriptors of (batch, nheads, seqlen, headdim) with
             blocks (1, PACK, 64 / PACK, BLOCK_D), (1, 1, BLOCK_N, BLOCK_D),
-            (1, 1, BLOCK_N, BLOCK_DV) and (1, PACK, 64 / PACK, OUT_COLUMNS or BLOCK_DV); columns
+            (1, 1, BLOCK_N, BLOCK_DV) and (1, PACK, 64 / PACK, OUT_COLUMNS); columns
             past headdim are read as 0 and not written. The batch is 1 with PACKED. BLOCK_D and
             BLOCK_DV are 64, 96, 128, 192 or 256; of 96 and 192 the blocks have a third.
         lse: (batch, nheads, seqlen_q) float32, packed (nheads, seqlen_q).
@@ -1370,32 +1400,39 @@ def attention_forward_sm90(
         sequences: batch * nheads, with PACKED nheads; ``section`` of them are worked on at a time,
             of the first ``in_sections`` (a multiple, or not below ``sequences``), and then the
             others at once.
-        tiles: row_tiles * sequences; the number of programs, or at least that with ONE_TILE.
+        tiles: row_tiles * sequences.
         batch: sequences of the batch, with LENGTHS.
         cu_seqlens_q, cu_seqlens_k: (batch + 1,) int32 with PACKED.
         used_q, used_k: (batch,) int32 with HAS_USED_Q and HAS_USED_K.
         out, step_row, step_head, columns: with PACKED, the output's memory, steps in elements and
             head dim.
         PACK: query heads of one head of keys in a tile: 1, or all of them, a power of 2 up to 64.
-        OUT_COLUMNS: width of the buffer that results leave through; 0: through q's buffer.
-        EARLY: start the next tile's first product before storing a tile.
+        OUT_COLUMNS: width of the buffer that results leave through.
         PING_PONG: consumers take turns in starting products.
         SKIP: consumers leave out the last blocks of keys if none of their rows sees them.
         SLIM: the producer is one warp, and the counter has a warp of its own.
         LATE: with DYNAMIC, fetch a tile under the end of the tile before, not under its start.
+        OVERLAP: compute a block's weights while the products with the values before run.
+        PEEL: of a tile's blocks the first alone has keys that some row does not see, and each row
+            sees one of that block, so only that one is masked.
+        JOINT: keys and values share a ring of STAGES slots, 3 or more; not with both PING_PONG
+            and SKIP.
         TRACE: write to ``trace`` where the time goes; without, it is not used.
         REGISTERS: of a consumer's thread.
         LENGTHS: SHAPES, USED (with HAS_USED_Q, HAS_USED_K or both) or PACKED.
     """
-    gl.static_assert(not (EARLY and (SCHEDULER == ONE_TILE or OUT_COLUMNS == 0)))
     gl.static_assert(CONSUMERS >= 1 and CONSUMERS <= 4)
-    gl.static_assert(OUT_COLUMNS > 0 or (BLOCK_D == BLOCK_DV and BLOCK_D % 3 > 0))
+    gl.static_assert(CONSUMERS > 1 or not (SLIM or PING_PONG))
     gl.static_assert(LENGTHS == SHAPES or (SCHEDULER == DYNAMIC and not SLIM))
     gl.static_assert(not HAS_CHUNK or (HAS_LEFT and HAS_RIGHT))
+    gl.static_assert(not JOINT or (BLOCK_D == BLOCK_DV and STAGES >= 3))
+    # A consumer that skips blocks waits for values whose slots the others free only after its turn.
+    gl.static_assert(not JOINT or not (PING_PONG and SKIP))
     gl.static_assert(not LATE or (SCHEDULER == DYNAMIC and not SLIM))
-    config = Config(PACK, BLOCK_N, BLOCK_D, BLOCK_DV, CONSUMERS, SCHEDULER, OUT_COLUMNS, EARLY,
+    gl.static_assert(not PEEL or (HAS_RIGHT and not HAS_LEFT and LENGTHS == SHAPES))
+    config = Config(PACK, BLOCK_N, BLOCK_D, BLOCK_DV, CONSUMERS, SCHEDULER, OUT_COLUMNS,
                     PING_PONG, SKIP, HAS_LEFT, HAS_RIGHT, HAS_CHUNK, HAS_SOFTCAP, HAS_SINKS,
-                    HAS_ALIBI, LENGTHS, SLIM, LATE, TRACE)  # fmt: skip
+                    HAS_ALIBI, LENGTHS, SLIM, LATE, OVERLAP, PEEL, JOINT, TRACE)  # fmt: skip
     places = Sequences(batch, cu_seqlens_q, cu_seqlens_k, used_q, used_k, HAS_USED_Q, HAS_USED_K)
     work = Work(scale_log2, cap_scale, empty_lse, nheads, group, seqlen_q, seqlen_k, window_left,
                 window_right, chunk, row_tiles, sequences, section, in_sections, tiles, trace,
@@ -1405,7 +1442,10 @@ def attention_forward_sm90(
     q_buffers = buffers_for(q_desc, Q_SLOTS * CONSUMERS * PIECES)
     q_ring = new_ring(q_buffers, Q_SLOTS, CONSUMERS, 1)
     k_ring = new_ring(buffers_for(k_desc, STAGES * PIECES), STAGES, 1, CONSUMERS)
-    v_ring = new_ring(buffers_for(v_desc, STAGES * config.PIECES_V), STAGES, 1, CONSUMERS)
+    if JOINT:
+        v_ring = k_ring
+    else:
+        v_ring = new_ring(buffers_for(v_desc, STAGES * config.PIECES_V), STAGES, 1, CONSUMERS)
     if SCHEDULER == DYNAMIC:
         PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
         READERS: gl.constexpr = CONSUMERS + (1 if SLIM else 0)
@@ -1417,27 +1457,12 @@ def attention_forward_sm90(
         mailbox = new_ring(numbers, MAIL, 1, READERS)
     else:
         mailbox = q_ring  # never asked
-    if OUT_COLUMNS == 0:
-        out_buffer = q_ring.data
-    else:
-        out_buffer = buffers_for(out_desc, CONSUMERS)
-    shared = Shared(q_ring, k_ring, v_ring, mailbox, out_buffer)
+    shared = Shared(q_ring, k_ring, v_ring, mailbox, buffers_for(out_desc, CONSUMERS))
     fence_async_shared()
     # The lists have to be spelled out: in tuples bound to a name, constants become tensors.
     R: gl.constexpr = REGISTERS
     if SLIM:
-        if CONSUMERS == 1 and SCHEDULER == DYNAMIC:
-            gl.warp_specialize([
-                (consumer, (0, work, shared, target, lse, sinks)),
-                (producer, (work, shared, q_desc, k_desc, v_desc, counter)),
-                (scheduler, (work, shared.mailbox, counter)),
-            ], [1, 1], [24, 24])  # fmt: skip
-        elif CONSUMERS == 1:
-            gl.warp_specialize([
-                (consumer, (0, work, shared, target, lse, sinks)),
-                (producer, (work, shared, q_desc, k_desc, v_desc, counter)),
-            ], [1], [24])  # fmt: skip
-        elif CONSUMERS == 2 and SCHEDULER == DYNAMIC:
+        if CONSUMERS == 2 and SCHEDULER == DYNAMIC:
             gl.warp_specialize([
                 (consumer, (0, work, shared, target, lse, sinks)),
                 (consumer, (1, work, shared, target, lse, sinks)),

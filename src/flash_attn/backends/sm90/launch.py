@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import triton
@@ -20,18 +21,19 @@ from .._launcher import Launcher, counter_for
 from .plans import (
     DYNAMIC,
     MAX_HEADDIM,
-    ONE_TILE,
     ROWS,
     ForwardKey,
     ForwardPlan,
+    Grid,
     forward_plan,
     heads_at_a_time,
     heads_in_sections,
     lengths_plan,
+    masks_first_block_alone,
     packed_heads,
     padded_headdim,
     piece_columns,
-    with_own_buffer,
+    with_two_rings,
 )
 
 # Far beyond any length, yet far enough from 2**31 for sums of positions.
@@ -140,11 +142,38 @@ def plan_for(problem: AttentionProblem) -> ForwardPlan:
     left, right = binding_window(problem)
     block_d, block_dv = columns_of(problem)
     width = max(block_d, block_dv)
-    if lengths_of(problem) != SHAPES or problem.transform.alibi_slopes is not None:
-        return lengths_plan(width)
+    has_softcap = problem.transform.softcap > 0.0
+    if problem.transform.alibi_slopes is not None:
+        return lengths_plan(width, sparing=True)
+    if lengths_of(problem) != SHAPES:
+        plan = lengths_plan(width)
+        has_left = left is not None and (left < _NO_WINDOW or problem.visibility.attention_chunk)
+        spills = plan.consumers == 4 and (_TRITON > (3, 6) or pack_of(problem, plan) > 1)
+        return lengths_plan(width, sparing=bool(has_left or has_softcap or spills))
     masked = left is not None or right is not None
-    plan = forward_plan(ForwardKey(width, masked, problem.max_seqlen_k, left is not None))
-    return with_own_buffer(plan) if block_d != block_dv else plan
+    grid = Grid(
+        problem.q.shape[-3], problem.batch_size * problem.nheads, multiprocessors_for(problem)
+    )
+    plan = forward_plan(ForwardKey(width, masked, problem.max_seqlen_k, left is not None, grid))
+    plan = with_two_rings(plan) if block_d != block_dv else plan
+    return within_registers(plan, left is not None, has_softcap)
+
+
+def within_registers(plan: ForwardPlan, has_left: bool, has_softcap: bool) -> ForwardPlan:
+    """``plan``, or one that the compiler has registers for.
+
+    There are none for ``overlap`` with softcap. For four consumers that of Triton 3.9 has none for
+    ``overlap`` either, nor for a left bound.
+    """
+    is_tight = plan.consumers == 4 and _TRITON > (3, 6)
+    if is_tight and has_left:
+        return lengths_plan(64, sparing=True)
+    return replace(plan, overlap=False) if is_tight or has_softcap else plan
+
+
+def multiprocessors_for(problem: AttentionProblem) -> int:
+    """How many multiprocessors may work on the problem."""
+    return max(multiprocessors_of(problem.q.device.index or 0) - problem.sm_margin, 1)
 
 
 def fill_empty(problem: AttentionProblem, out: Tensor, lse: Tensor) -> None:
@@ -197,10 +226,12 @@ def launch_forward(
     width = (problem.headdim + problem.headdim_v) // 2
     section = min(heads_at_a_time(plan, problem.max_seqlen_k, width, group), sequences)
     tiles = row_tiles * sequences
-    programs = tiles
-    if plan.scheduler != ONE_TILE:
-        available = multiprocessors_of(q.device.index or 0) - problem.sm_margin
-        programs = min(programs, max(available, 1))
+    peel = (
+        plan.peel
+        and lengths == SHAPES
+        and masks_first_block_alone(plan, q.shape[-3], k.shape[-3], left, right, pack)
+    )
+    programs = min(tiles, multiprocessors_for(problem))
     # Elsewhere it is not read, and neither are lengths that are absent.
     counter = counter_for(q) if plan.scheduler == DYNAMIC else lse
     scale, softcap, slopes = transform.softmax_scale, transform.softcap, transform.alibi_slopes
@@ -208,7 +239,7 @@ def launch_forward(
         describe(q, ROWS // pack, piece_columns(block_d), pack),
         describe(k, plan.block_n, piece_columns(block_d)),
         describe(v, plan.block_n, piece_columns(block_dv)),
-        describe(out, ROWS // pack, plan.out_columns(block_dv) or block_dv, pack),
+        describe(out, ROWS // pack, plan.out_columns(block_dv), pack),
         lse,
         counter,
         lse if trace is None else trace,
@@ -250,6 +281,7 @@ def launch_forward(
         HAS_USED_K=layout.seqused_k is not None,
         TRACE=trace is not None,
         PACK=pack,
+        PEEL=peel,
         **constants(plan, block_d, block_dv),
     )
 
@@ -291,11 +323,12 @@ def constants(plan: ForwardPlan, block_d: int, block_dv: int) -> dict[str, Any]:
         "Q_SLOTS": plan.q_slots,
         "OUT_COLUMNS": plan.out_columns(block_dv),
         "SCHEDULER": plan.scheduler,
-        "EARLY": plan.early,
         "PING_PONG": plan.ping_pong,
         "SKIP": plan.skip,
         "REGISTERS": plan.registers,
         "SLIM": plan.slim,
         "LATE": plan.late,
+        "OVERLAP": plan.overlap,
+        "JOINT": plan.joint,
         "num_warps": 4,
     }

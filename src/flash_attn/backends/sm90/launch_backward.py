@@ -68,8 +68,8 @@ class Workspace(NamedTuple):
         lse_log2: (batch, nheads, padded rows) float32; ``delta`` likewise. Packed sequences are
             one, in which each begins where softmax_d_shape says.
         dq_sums: (batch * nheads * padded rows * headdim / 64, 64) float32, the head dim padded.
-        counters: (batch * (nheads + nheads_k),), deterministic: and one for each 64 padded rows;
-            int32.
+        counters: (batch * (nheads + nheads_k),), with deterministic or first_stores and one for
+            each 64 padded rows; int32.
     """
 
     lse_log2: Tensor
@@ -252,8 +252,8 @@ def allocate(problem: AttentionProblem, packing: Packing, plan: BackwardPlan) ->
     else:
         lse_log2, delta = torch.zeros((2, *statistics), dtype=torch.float32, device=device)
     sums = (batch * nheads * rows * (plan.block_d // 64), 64)
-    counters = _key_heads(problem, packing) * (nheads // problem.nheads_k + 1)
-    if plan.deterministic:
+    counters = _first_turn(problem, packing)
+    if plan.deterministic or plan.first_stores:
         counters += sums[0] // plan.block_d  # one for each 64 rows
     return Workspace(
         lse_log2,
@@ -268,18 +268,24 @@ def _key_heads(problem: AttentionProblem, packing: Packing) -> int:
     return problem.nheads_k * (problem.batch_size if packing.k is None else 1)
 
 
+def _first_turn(problem: AttentionProblem, packing: Packing) -> int:
+    """How many counters lie before those of rows."""
+    return _key_heads(problem, packing) * (problem.nheads // problem.nheads_k + 1)
+
+
 class _Sharing(NamedTuple):
     """How the work is divided; see ``Duties`` of the kernels.
 
     Attributes:
         pieces: of all query heads.
-        lag: pieces that the launch before prepares and the launch after finishes: all of them
-            without housekeeping.
+        lag: pieces that the launch after finishes: all of them without housekeeping.
+        before: pieces that the launch before prepares: all of them unless housekeepers do.
         section: key heads that are worked on at a time.
     """
 
     pieces: int
     lag: int
+    before: int
     section: int
 
 
@@ -289,14 +295,15 @@ def _sharing(problem: AttentionProblem, packing: Packing, plan: BackwardPlan) ->
     section = max(1, min(_key_heads(problem, packing), plan.section_bytes // bytes_of_head))
     if packing.q is not None:
         pieces = packing.q.number * problem.nheads
-        return _Sharing(pieces, pieces, section)
+        return _Sharing(pieces, pieces, pieces, section)
     in_head = round_multiple(problem.q.shape[1], 128) // 128
     pieces = problem.batch_size * problem.nheads * in_head
     if not plan.housekeeping:
-        return _Sharing(pieces, pieces, section)
+        return _Sharing(pieces, pieces, pieces, section)
     key_blocks = -(-problem.k.shape[1] // _BLOCK_N)
     programs = section * key_blocks + plan.distance + 1
-    return _Sharing(pieces, min(-(-programs * group * in_head // key_blocks), pieces), section)
+    lag = min(-(-programs * group * in_head // key_blocks), pieces)
+    return _Sharing(pieces, lag, lag if plan.prepares else pieces, section)
 
 
 def launch_statistics(
@@ -306,12 +313,12 @@ def launch_statistics(
     workspace: Workspace,
     plan: BackwardPlan,
 ) -> None:
-    """Row statistics, and zeros for the sums of dq, of the first pieces."""
+    """Row statistics, and zeros for the sums of dq if the plan needs them, of the first pieces."""
     out, dout, lse, dlse = inputs.out, inputs.dout, inputs.softmax_lse, inputs.dlse
     rows, used = workspace.delta.shape[-1], problem.layout.seqused_q
     tiles_in_piece = _PIECE // plan.statistics_rows
     pieces_of_head = rows // _PIECE if packing.q is None else packing.q.number
-    row_statistics_sm90[(_sharing(problem, packing, plan).lag * tiles_in_piece,)](
+    row_statistics_sm90[(_sharing(problem, packing, plan).before * tiles_in_piece,)](
         out, dout, lse, lse if dlse is None else dlse.float().contiguous(),
         workspace.lse_log2, workspace.delta, workspace.dq_sums,
         workspace.counters, workspace.counters.numel(),
@@ -321,6 +328,7 @@ def launch_statistics(
         problem.batch_size,
         HEAD_DIM=problem.headdim_v, BLOCK_D=plan.block_d, BLOCK_M=plan.statistics_rows,
         HAS_DLSE=dlse is not None, CU_Q=packing.q is not None, USED_Q=used is not None,
+        ZEROES=not plan.first_stores, BACKWARDS=plan.backwards,
         num_warps=4,
     )  # fmt: skip
 
@@ -406,7 +414,8 @@ def launch_main(
         DQ_GROUP=plan.dq_group, ADDER=plan.adder, IN_FLIGHT=plan.in_flight,
         REGISTERS=plan.registers, DQ_REGISTERS=plan.dq_registers,
         OTHER_REGISTERS=plan.other_registers, HOUSEKEEPING=plan.housekeeping,
-        DETERMINISTIC=plan.deterministic, REVERSED=plan.is_reversed, SOFTCAP=softcap > 0.0,
+        PREPARES=plan.housekeeping and plan.prepares, DETERMINISTIC=plan.deterministic,
+        REVERSED=plan.is_reversed, FIRST_STORES=plan.first_stores, SOFTCAP=softcap > 0.0,
         HEAD_DIM=problem.headdim if plan.housekeeping else block_d,
         HAS_LEFT=left is not None, HAS_RIGHT=right is not None,
         CU_Q=packing.q is not None, CU_K=packing.k is not None,
@@ -433,7 +442,9 @@ def launch_finish(
         problem.nheads, dq.shape[-3], rows, pieces_of_head * (_PIECE // 64),
         (sharing.pieces - sharing.lag) * (_PIECE // 64),
         *_table(packing.q, workspace), problem.batch_size,
-        HEAD_DIM=problem.headdim, BLOCK_D=plan.block_d, CU_Q=packing.q is not None,
+        workspace.counters, _first_turn(problem, packing),
+        HEAD_DIM=problem.headdim, BLOCK_D=plan.block_d, BLOCK_M=plan.block_m,
+        CU_Q=packing.q is not None, FIRST_STORES=plan.first_stores, BACKWARDS=plan.backwards,
         num_warps=4, launch_pdl=True,
     )  # fmt: skip
 

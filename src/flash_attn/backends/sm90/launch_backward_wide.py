@@ -33,7 +33,8 @@ def launch_main_wide(
         ValueError: the plan asks for what this kernel does not have.
     """
     wanted = (plan.block_m, plan.eager_dv, plan.housekeeping, plan.dq_group, plan.adder)
-    if wanted != (_BLOCK, False, False, True, False) or plan.ahead not in (0, 1):
+    has = (_BLOCK, False, False, True, False)
+    if wanted != has or plan.first_stores or plan.ahead not in (0, 1):
         raise ValueError(f"no plan for head dims above 128: {plan}")
     if is_ragged(problem) or problem.visibility.attention_chunk:
         raise ValueError("plans with pieces serve neither lengths on the device nor chunks")

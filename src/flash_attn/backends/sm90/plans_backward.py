@@ -8,8 +8,8 @@ from typing import NamedTuple
 class BackwardPlan(NamedTuple):
     """How ``attention_backward_sm90`` is compiled; see its docstring.
 
-    With ``piece`` it is ``attention_backward_wide_sm90``, which has neither eager_dv, ahead nor
-    housekeeping, always 64 queries in a block and always a dq group.
+    With ``piece`` it is ``attention_backward_wide_sm90``, which has neither eager_dv, ahead,
+    housekeeping nor first_stores, always 64 queries in a block and always a dq group.
 
     Attributes:
         registers: of the second consumer; the first one gets what is left.
@@ -19,6 +19,10 @@ class BackwardPlan(NamedTuple):
             adder, but with ``piece`` there is none.
         distance: how many programs lie between one that prepares for or finishes after a section
             and that section's; a few more than a GPU runs at a time, so that nobody waits.
+        prepares: whether the housekeepers prepare too, not only finish.
+        first_stores: whoever comes first to a block of dq stores it, so that the sums need no
+            zeros; needs an adder, whose ``in_flight`` it uses.
+        backwards: the launches before and after begin with the last rows.
     """
 
     block_m: int
@@ -40,6 +44,9 @@ class BackwardPlan(NamedTuple):
     dq_slots: int = 2
     adder: bool = False
     in_flight: int = 0
+    prepares: bool = True
+    first_stores: bool = False
+    backwards: bool = False
     # Of head dims above 128: columns of a buffer, and slots for P.
     piece: int = 0
     p_slots: int = 0

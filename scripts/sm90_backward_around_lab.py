@@ -1,0 +1,235 @@
+"""Times what surrounds the main kernel of the Hopper backward, in one call of 90 seconds on a GPU.
+
+    PYTHONPATH=src python scripts/sm90_backward_around_lab.py --deadline 90 --json around.json
+    PYTHONPATH=src python scripts/sm90_backward_around_lab.py --compile-only      # no GPU needed
+
+The whole backward and its main kernel alone at 16k tokens and hidden size 2048, with sections of 4
+and 32 MB: the plans in use; with an adder and 2 or 4 buffers; launches that walk backwards; first
+stores in place of zeros, in any order and in order; housekeepers that do all or only finish. Before
+any of it is timed, every plan must give the gradients of the one in use but for rounding, and
+ordered ones the same bits again. No run comes first in a turn, and each turn begins elsewhere in
+the list. A plan that does not end is left out from there on.
+"""
+# ruff: noqa: T201
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import sm90_backward_order_lab as order_lab
+from sm90_backward_lab import Cell, emit, options_of_parent
+
+SECTIONS = (4, 32)
+IN_USE = "in use"
+
+
+def plans(headdim: int, is_causal: bool, seqlen: int) -> dict[str, Any]:
+    """What is compared, by name."""
+    from flash_attn.backends.sm90.plans_backward import plan_backward, plan_ordered
+
+    used = plan_backward(headdim, is_causal, seqlen)
+    ordered = plan_ordered(headdim, is_causal, seqlen)
+    registers = ordered.registers
+    adder = used._replace(adder=True, dq_slots=4, registers=registers)
+    stores = adder._replace(first_stores=True, backwards=True, in_flight=1)
+    house = used._replace(housekeeping=True)
+    if headdim <= 64:
+        house = house._replace(registers=200, other_registers=40)
+    finishing = house._replace(prepares=False)
+    both = finishing._replace(adder=True, first_stores=True, in_flight=1)
+    return {
+        IN_USE: used,
+        "backwards": used._replace(backwards=True),
+        "adder, 2 buffers": adder._replace(dq_slots=2),
+        "adder, 4 buffers": adder,
+        "first stores": stores,
+        "first stores, 0 in flight": stores._replace(in_flight=0),
+        "first stores, 2 buffers": stores._replace(dq_slots=2),
+        "house": house,
+        "house finishing": finishing,
+        "house finishing, stores": both,
+        "ordered": ordered,
+        "ordered, first stores": ordered._replace(first_stores=True, backwards=True),
+    }
+
+
+# ----------------------------------------------------------------------------------------- workers
+def gpu_worker() -> None:
+    """Check and time the cells on stdin."""
+    import torch
+
+    job = json.loads(sys.stdin.readline())
+    try:
+        torch.manual_seed(0)
+        flush = torch.empty(64 << 20, dtype=torch.int32, device="cuda")
+        for number, (seqlen, headdim, is_causal) in enumerate(job["cells"]):
+            emit(event="stage", at=f"prepare {seqlen} D{headdim}")
+            cell = Cell(headdim, seqlen, is_causal, with_torch=False)
+            key = f"D{headdim} {'causal' if is_causal else 'full'}"
+            found = plans(headdim, is_causal, seqlen)
+            found = {n: x for n, x in found.items() if f"{key} {n}" not in job["left_out"]}
+            if seqlen == job["first"]:
+                found = check(cell, found, key)
+            time_cell(cell, found, {"key": key, "seqlen": seqlen}, flush, job["rounds"])
+            emit(event="cell", number=number)
+        emit(event="done")
+    except BaseException:
+        emit(event="error", text=traceback.format_exc()[-1200:])
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def check(cell: Cell, found: dict[str, Any], key: str) -> dict[str, Any]:
+    """The plans that give the gradients of the one in use, and in order the same bits twice."""
+    import torch
+
+    from flash_attn.backends.sm90 import launch_backward
+
+    def gradients(name: str) -> list[Any]:
+        emit(event="stage", at=f"{key} {name}")
+        for grad in cell.inputs[3:6]:
+            grad.fill_(float("nan"))
+        launch_backward.backward(cell.problem, cell.inputs, found[name])
+        torch.cuda.synchronize()
+        return [grad.clone() for grad in cell.inputs[3:6]]
+
+    want = [x.float() for x in gradients(IN_USE)]
+    right = {}
+    for name, plan in found.items():
+        got = gradients(name)
+        error = max(
+            float((x.float() - y).norm() / y.norm()) for x, y in zip(got, want, strict=True)
+        )
+        repeatable = got if plan.deterministic else got[1:]
+        again = [gradients(name)[-len(repeatable) :] for _ in range(3)]
+        same = all(all(map(torch.equal, repeatable, other)) for other in again)
+        if error < 2e-2 and same:
+            right[name] = plan
+        else:
+            emit(event="wrong", name=f"{key} {name}", error=error, same=same)
+    return right
+
+
+def time_cell(
+    cell: Cell, found: dict[str, Any], facts: dict[str, Any], flush: Any, rounds: int
+) -> None:
+    """Medians of the whole and of the main kernel alone for every plan and section."""
+    import torch
+
+    runs: dict[tuple[str, int, str], tuple[Callable[[], object], Callable[[], object]]] = {}
+    for name, plan in found.items():
+        for megabytes in SECTIONS:
+            one = plan._replace(section_bytes=megabytes << 20)
+            runs[name, megabytes, "whole"] = (lambda: None, order_lab.whole_backward(cell, one))
+            runs[name, megabytes, "main"] = main_kernel(cell, one)
+    times: dict[tuple[str, int, str], list[float]] = {label: [] for label in runs}
+    labels = list(runs)
+    marks = []
+    for turn in range(rounds + 1):
+        begin = turn * len(labels) // (rounds + 1)
+        order = labels[begin:] + labels[:begin]
+        # The first run of a turn, after the host was waited for, is not like the others.
+        for place, label in enumerate([order[-1], *order]):
+            prepare, run = runs[label]
+            if turn == 0:
+                emit(event="stage", at=f"{facts['key']} {label[0]}")
+            prepare()
+            flush.zero_()
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            run()
+            end.record()
+            if turn == 0:  # also compiles
+                torch.cuda.synchronize()
+            elif place > 0:
+                marks.append((label, start, end))
+        torch.cuda.synchronize()
+    for label, start, end in marks:
+        times[label].append(start.elapsed_time(end))
+    for (name, megabytes, part), values in times.items():
+        ms = statistics.median(values)
+        emit(event="time", name=name, megabytes=megabytes, part=part, ms=ms, least=min(values),
+             speed=cell.flops / ms / 1e9, **facts)  # fmt: skip
+
+
+def main_kernel(cell: Cell, plan: Any) -> tuple[Callable[[], object], Callable[[], object]]:
+    """What prepares for the main kernel, and the main kernel alone."""
+    from flash_attn.backends.sm90 import launch_backward
+
+    packing = launch_backward.locate(cell.problem)
+    workspace = launch_backward.allocate(cell.problem, packing, plan)
+    arguments = (cell.problem, cell.inputs, packing, workspace, plan)
+    launch_backward.launch_statistics(*arguments)
+    return workspace.counters.zero_, lambda: launch_backward.launch_main(*arguments)
+
+
+# ------------------------------------------------------------------------------------------ parent
+class Parent(order_lab.Parent):
+    """Runs the phases and keeps what they found."""
+
+    script = Path(__file__)
+    choose = staticmethod(plans)
+
+    def table(self) -> None:
+        """For each length the better section: TFLOP/s of the whole and of the main kernel, how many
+        microseconds lie between them, and the section's MB."""
+        seqlens = sorted(self.options.seqlens)
+        print("TFLOP/s whole / main kernel alone, us between them, MB of the better section")
+        found: dict[tuple[str, str, int], dict[int, dict[str, Any]]] = {}
+        for x in self.times:
+            row = found.setdefault((x["key"], x["name"], x["seqlen"]), {})
+            row.setdefault(x["megabytes"], {})[x["part"]] = x
+        for key in dict.fromkeys(x["key"] for x in self.times):
+            print(f"-- {key}: {seqlens}")
+            for name in dict.fromkeys(x["name"] for x in self.times if x["key"] == key):
+                cells = [_cell(found.get((key, name, s), {})) for s in seqlens]
+                print(f"  {name:26s}" + "".join(f"{x:>16s}" for x in cells))
+        for note in self.notes[:8]:
+            print("note:", note[:300])
+        print(f"wall {time.monotonic() - order_lab.STARTED:.0f}s, json {self.options.json}")
+        if self.options.json:
+            facts = {"times": self.times, "notes": self.notes}
+            Path(self.options.json).write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def _cell(sections: dict[int, dict[str, Any]]) -> str:
+    """Of the section with the faster whole."""
+    timed = {size: parts for size, parts in sections.items() if len(parts) == 2}
+    if not timed:
+        return "-"
+    megabytes = min(timed, key=lambda size: timed[size]["whole"]["ms"])
+    whole, main = timed[megabytes]["whole"], timed[megabytes]["main"]
+    between = 1000.0 * (whole["ms"] - main["ms"])
+    return f"{whole['speed']:.0f}/{main['speed']:.0f} {between:.0f} {megabytes}M"
+
+
+def main() -> None:
+    """See the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--deadline", type=float, default=90.0, help="seconds for everything")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seqlens", default="512,4096,1024,16384", help="in this order")
+    parser.add_argument("--headdims", default="128,64", help="in this order")
+    options = options_of_parent(parser, lambda: order_lab.compile_worker(plans), gpu_worker)
+    if options is None:
+        return
+    parent = Parent(options)
+    parent.compile_all()
+    if not options.compile_only:
+        parent.time_all()
+    parent.table()
+    sys.stdout.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
