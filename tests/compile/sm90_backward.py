@@ -108,6 +108,9 @@ def around(headdim: int, is_masked: bool, seqlen: int) -> dict[str, BackwardPlan
         "first stores": plan._replace(**stores, dq_slots=4, registers=ordered.registers),
         "first stores in order": ordered._replace(first_stores=True),
     }
+    if not is_masked:
+        found["rotated"] = plan._replace(rotates=True)
+        found["rotated, first stores"] = found["first stores"]._replace(rotates=True)
     if headdim <= 64:
         house = plan._replace(housekeeping=True, registers=200, other_registers=40)
         found["housekeeping"] = house

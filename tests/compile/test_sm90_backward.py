@@ -38,6 +38,7 @@ def test_compiles_within_the_limits(headdim: int, tmp_path: Path) -> None:
         assert found >= {"packed alibi", "used alibi"}
     assert "" in found
     plans = {"in use", "ordered", "first stores", "first stores in order"}
+    plans |= {"rotated", "rotated, first stores"}
     if headdim == 64:
         plans |= {"housekeeping", "finishing", "finishing, first stores"}
     assert {kernel["plan"] for kernel in kernels} == plans

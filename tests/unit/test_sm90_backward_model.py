@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -88,6 +89,18 @@ PLANS |= {
     ),
     "d128 housekeeping, first stores": D128._replace(**HOUSEKEEPING, **STORED),
 }
+ROTATED = {
+    "d64 group, rotated": D64_GROUP._replace(**ADDER, rotates=True),
+    "d64, rotated": D64._replace(rotates=True),
+    "d128, rotated": D128._replace(rotates=True),
+    "d64 group, rotated first stores": D64_GROUP._replace(**STORED, rotates=True),
+    "d64, rotated first stores": D64._replace(**STORED, rotates=True),
+    "d128, rotated first stores": D128._replace(**STORED, rotates=True),
+    "d128, rotated first stores, nothing in flight": D128._replace(
+        adder=True, first_stores=True, rotates=True
+    ),
+}
+PLANS |= ROTATED
 FP16 = torch.float16
 SUMS = gluon_model.argument("sm90_backward", "row_statistics_sm90", "dq_sums")
 KERNELS = ["row_statistics_sm90", "attention_backward_sm90", "finish_dq_sm90"]
@@ -106,10 +119,12 @@ def solve(
     results: Any = None,
     empty_lse: float = float("-inf"),
     known: Solution | None = None,
+    resident: int | None = None,
 ) -> Solution:
     """Gradients by the model; output and log-sum-exp by the reference, or ``known`` ones.
 
-    ``empty_lse`` is what the kernels are told of a row that sees no key.
+    ``empty_lse`` is what the kernels are told of a row that sees no key; ``resident`` programs run
+    at a time.
     """
     problem = inputs.problem()
     if known is None:
@@ -127,8 +142,14 @@ def solve(
     for one in launches:
         if one.name == "row_statistics_sm90":
             one.arguments[SUMS].fill_(float("nan"))  # as anything may lie there
-        gluon_model.run_launch(kernels, one, seed=seed, resident=8 if plan.housekeeping else 3)
+        programs = resident or (8 if plan.housekeeping else 3)
+        gluon_model.run_launch(kernels, one, seed=seed, resident=programs)
     return Solution(out, lse, *grads)
+
+
+def _for_mask(plan: BackwardPlan, options: dict[str, Any]) -> BackwardPlan:
+    """The plan, which only without a mask can rotate."""
+    return plan._replace(rotates=plan.rotates and not {"causal", "window_size"} & set(options))
 
 
 @pytest.mark.parametrize("name", PLANS)
@@ -142,12 +163,13 @@ def solve(
         ((190, 260), (2, 2), 8, {"window_size": (30, 20)}),
         ((1, 1), (1, 1), 0, {"causal": True}),
         ((200, 130), (2, 1), 0, {"softcap": 2.0, "causal": True}),
+        ((333, 300), (4, 2), 8, {}),
     ],
 )
 def test_gradients(
     kernels: Any, name: str, seqlens: Any, heads: Any, less: int, options: dict[str, Any]
 ) -> None:
-    plan = PLANS[name]
+    plan = _for_mask(PLANS[name], options)
     dtype = torch.bfloat16 if seqlens == (130, 200) else FP16
     inputs = dense("cpu", dtype, 1, seqlens, heads, plan.block_d - less, **options)
     check(inputs, solve(kernels, inputs, plan))
@@ -161,7 +183,8 @@ def test_both_infinities_stand_for_rows_without_keys(kernels: Any) -> None:
 
 @pytest.mark.parametrize("name", PLANS)
 def test_every_interleaving_gives_the_same(kernels: Any, name: str) -> None:
-    inputs = dense("cpu", FP16, 1, (200, 300), (2, 1), PLANS[name].block_d, causal=True)
+    mask = {} if PLANS[name].rotates else {"causal": True}
+    inputs = dense("cpu", FP16, 1, (200, 300), (2, 1), PLANS[name].block_d, **mask)
     first = solve(kernels, inputs, PLANS[name])
     for seed in range(1, 12):
         again = solve(kernels, inputs, PLANS[name], seed)
@@ -250,6 +273,7 @@ def test_inputs_that_tma_cannot_address_are_copied(kernels: Any) -> None:
 IN_ORDER = ["d64 group reversed", "d64 ordered", "d128 ordered", "d128 reversed"]
 FIRST_STORES = ["d64 group, first stores", "d64, first stores", "d128, first stores reversed"]
 RAGGED = [*IN_ORDER, *FIRST_STORES]
+WITHOUT_MASKS = [*RAGGED, "d128, rotated first stores", "d64 group, rotated"]
 BATCHES = {
     "several": ([130, 40, 1], [100, 300, 1]),
     "empty": ([0, 70, 0, 0, 65, 0], [0, 200, 0, 30, 0, 0]),
@@ -264,12 +288,58 @@ BATCH_MASKS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", RAGGED)
+@pytest.mark.parametrize("name", ROTATED)
+@pytest.mark.parametrize("seqlens", [(64, 700), (130, 640), (320, 384), (700, 100), (400, 1)])
+def test_rotation(kernels: Any, name: str, seqlens: tuple[int, int]) -> None:
+    """More, as many and fewer blocks of queries than of keys, all programs of a head at a time."""
+    plan = PLANS[name]
+    inputs = dense("cpu", FP16, 1, seqlens, (3, 1), plan.block_d)
+    known = None
+    for seed in range(3):
+        got = solve(kernels, inputs, plan, seed, known=known, resident=8)
+        check(inputs, got)
+        if known is not None:
+            assert_same_bits(got._replace(dq=known.dq), known, f"seed {seed}")
+        known = got
+
+
+def test_programs_that_begin_at_every_block_could_wait_in_a_circle() -> None:
+    """As claiming_adder says; every other block is tested above."""
+    changed = gluon_model.load_kernels("sm90_backward", ("PAIR: gl.constexpr = 2 * ",
+                                                         "PAIR: gl.constexpr = "))  # fmt: skip
+    plan = ROTATED["d64 group, rotated first stores"]
+    inputs = dense("cpu", FP16, 1, (128, 384), (1, 1), plan.block_d)
+
+    with pytest.raises(gluon_model.ModelError, match="deadlock"):
+        for seed in range(20):
+            solve(changed, inputs, plan, seed, resident=8)
+
+
+def test_where_programs_begin(kernels: Any) -> None:
+    """In range, at every other block at most, spread evenly; also where 32 bits do not suffice."""
+    for block_m, seqlen_q, seqlen_k in [(64, 512, 512), (64, 500, 2048), (128, 1024, 300),
+                                        (64, 64, 640), (64, 2**23, 2**23)]:  # fmt: skip
+        config = mock.Mock(BLOCK_M=block_m, BLOCK_N=128)
+        end = -(-seqlen_q // block_m) * block_m
+        keys = range(0, seqlen_k, max(128, seqlen_k // 64))
+        found = [
+            int(kernels.first_of_rotation(
+                gluon_model.Int(key), gluon_model.Int(seqlen_k), gluon_model.Int(end), config
+            ))
+            for key in keys
+        ]  # fmt: skip
+        assert found == sorted(found)
+        assert all(0 <= row < end and row % (2 * block_m) == 0 for row in found)
+        if seqlen_q >= seqlen_k >= 128 * len(found):
+            assert len(set(found)) == len(found)
+
+
+@pytest.mark.parametrize("name", WITHOUT_MASKS)
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("mask", BATCH_MASKS)
 def test_packed_sequences(kernels: Any, name: str, batch: str, mask: str) -> None:
     """Rows of no sequence lie behind the last one: they hold NaN and get zeros."""
-    plan = PLANS[name]._replace(housekeeping=False)
+    plan = _for_mask(PLANS[name]._replace(housekeeping=False), BATCH_MASKS[mask])
     inputs = varlen("cpu", FP16, *BATCHES[batch], (2, 1), plan.block_d, 9, **BATCH_MASKS[mask])
     for tensor, rows in zip(inputs.tensors, (0, 1, 1, 0), strict=True):
         tensor[int(inputs.lengths[rows][-1]) :] = float("nan")
@@ -439,12 +509,13 @@ def test_chunks(kernels: Any, name: str, chunk: int, options: dict[str, Any]) ->
     assert not got.dk[:unseen].any()
 
 
-@pytest.mark.parametrize("name", RAGGED)
+@pytest.mark.parametrize("name", WITHOUT_MASKS)
 @pytest.mark.parametrize("mask", ["full", "causal", "left"])
 @pytest.mark.parametrize("chunk", [0, 50])
 def test_alibi(kernels: Any, name: str, mask: str, chunk: int) -> None:
-    plan = PLANS[name]._replace(housekeeping=False)
     options = BATCH_MASKS[mask]
+    plan = _for_mask(PLANS[name]._replace(housekeeping=False), options)
+    plan = plan._replace(rotates=plan.rotates and not chunk)
     inputs = dense("cpu", FP16, 2, (150, 200), (4, 2), plan.block_d, **options)
     inputs = extended(inputs.but(alibi_slopes=alibi_slopes("cpu", 4)), attention_chunk=chunk)
     if chunk and plan.block_d > 64:

@@ -23,6 +23,8 @@ are already in the registers that the next products read them from. A consumer's
 DQ_GROUP: a third group computes dQ instead, so that the consumers never wait for each other.
 ADDER: a warp of its own has TMA add dQ, and whoever computes it only waits for room to leave it in.
 FIRST_STORES: the first program that comes to a block of dq stores it, so nobody has to zero it.
+ROTATE: without a mask, the programs of a head begin at different queries and wrap around, so that
+they do not come to the same block of dq at the same time.
 DETERMINISTIC: the programs add to each block of dq in the order of their keys, REVERSED from the
 last to the first. A program waits only for programs with smaller numbers, which started before it.
 
@@ -219,6 +221,7 @@ class Config:
     DETERMINISTIC: gl.constexpr
     FIRST_STORES: gl.constexpr
     PREPARES: gl.constexpr
+    ROTATE: gl.constexpr
     SOFTCAP: gl.constexpr
     HAS_LEFT: gl.constexpr
     HAS_RIGHT: gl.constexpr
@@ -230,7 +233,7 @@ class Config:
     def __init__(self, BLOCK_M, BLOCK_D, EAGER_DV, AHEAD, DQ_GROUP, HOUSEKEEPING, ADDER,
                  IN_FLIGHT, DETERMINISTIC, SOFTCAP, HAS_LEFT, HAS_RIGHT, HAS_CHUNK, HAS_ALIBI,
                  RAGGED, BLOCK_N=128, HEAD_DIM=None, FIRST_STORES=False,
-                 PREPARES=False):  # fmt: skip
+                 PREPARES=False, ROTATE=False):  # fmt: skip
         self.BLOCK_M = gl.constexpr(BLOCK_M)
         self.BLOCK_N = gl.constexpr(BLOCK_N)
         self.BLOCK_D = gl.constexpr(BLOCK_D)
@@ -244,6 +247,7 @@ class Config:
         self.DETERMINISTIC = gl.constexpr(DETERMINISTIC)
         self.FIRST_STORES = gl.constexpr(FIRST_STORES)
         self.PREPARES = gl.constexpr(PREPARES)
+        self.ROTATE = gl.constexpr(ROTATE)
         self.SOFTCAP = gl.constexpr(SOFTCAP)
         self.HAS_LEFT = gl.constexpr(HAS_LEFT)
         self.HAS_RIGHT = gl.constexpr(HAS_RIGHT)
@@ -462,6 +466,8 @@ class Work:
     every query head of the group in turn. ``first_sum`` is the first of these rows in the padded
     statistics and the sums of dq, and ``to_next_head`` leads from the last step of a head to the
     first one of the next there. ``queries`` and ``keys`` are where the sequence's rows lie.
+    With ROTATE the rows are all, [0, end_row), from first_row on and around, and ``to_next_head``
+    leads from a row to the next head's.
     ``slopes`` points to the sequence's ALiBi slopes, with HAS_ALIBI.
     """
 
@@ -521,8 +527,26 @@ def step_after(work, row, sum_row):
     """The next step's (row, row of the sums)."""
     BLOCK_M: gl.constexpr = work.config.BLOCK_M
     is_last = row + BLOCK_M >= work.end_row
-    following = gl.where(is_last, work.first_row, row + BLOCK_M)
-    return following, sum_row + gl.where(is_last, work.to_next_head, BLOCK_M)
+    if work.config.ROTATE:
+        following = gl.where(is_last, 0, row + BLOCK_M)
+        further = gl.where(following == work.first_row, work.to_next_head, 0)
+        further += following - row
+    else:
+        following = gl.where(is_last, work.first_row, row + BLOCK_M)
+        further = gl.where(is_last, work.to_next_head, BLOCK_M)
+    return following, sum_row + further
+
+
+@gluon.jit
+def first_of_rotation(first_key, seqlen_k, end_row, config):
+    """Where a program begins among the rows [0, end_row): as far on as its keys are among all.
+
+    In pairs of blocks, see claiming_adder.
+    """
+    PAIR: gl.constexpr = 2 * config.BLOCK_M
+    blocks = gl.maximum((seqlen_k + config.BLOCK_N - 1) // config.BLOCK_N, 1)
+    row = (first_key // config.BLOCK_N).to(gl.int64) * end_row // blocks
+    return row.to(gl.int32) // PAIR * PAIR
 
 
 @gluon.jit
@@ -1026,8 +1050,13 @@ def claiming_adder(work, shared, duties, dq_desc):
     """Add every step's tiles of dq to the sums, in any order behind who stores them: FIRST_STORES.
 
     A block's counter is 0 before anybody came, then 1, and 2 when the first tiles are in memory,
-    which is looked at when IN_FLIGHT more steps' are on their way. Nobody waits in a circle: all
-    programs take the blocks in the same order, so who is waited for is further on.
+    which is looked at when IN_FLIGHT more steps' are on their way. Nobody waits in a circle: who is
+    waited for has nobody to wait for if IN_FLIGHT is 0, and else is further on, as all programs
+    take the blocks in the same order. With ROTATE the blocks of a head are themselves a circle, and
+    with IN_FLIGHT 1 all could wait: if each had stored one block and stood at the next, which the
+    next program stored. None of them came from a block before, where it would still have to wait.
+    So each began at its own block, and every block would be some program's first, but only every
+    other one is. With more IN_FLIGHT these would suffice.
     """
     config = work.config
     TILES: gl.constexpr = tiles_in_block(config)
@@ -1348,7 +1377,7 @@ def attention_backward_sm90(
     REGISTERS: gl.constexpr, DQ_REGISTERS: gl.constexpr, OTHER_REGISTERS: gl.constexpr,
     HOUSEKEEPING: gl.constexpr, PREPARES: gl.constexpr,
     DETERMINISTIC: gl.constexpr, REVERSED: gl.constexpr, FIRST_STORES: gl.constexpr,
-    SOFTCAP: gl.constexpr,
+    ROTATE: gl.constexpr, SOFTCAP: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, CU_Q: gl.constexpr, CU_K: gl.constexpr,
     USED_Q: gl.constexpr, USED_K: gl.constexpr, HAS_CHUNK: gl.constexpr, HAS_ALIBI: gl.constexpr,
@@ -1387,6 +1416,8 @@ def attention_backward_sm90(
         DQ_SLOTS: buffers of 64 x 64 of dq; 2, or with ADDER more, even without DQ_GROUP.
         ADDER: needed by DETERMINISTIC and FIRST_STORES, for which IN_FLIGHT says of how many steps
             the additions may be on their way before the oldest one's are waited for.
+        ROTATE: not with DETERMINISTIC, nor windows, causality and chunks; with FIRST_STORES not
+            with more than 1 IN_FLIGHT.
         PREPARES: whether the housekeepers also prepare; if not, the launch before does all of it.
         REGISTERS, DQ_REGISTERS, OTHER_REGISTERS: of a thread of the consumers (the first one gets
             what is left), of the dq group, and of the producer and the housekeepers.
@@ -1397,13 +1428,15 @@ def attention_backward_sm90(
     gl.static_assert(DQ_GROUP or DQ_SLOTS % 2 == 0)
     gl.static_assert(ADDER or not (DETERMINISTIC or FIRST_STORES))
     gl.static_assert(HOUSEKEEPING or not PREPARES)
+    gl.static_assert(not (ROTATE and (DETERMINISTIC or HAS_LEFT or HAS_RIGHT or HAS_CHUNK)))
+    gl.static_assert(not (ROTATE and FIRST_STORES and IN_FLIGHT > 1))
     RAGGED: gl.constexpr = CU_Q or CU_K or USED_Q or USED_K
     gl.static_assert(not (RAGGED and HOUSEKEEPING))
     gl.static_assert(not HAS_CHUNK or (HAS_LEFT and HAS_RIGHT))
     gl.static_assert(not (HAS_ALIBI and SOFTCAP))
     config = Config(BLOCK_M, BLOCK_D, EAGER_DV, AHEAD, DQ_GROUP, HOUSEKEEPING, ADDER,
                     IN_FLIGHT, DETERMINISTIC, SOFTCAP, HAS_LEFT, HAS_RIGHT, HAS_CHUNK, HAS_ALIBI,
-                    RAGGED, 128, HEAD_DIM, FIRST_STORES, PREPARES)  # fmt: skip
+                    RAGGED, 128, HEAD_DIM, FIRST_STORES, PREPARES, ROTATE)  # fmt: skip
     q = ring_for(q_desc, Q_SLOTS, 2)
     do = ring_for(do_desc, DO_SLOTS, 2)
     k = ring_for(k_desc, 1, 0)
@@ -1451,12 +1484,16 @@ def attention_backward_sm90(
         first_key, count_q, count_k, reach_left, reach_right, shift, chunk, phase, config
     )
     rows = end_row - first_row
+    to_next_head = padded_rows - rows + BLOCK_M
+    if ROTATE:
+        first_row = first_of_rotation(first_key, count_k, end_row, config)
+        to_next_head = padded_rows
     if CU_Q:
         first_sum = key_head * group * padded_rows + padded_start(start_q, batch) + first_row
     else:
         first_sum = (batch * nheads_k + key_head) * group * padded_rows + first_row
     work = Work(scale, scale_log2, cap_log2, count_k, reach_left, reach_right, first_key,
-                first_row, end_row, first_sum, padded_rows - rows + BLOCK_M,
+                first_row, end_row, first_sum, to_next_head,
                 group * (rows // BLOCK_M), key_head, shift, chunk, phase,
                 slopes + batch * stride_slope, queries, keys, grid, lengths,
                 config)  # fmt: skip

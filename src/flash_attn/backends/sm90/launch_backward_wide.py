@@ -34,7 +34,7 @@ def launch_main_wide(
     """
     wanted = (plan.block_m, plan.eager_dv, plan.housekeeping, plan.dq_group, plan.adder)
     has = (_BLOCK, False, False, True, False)
-    if wanted != has or plan.first_stores or plan.ahead not in (0, 1):
+    if wanted != has or plan.first_stores or plan.rotates or plan.ahead not in (0, 1):
         raise ValueError(f"no plan for head dims above 128: {plan}")
     if is_ragged(problem) or problem.visibility.attention_chunk:
         raise ValueError("plans with pieces serve neither lengths on the device nor chunks")

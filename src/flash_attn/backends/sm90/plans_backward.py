@@ -22,6 +22,7 @@ class BackwardPlan(NamedTuple):
         prepares: whether the housekeepers prepare too, not only finish.
         first_stores: whoever comes first to a block of dq stores it, so that the sums need no
             zeros; needs an adder, whose ``in_flight`` it uses.
+        rotates: see ROTATE; without a mask and in any order only.
         backwards: the launches before and after begin with the last rows.
     """
 
@@ -46,6 +47,7 @@ class BackwardPlan(NamedTuple):
     in_flight: int = 0
     prepares: bool = True
     first_stores: bool = False
+    rotates: bool = False
     backwards: bool = False
     # Of head dims above 128: columns of a buffer, and slots for P.
     piece: int = 0
