@@ -6,7 +6,7 @@
 The whole backward and its main kernel alone at 16k tokens and hidden size 2048, with sections of 4
 and 32 MB: the plans in use; launches that walk backwards; an adder with 2 buffers; first stores in
 place of zeros with 2 or 4 buffers, all launches backwards; without a mask, programs that begin at
-different queries; housekeepers; sums in order. Before any of it is timed, every plan must give the
+different queries; sums in order. Before any of it is timed, every plan must give the
 gradients of the one in use but for rounding, and ordered ones the same bits again. Every turn has
 another order, drawn at random, and its first run does not count. A plan that does not end is left
 out from there on.
@@ -53,13 +53,9 @@ def plans(headdim: int, is_causal: bool, seqlen: int) -> dict[str, Any]:
         "stores, 4, 1 in flight": stores._replace(dq_slots=4, in_flight=1),
     }
     if not is_causal:
-        house = used._replace(housekeeping=True)
-        if headdim <= 64:
-            house = house._replace(registers=200, other_registers=40)
         turned = ("adder, backwards", "stores", "stores, 4 buffers", "stores, 4, 1 in flight")
         found["rotated"] = used._replace(rotates=True)
         found |= {f"rotated {name}": found[name]._replace(rotates=True) for name in turned}
-        found["house"] = house
     return found | {"ordered": ordered, "ordered, stores": ordered_stores}
 
 
@@ -170,7 +166,7 @@ def main_kernel(cell: Cell, plan: Any) -> tuple[Callable[[], object], Callable[[
     workspace = launch_backward.allocate(cell.problem, packing, plan)
     arguments = (cell.problem, cell.inputs, packing, workspace, plan)
     launch_backward.launch_statistics(*arguments)
-    return workspace.counters.zero_, lambda: launch_backward.launch_main(*arguments)
+    return workspace.turns.zero_, lambda: launch_backward.launch_main(*arguments)
 
 
 # ------------------------------------------------------------------------------------------ parent

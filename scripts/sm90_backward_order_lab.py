@@ -177,8 +177,8 @@ def main_kernel(cell: Cell, plan: Any) -> Callable[[], object]:
     launch_backward.launch_statistics(*arguments)
 
     def run() -> None:
-        if plan.deterministic:
-            workspace.counters.zero_()
+        if plan.first_stores or plan.deterministic:
+            workspace.turns.zero_()
         launch_backward.launch_main(*arguments)
 
     return run

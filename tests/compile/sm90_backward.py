@@ -111,11 +111,6 @@ def around(headdim: int, is_masked: bool, seqlen: int) -> dict[str, BackwardPlan
     if not is_masked:
         found["rotated"] = plan._replace(rotates=True)
         found["rotated, first stores"] = found["first stores"]._replace(rotates=True)
-    if headdim <= 64:
-        house = plan._replace(housekeeping=True, registers=200, other_registers=40)
-        found["housekeeping"] = house
-        found["finishing"] = house._replace(prepares=False)
-        found["finishing, first stores"] = found["finishing"]._replace(**stores)
     return found
 
 

@@ -44,29 +44,24 @@ PLANS = {
     "d128 ahead 1": D128._replace(eager_dv=False, ahead=1, do_slots=1),
     "d128": D128._replace(ahead=0),
 }
-HOUSEKEEPING = {"housekeeping": True, "distance": 0, "section_bytes": 1}
 ADDER = {"adder": True, "dq_slots": 4}
 ORDERED = {**ADDER, "deterministic": True, "in_flight": 1}
 PLANS |= {
-    "d64 group housekeeping": D64_GROUP._replace(**HOUSEKEEPING),
-    "d128 housekeeping": D128._replace(**HOUSEKEEPING),
     "d64 group ordered": D64_GROUP._replace(**ORDERED),
     "d64 group ordered, nothing in flight": D64_GROUP._replace(
         adder=True, dq_slots=3, deterministic=True
     ),
     "d64 ordered": D64._replace(**ORDERED),
-    "d64 ordered housekeeping": D64._replace(**HOUSEKEEPING, **ORDERED),
     "d128 ordered": D128._replace(**ORDERED),
     "d128 ordered, two buffers": D128._replace(adder=True, deterministic=True, in_flight=3),
     "d128 reversed": D128._replace(**ORDERED, is_reversed=True),
     "d64 group reversed": D64_GROUP._replace(
-        **HOUSEKEEPING, adder=True, deterministic=True, in_flight=2, is_reversed=True
+        section_bytes=1, adder=True, deterministic=True, in_flight=2, is_reversed=True
     ),
     "d64 group adder": D64_GROUP._replace(**ADDER),
     "d128 adder": D128._replace(**ADDER),
 }
 STORED = {**ADDER, "first_stores": True, "in_flight": 1, "backwards": True}
-FINISHING = {**HOUSEKEEPING, "prepares": False}
 PLANS |= {
     "d64 group, first stores": D64_GROUP._replace(**STORED),
     "d64 group, first stores, three in flight": D64_GROUP._replace(
@@ -80,14 +75,6 @@ PLANS |= {
     "d64 group, first stores in order": D64_GROUP._replace(**ORDERED, first_stores=True),
     "d64, first stores in order": D64._replace(**ORDERED, first_stores=True),
     "d128, first stores reversed": D128._replace(**ORDERED, first_stores=True, is_reversed=True),
-    "d64 group finishing": D64_GROUP._replace(**FINISHING, backwards=True),
-    "d128 finishing": D128._replace(**FINISHING),
-    "d64 group finishing, first stores": D64_GROUP._replace(**FINISHING, **STORED),
-    "d64 finishing, first stores": D64._replace(**FINISHING, **STORED),
-    "d128 finishing, first stores in order": D128._replace(
-        **FINISHING, **ORDERED, first_stores=True
-    ),
-    "d128 housekeeping, first stores": D128._replace(**HOUSEKEEPING, **STORED),
 }
 ROTATED = {
     "d64 group, rotated": D64_GROUP._replace(**ADDER, rotates=True),
@@ -119,7 +106,7 @@ def solve(
     results: Any = None,
     empty_lse: float = float("-inf"),
     known: Solution | None = None,
-    resident: int | None = None,
+    resident: int = 3,
 ) -> Solution:
     """Gradients by the model; output and log-sum-exp by the reference, or ``known`` ones.
 
@@ -142,8 +129,7 @@ def solve(
     for one in launches:
         if one.name == "row_statistics_sm90":
             one.arguments[SUMS].fill_(float("nan"))  # as anything may lie there
-        programs = resident or (8 if plan.housekeeping else 3)
-        gluon_model.run_launch(kernels, one, seed=seed, resident=programs)
+        gluon_model.run_launch(kernels, one, seed=seed, resident=resident)
     return Solution(out, lse, *grads)
 
 
@@ -214,28 +200,6 @@ def test_nothing_outside_is_read_or_written(kernels: Any, name: str) -> None:
         buffer = view._base
         assert buffer is not None
         assert int(buffer.isnan().sum()) == buffer.numel() - view.numel()
-
-
-HOUSEKEEPERS = [name for name, plan in PLANS.items() if plan.housekeeping]
-
-
-@pytest.mark.parametrize("name", HOUSEKEEPERS)
-@pytest.mark.parametrize(
-    ("seqlens", "heads", "options"),
-    [
-        ((256, 256), (4, 4), {}),
-        ((60, 700), (6, 6), {}),  # fewer pieces than programs
-        ((700, 60), (6, 2), {"window_size": (0, 300)}),  # more; some see no key
-        ((200, 500), (6, 6), {"window_size": (64, 0)}),  # some programs have nothing to do
-    ],
-)
-def test_housekeeping(
-    kernels: Any, name: str, seqlens: Any, heads: Any, options: dict[str, Any]
-) -> None:
-    plan = PLANS[name]
-    for seed in range(2):
-        inputs = dense("cpu", FP16, 2, seqlens, heads, plan.block_d - 8, **options)
-        check(inputs, solve(kernels, inputs, plan, seed))
 
 
 def test_unseen_keys_may_be_nan(kernels: Any) -> None:
@@ -342,7 +306,7 @@ def test_where_programs_begin(kernels: Any) -> None:
 @pytest.mark.parametrize("mask", BATCH_MASKS)
 def test_packed_sequences(kernels: Any, name: str, batch: str, mask: str) -> None:
     """Rows of no sequence lie behind the last one: they hold NaN and get zeros."""
-    plan = _for_mask(PLANS[name]._replace(housekeeping=False), BATCH_MASKS[mask])
+    plan = _for_mask(PLANS[name], BATCH_MASKS[mask])
     inputs = varlen("cpu", FP16, *BATCHES[batch], (2, 1), plan.block_d, 9, **BATCH_MASKS[mask])
     for tensor, rows in zip(inputs.tensors, (0, 1, 1, 0), strict=True):
         tensor[int(inputs.lengths[rows][-1]) :] = float("nan")
@@ -361,7 +325,7 @@ def test_packed_sequences_give_the_same_in_every_interleaving(
     kernels: Any, name: str, chunk: int
 ) -> None:
     """With chunks more than one program adds to a row only if they cross blocks of keys."""
-    plan = PLANS[name]._replace(housekeeping=False)
+    plan = PLANS[name]
     lengths = ([70, 133], [190, 600])
     inputs = varlen("cpu", FP16, *lengths, (2, 1), plan.block_d, window_size=(-1, 30))
     inputs = extended(
@@ -374,7 +338,7 @@ def test_packed_sequences_give_the_same_in_every_interleaving(
 
 @pytest.mark.parametrize("name", RAGGED)
 def test_nan_stays_in_its_sequence(kernels: Any, name: str) -> None:
-    plan = PLANS[name]._replace(housekeeping=False)
+    plan = PLANS[name]
     lengths = ([70, 33, 90], [150, 61, 40])
     inputs = varlen("cpu", FP16, *lengths, (2, 1), plan.block_d, causal=True)
     want = solve(kernels, inputs, plan)
@@ -404,7 +368,7 @@ HOSTILE = {
 @pytest.mark.parametrize("name", ["d64 group reversed", "d128 ordered", "d64, first stores"])
 def test_bounds_that_lie(kernels: Any, name: str, bounds: str) -> None:
     """Nothing outside is touched, nobody waits for ever, and gradients are numbers."""
-    plan = PLANS[name]._replace(housekeeping=False)
+    plan = PLANS[name]
     lies = torch.tensor(HOSTILE[bounds], dtype=torch.int32)
     honest = torch.tensor([0, 40, 41, 250], dtype=torch.int32)
     for cu_q, cu_k in ((lies, honest), (honest, lies), (lies, lies)):
@@ -439,7 +403,7 @@ def int32(*values: int) -> torch.Tensor:
 @pytest.mark.parametrize("mask", ["full", "left"])
 def test_rows_in_use(kernels: Any, name: str, packed: bool, mask: str) -> None:
     """Rows that are not in use hold NaN and get zeros."""
-    plan = PLANS[name]._replace(housekeeping=False)
+    plan = PLANS[name]
     used_q, used_k = int32(70, 0, 33, 200), int32(0, 20, 150, -3)
     options = BATCH_MASKS[mask]
     if packed:
@@ -483,7 +447,6 @@ def test_packed_on_one_side(kernels: Any) -> None:
 @pytest.mark.parametrize("packed", [False, True])
 def test_head_dims_of_v(kernels: Any, headdims: tuple[int, int], packed: bool) -> None:
     plan = PLANS["d64 group reversed" if max(headdims) <= 64 else "d128 reversed"]
-    plan = plan._replace(housekeeping=False)
     make = varlen if packed else dense
     lengths = ([70, 80], [90, 130]) if packed else (2, (70, 130))
     inputs = make("cpu", FP16, *lengths, (2, 1), headdims[0], causal=True)
@@ -496,7 +459,7 @@ def test_head_dims_of_v(kernels: Any, headdims: tuple[int, int], packed: bool) -
 @pytest.mark.parametrize("chunk", [1, 50, 128, 10000])
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"window_size": (70, 10)}])
 def test_chunks(kernels: Any, name: str, chunk: int, options: dict[str, Any]) -> None:
-    plan = PLANS[name]._replace(housekeeping=False)
+    plan = PLANS[name]
     inputs = dense("cpu", FP16, 1, (150, 400), (2, 1), plan.block_d, **options)
     inputs = extended(inputs, attention_chunk=chunk)
     check(inputs, solve(kernels, inputs, plan))
@@ -517,7 +480,7 @@ def test_chunks(kernels: Any, name: str, chunk: int, options: dict[str, Any]) ->
 @pytest.mark.parametrize("chunk", [0, 50])
 def test_alibi(kernels: Any, name: str, mask: str, chunk: int) -> None:
     options = BATCH_MASKS[mask]
-    plan = _for_mask(PLANS[name]._replace(housekeeping=False), options)
+    plan = _for_mask(PLANS[name], options)
     plan = plan._replace(rotates=plan.rotates and not chunk)
     inputs = dense("cpu", FP16, 2, (150, 200), (4, 2), plan.block_d, **options)
     inputs = extended(inputs.but(alibi_slopes=alibi_slopes("cpu", 4)), attention_chunk=chunk)
@@ -553,7 +516,6 @@ def test_the_gradient_of_the_log_sum_exp(kernels: Any, packed: bool) -> None:
 @pytest.mark.parametrize("packed", [False, True])
 def test_head_dims_that_tma_cannot_address(kernels: Any, headdim: int, packed: bool) -> None:
     plan = PLANS["d64 group reversed" if headdim <= 64 else "d128 reversed"]
-    plan = plan._replace(housekeeping=False)
     make: Any = varlen if packed else dense
     lengths = ([70, 80], [90, 30]) if packed else (2, (70, 130))
     inputs = make("cpu", FP16, *lengths, (2, 1), headdim, causal=True)
@@ -574,18 +536,6 @@ class Fault(NamedTuple):
 
 
 FAULTS = [
-    Fault(
-        "dq is finished before it is summed",
-        PLANS["d64 group housekeeping"],
-        "        wait_until(duties.summed",
-        "        (duties.summed",
-    ),
-    Fault(
-        "rows are used before they are prepared",
-        PLANS["d128 housekeeping"],
-        "    wait_until(duties.prepared + number, (in_head - before) * HOUSEKEEPERS)",
-        "    pass",
-    ),
     Fault(
         "a program waits for a later one",
         PLANS["d128 ordered"],
@@ -627,8 +577,8 @@ FAULTS = [
     Fault(
         "a turn passes for the wrong step",
         PLANS["d64 group ordered"],
-        "                pass_turn(duties, earlier[config.IN_FLIGHT])\n",
-        "                pass_turn(duties, earlier[0])\n",
+        "                pass_turn(turns, earlier[config.IN_FLIGHT])\n",
+        "                pass_turn(turns, earlier[0])\n",
     ),
     *(
         Fault(f"{what}, {name}", PLANS[name], old, new)
@@ -683,12 +633,6 @@ FAULTS = [
         PLANS["d64 group, first stores in order"],
         "shared.dq.slot(use), turn == 0)",
         "shared.dq.slot(use), turn <= 1)",
-    ),
-    Fault(
-        "housekeepers take what nobody stored",
-        PLANS["d64 group finishing, first stores"],
-        "work.config.BLOCK_M)) > 0,",
-        "work.config.BLOCK_M)) >= 0,",
     ),
     Fault(
         "the adder gives a buffer back while TMA reads it",
@@ -778,8 +722,8 @@ FAULTS = [
     Fault(
         "a program leaves while TMA reads its memory",
         D64,
-        "    tma.store_wait(0)\n    if config.HOUSEKEEPING and not (",
-        "    if config.HOUSEKEEPING and not (",
+        "    store_keys(dk_desc, work, shared.k, dk * work.scale, LANE)\n    tma.store_wait(0)\n",
+        "    store_keys(dk_desc, work, shared.k, dk * work.scale, LANE)\n",
     ),
     Fault(
         "a mask is off by one",
@@ -793,8 +737,7 @@ FAULTS = [
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.what)
 def test_faults_are_noticed(fault: Fault) -> None:
     changed = gluon_model.load_kernels("sm90_backward", (fault.old, fault.new))
-    heads = (4, 4) if fault.plan.housekeeping else (1, 1)
-    inputs = dense("cpu", FP16, 1, (400, 300), heads, fault.plan.block_d, causal=True)
+    inputs = dense("cpu", FP16, 1, (400, 300), (1, 1), fault.plan.block_d, causal=True)
 
     def is_noticed(seed: int) -> bool:
         try:

@@ -8,8 +8,8 @@ from typing import NamedTuple
 class BackwardPlan(NamedTuple):
     """How ``attention_backward_sm90`` is compiled; see its docstring.
 
-    With ``piece`` it is ``attention_backward_wide_sm90``, which has neither eager_dv, ahead,
-    housekeeping nor first_stores, always 64 queries in a block and always a dq group.
+    With ``piece`` it is ``attention_backward_wide_sm90``, which has neither eager_dv, rotates
+    nor first_stores, always 64 queries in a block and always a dq group.
 
     Attributes:
         registers: of the second consumer; the first one gets what is left.
@@ -17,9 +17,6 @@ class BackwardPlan(NamedTuple):
             query heads fit into so many bytes of L2 cache.
         dq_slots, adder, in_flight: see DQ_SLOTS, ADDER and IN_FLIGHT; ``deterministic`` needs an
             adder, but with ``piece`` there is none.
-        distance: how many programs lie between one that prepares for or finishes after a section
-            and that section's; a few more than a GPU runs at a time, so that nobody waits.
-        prepares: whether the housekeepers prepare too, not only finish.
         first_stores: whoever comes first to a block of dq stores it, so that the sums need no
             zeros; needs an adder, whose ``in_flight`` it uses.
         rotates: see ROTATE; without a mask and in any order only.
@@ -37,15 +34,12 @@ class BackwardPlan(NamedTuple):
     registers: int = 240
     dq_registers: int = 0
     section_bytes: int = 32 << 20
-    housekeeping: bool = False
     deterministic: bool = False
     is_reversed: bool = False
     other_registers: int = 24
-    distance: int = 168
     dq_slots: int = 2
     adder: bool = False
     in_flight: int = 0
-    prepares: bool = True
     first_stores: bool = False
     rotates: bool = False
     backwards: bool = False
