@@ -4,12 +4,11 @@
     PYTHONPATH=src python scripts/sm90_backward_around_lab.py --compile-only      # no GPU needed
 
 The whole backward and its main kernel alone at 16k tokens and hidden size 2048, with sections of 4
-and 32 MB: the plans in use; launches that walk backwards; an adder with 2 buffers; first stores in
-place of zeros with 2 or 4 buffers, all launches backwards; without a mask, programs that begin at
-different queries; sums in order. Before any of it is timed, every plan must give the
-gradients of the one in use but for rounding, and ordered ones the same bits again. Every turn has
-another order, drawn at random, and its first run does not count. A plan that does not end is left
-out from there on.
+and 32 MB: the plans in use; an adder with 2 buffers; first stores in place of zeros with 2 or 4
+buffers; without a mask, programs that begin at different queries; sums in order. Before any of it
+is timed, every plan must give the gradients of the one in use but for rounding, and ordered ones
+the same bits again. Every turn has another order, drawn at random, and its first run does not
+count. A plan that does not end is left out from there on.
 """
 # ruff: noqa: T201
 
@@ -40,23 +39,25 @@ def plans(headdim: int, is_causal: bool, seqlen: int) -> dict[str, Any]:
 
     used = plan_backward(headdim, is_causal, seqlen)
     ordered = plan_ordered(headdim, is_causal, seqlen)
-    adder = used._replace(adder=True, dq_slots=2, registers=ordered.registers)
-    stores = adder._replace(first_stores=True, backwards=True)
-    ordered_stores = ordered._replace(first_stores=True, backwards=True)
+    adder = used._replace(
+        adder=True, first_stores=False, rotates=False, registers=ordered.registers
+    )
+    stores = adder._replace(first_stores=True)
     found = {
         IN_USE: used,
-        "backwards": used._replace(backwards=True),
         "adder": adder,
-        "adder, backwards": adder._replace(backwards=True),
         "stores": stores,
         "stores, 4 buffers": stores._replace(dq_slots=4),
         "stores, 4, 1 in flight": stores._replace(dq_slots=4, in_flight=1),
     }
     if not is_causal:
-        turned = ("adder, backwards", "stores", "stores, 4 buffers", "stores, 4, 1 in flight")
-        found["rotated"] = used._replace(rotates=True)
-        found |= {f"rotated {name}": found[name]._replace(rotates=True) for name in turned}
-    return found | {"ordered": ordered, "ordered, stores": ordered_stores}
+        found |= {
+            f"rotated {name}": x._replace(rotates=True) for name, x in list(found.items())[1:]
+        }
+    return found | {
+        "ordered": ordered,
+        "ordered, zeros": ordered._replace(first_stores=False),
+    }
 
 
 # ----------------------------------------------------------------------------------------- workers

@@ -62,7 +62,7 @@ def variants() -> list[Variant]:
         "dq_group": True, "registers": 208, "dq_registers": 72,
     }  # fmt: skip
     eager = {**d64, "eager_dv": True}
-    d128 = {"block_m": 64, "block_d": 128, "eager_dv": True, "ahead": 2}
+    d128 = {"block_m": 64, "block_d": 128, "eager_dv": True, "ahead": 2, "adder": True}
     ordered = {"deterministic": True, "adder": True, "dq_slots": 4}
     ordered128 = {**ordered, "in_flight": 1}
     ordered64 = {**ordered, "in_flight": 2}

@@ -73,9 +73,11 @@ def solve(inputs: Inputs, plan: BackwardPlan | None = None, results: Any = None)
 
 
 def plans(headdim: int, is_masked: bool) -> list[BackwardPlan]:
-    """The plan in use, the other order of programs, and sums in order."""
+    """Those in use for short and long sequences, the other order of programs, sums in order."""
     plan = plan_backward(headdim, is_masked, 512)
-    return [plan, plan._replace(is_reversed=True), plan_ordered(headdim, is_masked, 512)]
+    other = plan._replace(is_reversed=True)
+    longer = plan_backward(headdim, is_masked, 4096), plan_backward(headdim, is_masked, 64, 4096)
+    return list(dict.fromkeys([plan, *longer, other, plan_ordered(headdim, is_masked, 512)]))
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16])

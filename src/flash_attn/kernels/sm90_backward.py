@@ -18,10 +18,12 @@ are already in the registers that the next products read them from. A consumer's
 
     S = k q^T;  dP = v do^T;  P = exp2(S - lse);  dV += P do;  dS = P (dP - delta)
     dS to shared memory; meet the other consumer
-    dQ = half of dS^T k;  dK += dS q;  dQ to shared memory, from where TMA adds it to the sums
+    dQ = half of dS^T k;  dK += dS q;  dQ to shared memory
 
+ADDER: a warp of its own has TMA add dQ to the sums, and whoever computes it only waits for room to
+leave it in.
 DQ_GROUP: a third group computes dQ instead, so that the consumers never wait for each other.
-ADDER: a warp of its own has TMA add dQ, and whoever computes it only waits for room to leave it in.
+Without an adder it asks TMA itself.
 FIRST_STORES: the first program that comes to a block of dq stores it, so nobody has to zero it.
 ROTATE: without a mask, the programs of a head begin at different queries and wrap around, so that
 they do not come to the same block of dq at the same time.
@@ -508,17 +510,23 @@ class Work:
 
 
 @gluon.jit
+def row_after(work, row):
+    """The next step's row."""
+    first = 0 if work.config.ROTATE else work.first_row
+    following = row + work.config.BLOCK_M
+    return gl.where(following >= work.end_row, first, following)
+
+
+@gluon.jit
 def step_after(work, row, sum_row):
     """The next step's (row, row of the sums)."""
     BLOCK_M: gl.constexpr = work.config.BLOCK_M
-    is_last = row + BLOCK_M >= work.end_row
+    following = row_after(work, row)
     if work.config.ROTATE:
-        following = gl.where(is_last, 0, row + BLOCK_M)
         further = gl.where(following == work.first_row, work.to_next_head, 0)
         further += following - row
     else:
-        following = gl.where(is_last, work.first_row, row + BLOCK_M)
-        further = gl.where(is_last, work.to_next_head, BLOCK_M)
+        further = gl.where(row + BLOCK_M >= work.end_row, work.to_next_head, BLOCK_M)
     return following, sum_row + further
 
 
@@ -815,7 +823,7 @@ def store_keys(desc, work, ring, values, LANE: gl.constexpr):
 
 
 @gluon.jit
-def consumer(LANE: gl.constexpr, work, shared, group, dq_desc, dk_desc, dv_desc):
+def consumer(LANE: gl.constexpr, work, shared, group, dk_desc, dv_desc):
     """dk and dv of keys [64 * LANE, 64 * LANE + 64) of the program's, and dS for dq."""
     config = work.config
     BLOCK_M: gl.constexpr = config.BLOCK_M
@@ -836,7 +844,6 @@ def consumer(LANE: gl.constexpr, work, shared, group, dq_desc, dk_desc, dv_desc)
     dq_zeros = gl.zeros([ROWS, 64], gl.float32, DQ)
     first_key = work.first_key + LANE * ROWS
     row = work.first_row
-    sum_row = work.first_sum
     shared.k.wait_full(0)
     s = zeros
     if AHEAD > 0:
@@ -915,11 +922,7 @@ def consumer(LANE: gl.constexpr, work, shared, group, dq_desc, dk_desc, dv_desc)
             dv = warpgroup_mma_wait(2 + EARLY, deps=[dv])
             shared.do.release(i)
             dq = warpgroup_mma_wait(1 + EARLY, deps=[dq])
-            if config.ADDER:
-                leave_to_adder(shared, dq, i * 2 + LANE)
-            else:
-                tma.store_wait(0)
-                add_to_dq(dq_desc, work, sum_row, dq, shared.dq.data.index(LANE), LANE)
+            leave_to_adder(shared, dq, i * 2 + LANE)
             if AHEAD == 2:
                 shared.q.wait_full(following)
                 s = keys_by_rows(k, rows_of(shared.q, following, work), zeros)
@@ -927,10 +930,9 @@ def consumer(LANE: gl.constexpr, work, shared, group, dq_desc, dk_desc, dv_desc)
             shared.q.release(i)
             if AHEAD > 0:
                 s = warpgroup_mma_wait(0, deps=[s])
-        row, sum_row = step_after(work, row, sum_row)
+        row = row_after(work, row)
 
     # dk and dv leave through k and v; the other groups must be done with k.
-    tma.store_wait(0)
     if config.DQ_GROUP:  # noqa: SIM102 -- one condition is a constant, the other is not
         if work.steps > 0:
             shared.ds.wait_empty(work.steps - 1 + shared.ds.SLOTS)
@@ -1150,8 +1152,9 @@ def attention_backward_sm90(
         slopes, stride_slope: ALiBi's (batch, nheads), with HAS_ALIBI and without SOFTCAP.
         DS_SLOTS: buffers of dS; at least 2 without DQ_GROUP.
         DQ_SLOTS: buffers of 64 x 64 of dq; 2, or with ADDER more, even without DQ_GROUP.
-        ADDER: needed by DETERMINISTIC and FIRST_STORES, for which IN_FLIGHT says of how many steps
-            the additions may be on their way before the oldest one's are waited for.
+        ADDER: needed without DQ_GROUP, and by DETERMINISTIC and FIRST_STORES, for which IN_FLIGHT
+            says of how many steps the additions may be on their way before the oldest one's are
+            waited for.
         ROTATE: not with DETERMINISTIC, nor windows, causality and chunks; with FIRST_STORES not
             with more than 1 IN_FLIGHT.
         REGISTERS, DQ_REGISTERS, OTHER_REGISTERS: of a thread of the consumers (the first one gets
@@ -1162,6 +1165,7 @@ def attention_backward_sm90(
     gl.static_assert(DQ_SLOTS == 2 or (ADDER and DQ_SLOTS > 2))
     gl.static_assert(DQ_GROUP or DQ_SLOTS % 2 == 0)
     gl.static_assert(ADDER or not (DETERMINISTIC or FIRST_STORES))
+    gl.static_assert(ADDER or DQ_GROUP)
     gl.static_assert(not (ROTATE and (DETERMINISTIC or HAS_LEFT or HAS_RIGHT or HAS_CHUNK)))
     gl.static_assert(not (ROTATE and FIRST_STORES and IN_FLIGHT > 1))
     RAGGED: gl.constexpr = CU_Q or CU_K or USED_Q or USED_K
@@ -1233,8 +1237,8 @@ def attention_backward_sm90(
     # Spelled out, because in tuples bound to a name constants become tensors.
     gl.warp_specialize(
         [
-            (consumer, (0, work, shared, group, dq_desc, dk_desc, dv_desc)),
-            (consumer, (1, work, shared, group, dq_desc, dk_desc, dv_desc)),
+            (consumer, (0, work, shared, group, dk_desc, dv_desc)),
+            (consumer, (1, work, shared, group, dk_desc, dv_desc)),
         ]
         + ([(dq_group, (work, shared, dq_desc))] if DQ_GROUP else [])
         + ([(claiming_adder if FIRST_STORES and not DETERMINISTIC else adder,
@@ -1324,7 +1328,7 @@ def row_statistics_sm90(
     stride_ob, stride_om, stride_oh, stride_gb, stride_gm, stride_gh, stride_lb, stride_lh,
     nheads, seqlen_q, padded_rows, tiles, table, table_tiles, used_q, batch_size,
     HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_M: gl.constexpr, HAS_DLSE: gl.constexpr,
-    CU_Q: gl.constexpr, USED_Q: gl.constexpr, ZEROES: gl.constexpr, BACKWARDS: gl.constexpr,
+    CU_Q: gl.constexpr, USED_Q: gl.constexpr, ZEROES: gl.constexpr,
 ):  # fmt: skip
     """delta and log-sum-exp in base 2 of BLOCK_M rows; with ZEROES zeroes their sums of dq.
 
@@ -1332,7 +1336,7 @@ def row_statistics_sm90(
 
     Rows past the end, up to padded_rows, and rows that see no key get 0 and +inf. The gradient of
     the log-sum-exp, dlse (like lse, contiguous), only changes delta. The turns are zeroed too.
-    BACKWARDS begins with the last rows, so that the first ones are still in the L2 cache after it.
+    The last rows come first, so that the first ones are still in the L2 cache after it.
     """
     allow_dependents()
     # 192 columns are no tensor's.
@@ -1341,9 +1345,7 @@ def row_statistics_sm90(
     ROWS_OF_OUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 // THREADS, THREADS], [4, 1], [1, 0])
     FLAT: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
     ROW: gl.constexpr = gl.SliceLayout(1, ROWS_OF_OUT)
-    pid = gl.program_id(0)
-    if BACKWARDS:
-        pid = gl.num_programs(0) - 1 - pid
+    pid = gl.num_programs(0) - 1 - gl.program_id(0)
     for i in range(pid * 512, num_turns, gl.num_programs(0) * 512):
         places = i + gl.arange(0, 512, layout=FLAT)
         gl.store(turns + places, gl.zeros([512], gl.int32, FLAT), mask=places < num_turns)
@@ -1416,20 +1418,18 @@ def finish_dq_sm90(
     dq_sums, dq, stride_b, stride_m, stride_h, scale, nheads, seqlen_q, padded_rows, tiles,
     table, table_tiles, batch_size, turns,
     HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_M: gl.constexpr, CU_Q: gl.constexpr,
-    FIRST_STORES: gl.constexpr, BACKWARDS: gl.constexpr,
+    FIRST_STORES: gl.constexpr,
 ):  # fmt: skip
     """dq = scale * sums, for 64 rows of one head, of which ``tiles`` make a padded sequence.
 
     With CU_Q ``tiles`` make all packed ones; rows of no sequence get 0. With FIRST_STORES so do
     those to whose block of BLOCK_M nobody came, whose turn is 0.
-    BACKWARDS begins with the last rows, whose sums are still in the L2 cache.
+    The last rows come first, whose sums are still in the L2 cache.
     """
     FLAT: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])
     STORED: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     COLUMNS: gl.constexpr = BLOCK_D // 64
-    pid = gl.program_id(0)
-    if BACKWARDS:
-        pid = gl.num_programs(0) - 1 - pid
+    pid = gl.num_programs(0) - 1 - gl.program_id(0)
     head_batch = pid // tiles
     tile = pid - head_batch * tiles
     b = head_batch // nheads

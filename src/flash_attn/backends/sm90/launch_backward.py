@@ -160,7 +160,7 @@ def backward(
         is_masked = visibility != FULL
         widest = max(problem.headdim, problem.headdim_v)
         choose = plan_ordered if problem.deterministic else plan_backward
-        plan = choose(widest, is_masked, problem.max_seqlen_q)
+        plan = choose(widest, is_masked, problem.max_seqlen_q, problem.max_seqlen_k)
     report(("sm90 backward", *problem.q.shape, *problem.k.shape, visibility), plan)
     fits, fit = (is_for_ragged_tma, for_ragged_tma) if ragged else (is_for_tma, for_tma)
     dk, dv = (x if fits(x) else _new_for_tma(x) for x in (inputs.dk, inputs.dv))
@@ -301,7 +301,7 @@ def launch_statistics(
         problem.batch_size,
         HEAD_DIM=problem.headdim_v, BLOCK_D=plan.block_d, BLOCK_M=plan.statistics_rows,
         HAS_DLSE=dlse is not None, CU_Q=packing.q is not None, USED_Q=used is not None,
-        ZEROES=not plan.first_stores, BACKWARDS=plan.backwards,
+        ZEROES=not plan.first_stores,
         num_warps=4,
     )  # fmt: skip
 
@@ -405,7 +405,7 @@ def launch_finish(
         problem.nheads, dq.shape[-3], workspace.delta.shape[-1], parts,
         *_table(packing.q, workspace), problem.batch_size, workspace.turns,
         HEAD_DIM=problem.headdim, BLOCK_D=plan.block_d, BLOCK_M=plan.block_m,
-        CU_Q=packing.q is not None, FIRST_STORES=plan.first_stores, BACKWARDS=plan.backwards,
+        CU_Q=packing.q is not None, FIRST_STORES=plan.first_stores,
         num_warps=4, launch_pdl=True,
     )  # fmt: skip
 

@@ -16,11 +16,10 @@ class BackwardPlan(NamedTuple):
         section_bytes: heads are worked on together as long as q, do and the sums of dq of their
             query heads fit into so many bytes of L2 cache.
         dq_slots, adder, in_flight: see DQ_SLOTS, ADDER and IN_FLIGHT; ``deterministic`` needs an
-            adder, but with ``piece`` there is none.
+            adder, as plans without a dq group do, but with ``piece`` there is none.
         first_stores: whoever comes first to a block of dq stores it, so that the sums need no
             zeros; needs an adder, whose ``in_flight`` it uses.
         rotates: see ROTATE; without a mask and in any order only.
-        backwards: the launches before and after begin with the last rows.
     """
 
     block_m: int
@@ -42,7 +41,6 @@ class BackwardPlan(NamedTuple):
     in_flight: int = 0
     first_stores: bool = False
     rotates: bool = False
-    backwards: bool = False
     # Of head dims above 128: columns of a buffer, and slots for P.
     piece: int = 0
     p_slots: int = 0
@@ -66,7 +64,7 @@ _D64 = BackwardPlan(
     64, 64, q_slots=3, do_slots=3, ds_slots=3, ahead=1, dq_group=True,
     registers=208, dq_registers=72,
 )  # fmt: skip
-_D128 = BackwardPlan(64, 128, ahead=2)
+_D128 = BackwardPlan(64, 128, ahead=2, adder=True)
 _D192 = BackwardPlan(
     64, 192, piece=64, p_slots=2, ds_slots=2, dq_slots=2, ahead=1, dq_group=True,
     registers=208, dq_registers=72,
@@ -77,27 +75,45 @@ _D256 = BackwardPlan(
 )  # fmt: skip
 
 
-def plan_backward(headdim: int, is_masked: bool, seqlen_q: int) -> BackwardPlan:
-    """The plan for a head dim; ``is_masked`` is whether there is a window or causality."""
-    section = 32 << 20 if is_masked and seqlen_q >= 2048 else 4 << 20
+def plan_backward(
+    headdim: int, is_masked: bool, seqlen_q: int, seqlen_k: int | None = None
+) -> BackwardPlan:
+    """The plan for a head dim; ``is_masked`` is whether there is a window or causality.
+
+    ``seqlen_k`` is given if it is not ``seqlen_q``.
+    """
+    is_long = is_masked and seqlen_q >= 2048
+    section = 32 << 20 if is_long else 4 << 20
     if headdim > MAX_HEADDIM_NARROW:
         plan = _D192 if headdim <= 192 else _D256
         return plan._replace(section_bytes=section)
-    plan = _D64 if headdim <= 64 else _D128
-    return plan._replace(eager_dv=is_masked == (headdim <= 64), section_bytes=section)
+    if headdim <= 64:
+        return _D64._replace(eager_dv=is_masked, section_bytes=section)
+    # First stores pay where the programs of a head come to different blocks of queries, which with
+    # more keys than queries they do not, and while zeros cost more than the first ones' delay.
+    differ = seqlen_k is None or seqlen_k <= seqlen_q
+    stores = differ and (not is_masked or seqlen_q <= 2048)
+    return _D128._replace(
+        eager_dv=not is_masked,
+        first_stores=stores,
+        rotates=stores and not is_masked,
+        section_bytes=4 << 20 if stores else section,
+    )
 
 
-def plan_ordered(headdim: int, is_masked: bool, seqlen_q: int) -> BackwardPlan:
+def plan_ordered(
+    headdim: int, is_masked: bool, seqlen_q: int, seqlen_k: int | None = None
+) -> BackwardPlan:
     """The plan for gradients that have the same bits every time, dq too.
 
     Programs of one head can only follow each other at some distance in time, which they have if
     many heads are worked on together.
     """
-    plan = plan_backward(headdim, is_masked, seqlen_q)._replace(
+    plan = plan_backward(headdim, is_masked, seqlen_q, seqlen_k)._replace(
         deterministic=True, is_reversed=is_masked, section_bytes=32 << 20
     )
     if headdim > MAX_HEADDIM_NARROW:
         return plan
     # Measured with 0 to 4 in flight and with 2 and 4 buffers, at 1k to 16k keys.
-    plan = plan._replace(adder=True, dq_slots=4, in_flight=1)
+    plan = plan._replace(adder=True, dq_slots=4, in_flight=1, first_stores=True, rotates=False)
     return plan._replace(registers=200) if headdim <= 64 else plan
