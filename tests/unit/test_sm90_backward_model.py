@@ -29,7 +29,7 @@ from support import (
 from flash_attn.backends.sm90 import launch_backward
 from flash_attn.backends.sm90.plans_backward import BackwardPlan, plan_backward, plan_ordered
 from flash_attn.core import reference
-from flash_attn.core.problem import BackwardInputs
+from flash_attn.core.problem import AttentionProblem, BackwardInputs, Visibility, make_transform
 from flash_attn.core.sequences import sequences
 
 D64_GROUP = BackwardPlan(64, 64, 3, 3, 3, ahead=1, dq_group=True, registers=208, dq_registers=72)
@@ -259,6 +259,33 @@ BATCH_MASKS: dict[str, dict[str, Any]] = {
     "left": {"window_size": (20, 0)},
     "window": {"window_size": (30, 20), "softcap": 2.0},
 }
+
+
+@pytest.mark.parametrize(
+    ("seqlens", "heads", "causal", "heads_in_section"),
+    [
+        ((4096, 4096), (16, 16), True, 8),  # what 32 MB hold
+        ((4096, 4096), (32, 8), True, 4),  # what makes 128 programs; 32 MB hold 2
+        ((4096, 4096), (32, 8), False, 1),
+        ((8192, 8192), (16, 2), True, 2),
+        ((1024, 1024), (32, 8), True, 16),
+        ((1024, 1024), (16, 16), True, 4),  # 4 MB
+        ((1024, 100), (16, 8), True, 16),  # there are no more
+    ],
+)
+def test_sections(seqlens: Any, heads: Any, causal: bool, heads_in_section: int) -> None:
+    q = torch.empty(2, seqlens[0], heads[0], 128, dtype=FP16, device="meta")
+    k = torch.empty(2, seqlens[1], heads[1], 128, dtype=FP16, device="meta")
+    visibility = Visibility(None, 0 if causal else None)
+    problem = AttentionProblem(q, k, k, make_transform(128), visibility)
+    plan = plan_backward(128, causal, *seqlens)
+    section = launch_backward._section(problem, launch_backward.Packing(), plan)
+    assert section == heads_in_section
+    ordered = plan_ordered(128, causal, *seqlens)
+    group = heads[0] // heads[1]
+    fits = max(1, (32 << 20) // (seqlens[0] * 128 * 8 * group))
+    section = launch_backward._section(problem, launch_backward.Packing(), ordered)
+    assert section == min(fits, 2 * heads[1])
 
 
 @pytest.mark.parametrize("name", ROTATED)

@@ -272,7 +272,11 @@ def _section(problem: AttentionProblem, packing: Packing, plan: BackwardPlan) ->
     """Key heads that are worked on at a time."""
     group = problem.nheads // problem.nheads_k
     bytes_of_head = max(1, group * problem.max_seqlen_q * problem.headdim * 8)
-    return max(1, min(_key_heads(problem, packing), plan.section_bytes // bytes_of_head))
+    heads = plan.section_bytes // bytes_of_head
+    if group > 1:
+        programs = max(1, -(-problem.max_seqlen_k // _BLOCK_N))
+        heads = max(heads, plan.least_programs // programs)
+    return max(1, min(_key_heads(problem, packing), heads))
 
 
 def _tiles_of_head(packing: Packing, workspace: Workspace) -> int:
