@@ -198,7 +198,11 @@ def _inside_nan(x: torch.Tensor) -> torch.Tensor:
     return view
 
 
-@pytest.mark.parametrize("name", ["d64 group ahead", "d128 eager ahead 2"])
+@pytest.mark.parametrize(
+    "name",
+    ["d64 group ahead", "d128 eager ahead 2", "in use, d128 causal", "in use, d64 ordered",
+     "in use, d128 ordered causal"],
+)  # fmt: skip
 def test_nothing_outside_is_read_or_written(kernels: Any, name: str) -> None:
     plan = PLANS[name]
     inputs = dense("cpu", FP16, 2, (70, 150), (2, 1), plan.block_d, causal=True)
@@ -244,7 +248,8 @@ def test_inputs_that_tma_cannot_address_are_copied(kernels: Any) -> None:
 
 
 IN_ORDER = ["d64 group reversed", "d64 ordered", "d128 ordered", "d128 reversed"]
-FIRST_STORES = ["d64 group, first stores", "d64, first stores", "d128, first stores reversed"]
+FIRST_STORES = ["d64 group, first stores", "d64, first stores", "d128, first stores reversed",
+                "d64 group, first stores in order", "in use, d128 causal"]  # fmt: skip
 RAGGED = [*IN_ORDER, *FIRST_STORES]
 WITHOUT_MASKS = [*RAGGED, "d128, rotated first stores", "d64 group, rotated"]
 BATCHES = {
