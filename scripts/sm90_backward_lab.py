@@ -62,22 +62,16 @@ def variants() -> list[Variant]:
         "dq_group": True, "registers": 208, "dq_registers": 72,
     }  # fmt: skip
     eager = {**d64, "eager_dv": True}
-    d128 = {"block_m": 64, "block_d": 128, "eager_dv": True, "ahead": 2}
-    house = {"housekeeping": True}
-    house64 = {"housekeeping": True, "registers": 200, "other_registers": 40}
+    d128 = {"block_m": 64, "block_d": 128, "eager_dv": True, "ahead": 2, "adder": True}
     ordered = {"deterministic": True, "adder": True, "dq_slots": 4}
     ordered128 = {**ordered, "in_flight": 1}
     ordered64 = {**ordered, "in_flight": 2}
     last_first = {"is_reversed": True}
     return [
-        Variant("d128 house", 128, {**d128, **house}),
-        Variant("d64 house", 64, {**d64, **house64}),
         Variant("d128 ordered", 128, {**d128, **ordered128}),
         Variant("d64 ordered", 64, {**d64, **ordered64}),
         Variant("d128 reversed", 128, {**d128, **ordered128, **last_first}),
         Variant("d64 eager reversed", 64, {**eager, **ordered64, **last_first}),
-        Variant("d128 house reversed", 128, {**d128, **ordered128, **house, **last_first}),
-        Variant("d64 eager house reversed", 64, {**eager, **ordered64, **house64, **last_first}),
         Variant("d128", 128, d128),
         Variant("d64", 64, d64),
         *wide_variants(),
@@ -488,15 +482,15 @@ def parts_of(
     whole = f"{name}|{megabytes}"
 
     def main() -> None:
-        if plan.housekeeping or plan.deterministic:
-            workspace.counters.zero_()
+        if plan.first_stores or plan.deterministic:
+            workspace.turns.zero_()
         launch_backward.launch_main(*arguments)
 
     packed = {}
-    if not plan.housekeeping and not plan.piece:
+    if not plan.piece:
         flat = as_packed(problem, inputs)
         packed[whole + "|packed"] = lambda: launch_backward.backward(*flat, plan)
-    around = f"{whole}|" if plan.housekeeping else f"d{problem.headdim}||"
+    around = f"{whole}|" if plan.first_stores else f"d{problem.headdim}||"
     return {
         whole + "|whole": lambda: launch_backward.backward(problem, inputs, plan),
         whole + "|main": main,

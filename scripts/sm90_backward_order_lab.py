@@ -38,8 +38,11 @@ def plans(headdim: int, is_causal: bool, seqlen: int) -> dict[str, Any]:
 
     ordered = plan_ordered(headdim, is_causal, seqlen)
     turned = ordered._replace(is_reversed=not ordered.is_reversed)
-    found = {IN_USE: plan_backward(headdim, is_causal, seqlen)}
-    found["unordered adder"] = ordered._replace(deterministic=False, in_flight=0, is_reversed=False)
+    used = plan_backward(headdim, is_causal, seqlen)
+    found = {IN_USE: used._replace(first_stores=False, rotates=False)}
+    found["unordered adder"] = ordered._replace(
+        deterministic=False, in_flight=0, is_reversed=False, first_stores=False
+    )
     if is_causal:
         found["unordered reversed"] = found[IN_USE]._replace(is_reversed=True)
     found |= {f"ordered {n} in flight": ordered._replace(in_flight=n) for n in range(5)}
@@ -177,8 +180,8 @@ def main_kernel(cell: Cell, plan: Any) -> Callable[[], object]:
     launch_backward.launch_statistics(*arguments)
 
     def run() -> None:
-        if plan.deterministic:
-            workspace.counters.zero_()
+        if plan.first_stores or plan.deterministic:
+            workspace.turns.zero_()
         launch_backward.launch_main(*arguments)
 
     return run

@@ -48,7 +48,7 @@ SHAPES = {"usual": (2, 2048, 4), "ones": (1, 1, 1), "odd": (3, 77, 3)}
 
 
 def launches(case: Case, headdim: int) -> Iterator[tuple[str, aot.Launch]]:
-    """The kernel calls of one backward, and of one with sums in order the main one."""
+    """The kernel calls of one backward, with the plans of other lengths and with sums in order."""
     batch, seqlen, nheads = SHAPES[case.shape]
     dtype = torch.float16 if case.mask == "window" else torch.bfloat16
     places = (batch * seqlen,) if "packed" in case.features else (batch, seqlen)
@@ -74,20 +74,17 @@ def launches(case: Case, headdim: int) -> Iterator[tuple[str, aot.Launch]]:
     for one in aot.record(lambda: launch_backward.backward(problem, inputs), "sm90"):
         yield "in use", one
     widest = max(headdim, case.headdim_v or 0)
-    if case in AROUND:
-        for name, plan in around(headdim, case.mask != "full", seqlen).items():
+    if case.shape != "usual" or case.headdim_v:
+        return  # other plans differ from others as the plan in use does
+    plans = {"without stores": without_stores(widest, case.mask != "full")}
+    if not ("alibi" in case.features and widest > MAX_HEADDIM_CHUNK):  # refused in order
+        plans["ordered"] = plan_ordered(widest, case.mask != "full", seqlen)
+    for name, plan in plans.items():
+        if plan is not None:
             for one in aot.record(
                 lambda p=plan: launch_backward.backward(problem, inputs, p), "sm90"
             ):
                 yield name, one
-    if "alibi" in case.features and widest > MAX_HEADDIM_CHUNK:
-        return  # refused in order
-    if case.shape != "usual" or case.headdim_v:
-        return  # differs from others as the plan in use does
-    plan = plan_ordered(widest, case.mask != "full", seqlen)
-    for one in aot.record(lambda: launch_backward.backward(problem, inputs, plan), "sm90"):
-        if one.name == "attention_backward_sm90":
-            yield "ordered", one
 
 
 class Case(NamedTuple):
@@ -99,25 +96,12 @@ class Case(NamedTuple):
     headdim_v: int | None = None
 
 
-def around(headdim: int, is_masked: bool, seqlen: int) -> dict[str, BackwardPlan]:
-    """Plans with less work before and after, none of which is in use."""
-    plan = plan_backward(headdim, is_masked, seqlen)
-    ordered = plan_ordered(headdim, is_masked, seqlen)
-    stores = {"adder": True, "first_stores": True, "in_flight": 1, "backwards": True}
-    found = {
-        "first stores": plan._replace(**stores, dq_slots=4, registers=ordered.registers),
-        "first stores in order": ordered._replace(first_stores=True),
-    }
-    if headdim <= 64:
-        house = plan._replace(housekeeping=True, registers=200, other_registers=40)
-        found["housekeeping"] = house
-        found["finishing"] = house._replace(prepares=False)
-        found["finishing, first stores"] = found["finishing"]._replace(**stores)
-    return found
+def without_stores(headdim: int, is_masked: bool) -> BackwardPlan | None:
+    """The plan of other lengths than those of the shapes here, if it has other kernels."""
+    plan = plan_backward(headdim, is_masked, 64, 4096)
+    return plan if plan_backward(headdim, is_masked, 512).first_stores else None
 
 
-# Where they are compiled.
-AROUND = (Case("causal"), Case("full"))
 CASES = [
     *map(Case, VISIBILITIES),
     Case("causal", "ones"),

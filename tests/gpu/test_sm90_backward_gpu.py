@@ -73,19 +73,11 @@ def solve(inputs: Inputs, plan: BackwardPlan | None = None, results: Any = None)
 
 
 def plans(headdim: int, is_masked: bool) -> list[BackwardPlan]:
-    """The plan in use, the other order of programs, with housekeeping, and sums in order."""
+    """The plan in use, without first stores, the other order of programs, and sums in order."""
     plan = plan_backward(headdim, is_masked, 512)
-    house = {"housekeeping": True, "distance": 4, "section_bytes": 1 << 18}
-    if headdim <= 64:
-        house |= {"registers": 200, "other_registers": 40}
-    kinds = [plan, plan._replace(is_reversed=True), plan_ordered(headdim, is_masked, 512)]
-    # Of the plans, housekeeping alone depends on the head dim itself: one of each width.
-    return [*kinds, plan._replace(**house)] if headdim in (61, 64, 128) else kinds
-
-
-def ragged_plans(headdim: int, is_masked: bool) -> list[BackwardPlan]:
-    """Those that serve lengths on the device."""
-    return [plan for plan in plans(headdim, is_masked) if not plan.housekeeping]
+    zeros = plan._replace(first_stores=False, rotates=False)  # in use for other lengths
+    other = plan._replace(is_reversed=True)
+    return list(dict.fromkeys([plan, zeros, other, plan_ordered(headdim, is_masked, 512)]))
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16])
@@ -245,7 +237,7 @@ def test_packed_sequences(headdim: int, mask: str, batch: str) -> None:
         x[end:] = float("nan")
         inputs = inputs.but(**{name: x})
     out, lse = arguments_of(clean)[1][1:3]
-    for plan in ragged_plans(headdim, mask != "full"):
+    for plan in plans(headdim, mask != "full"):
         _, arguments = arguments_of(clean)
         arguments = arguments._replace(dout=inputs.dout)
         launch_backward.backward(inputs.problem(), arguments, plan)
@@ -259,7 +251,7 @@ def test_packed_sequences(headdim: int, mask: str, batch: str) -> None:
 def test_nan_stays_in_its_sequence(headdim: int, mask: str) -> None:
     lengths = ([170, 33, 90, 300], [150, 161, 140, 300])
     inputs = varlen("cuda", FP16, *lengths, (4, 2), headdim, **MASKS[mask])
-    for plan in ragged_plans(headdim, mask != "full"):
+    for plan in plans(headdim, mask != "full"):
         want = solve(inputs, plan)
         dirty = inputs.but(**{n: getattr(inputs, n).clone() for n in ("q", "k", "v", "dout")})
         for tensor, rows in zip(dirty.tensors, (0, 1, 1, 0), strict=True):
@@ -307,7 +299,7 @@ def test_bounds_that_lie(headdim: int, bounds: str) -> None:
             **{name: _packed_inside_nan(getattr(inputs, name)) for name in names},
             lengths=(cu_q, cu_k, 750, 750),
         )
-        for plan in ragged_plans(headdim, is_masked=True):
+        for plan in plans(headdim, is_masked=True):
             results = tuple(_packed_inside_nan(x) for x in (inputs.q, inputs.k, inputs.v))
             solve(inputs, plan, results)
             for view in results:
@@ -341,7 +333,7 @@ def test_rows_in_use(headdim: int, packed: bool, mask: str) -> None:
         n: getattr(inputs, n).masked_fill(x[..., None, None], float("nan"))
         for n, x in hidden.items()
     })  # fmt: skip
-    for plan in ragged_plans(headdim, mask != "full"):
+    for plan in plans(headdim, mask != "full"):
         got = solve(inputs, plan)
         check(inputs, got)
         if plan.deterministic:
@@ -373,7 +365,7 @@ def test_chunks(headdim: int, chunk: int, mask: str, packed: bool) -> None:
     lengths = ([190, 430], [600, 370]) if packed else (2, (350, 800))
     inputs = make("cuda", BF16, *lengths, (4, 2), headdim, **MASKS[mask])
     inputs = extended(inputs, attention_chunk=chunk)
-    for plan in ragged_plans(headdim, is_masked=True):
+    for plan in plans(headdim, is_masked=True):
         check(inputs, solve(inputs, plan))
     with flash_attn.use_backend("sm90"):
         assert registry.select(inputs.problem(), backward=True).name == "sm90"
@@ -390,7 +382,7 @@ def test_alibi(headdim: int, mask: str, packed: bool) -> None:
     inputs = make("cuda", BF16, *lengths, (4, 2), headdim, **MASKS[mask])
     for batch in (None, 3):
         inputs = inputs.but(alibi_slopes=alibi_slopes("cuda", 4, batch))
-        for plan in ragged_plans(headdim, mask != "full"):
+        for plan in plans(headdim, mask != "full"):
             check(inputs, solve(inputs, plan))
 
 
@@ -473,7 +465,7 @@ def test_thousands_of_launches_over_random_batches() -> None:
         mask = MASKS[chosen.choice(list(MASKS))]
         inputs = varlen("cuda", BF16, *lengths, heads, headdim, chosen.choice([0, 33]), **mask)
         problem, arguments = arguments_of(inputs)
-        plan = chosen.choice(ragged_plans(headdim, bool(mask)))
+        plan = chosen.choice(plans(headdim, bool(mask)))
         for _ in range(50):
             launch_backward.backward(problem, arguments, plan)
         check(inputs, Solution(arguments.out, arguments.softmax_lse, *arguments[3:6]))

@@ -18,19 +18,20 @@ are already in the registers that the next products read them from. A consumer's
 
     S = k q^T;  dP = v do^T;  P = exp2(S - lse);  dV += P do;  dS = P (dP - delta)
     dS to shared memory; meet the other consumer
-    dQ = half of dS^T k;  dK += dS q;  dQ to shared memory, from where TMA adds it to the sums
+    dQ = half of dS^T k;  dK += dS q;  dQ to shared memory
 
+ADDER: a warp of its own has TMA add dQ to the sums, and whoever computes it only waits for room to
+leave it in.
 DQ_GROUP: a third group computes dQ instead, so that the consumers never wait for each other.
-ADDER: a warp of its own has TMA add dQ, and whoever computes it only waits for room to leave it in.
+Without an adder it asks TMA itself.
 FIRST_STORES: the first program that comes to a block of dq stores it, so nobody has to zero it.
+ROTATE: without a mask, the programs of a head begin at different queries and wrap around, so that
+they do not come to the same block of dq at the same time.
 DETERMINISTIC: the programs add to each block of dq in the order of their keys, REVERSED from the
 last to the first. A program waits only for programs with smaller numbers, which started before it.
 
 AHEAD starts the next step's S before dQ leaves the registers (1) or after (2; with DQ_GROUP there
 is no difference). EAGER_DV queues dV behind dP instead of waiting for dP first.
-
-HOUSEKEEPING moves most of the other two kernels' work into the main kernel, where two warps that
-would have nothing to do carry it out beside the products: see ``Duties``.
 
 Rows past a sequence's end are read as 0 by TMA, with lse +inf, which makes p 0; keys past the end
 are masked. Where the sequences' lengths are on the device (RAGGED), TMA is told each sequence's end
@@ -74,14 +75,9 @@ LOG2E = gl.constexpr(1.4426950408889634)
 ROWS = gl.constexpr(64)
 # The first hardware barrier that the compiler leaves alone.
 CONSUMERS_MEET = gl.constexpr(9)
-HOUSEKEEPERS_MEET = gl.constexpr(10)
 NO_ROW = gl.constexpr(0x3FFFFFFF)
 # The rows that a ragged descriptor claims to have: see Span.
 FAR = gl.constexpr(1 << 30)
-# Housekeeping: its warps; rows of a piece, and of a tile of out and dout.
-HOUSEKEEPERS = gl.constexpr(2)
-PIECE = gl.constexpr(128)
-STRIP = gl.constexpr(8)
 
 
 # ---------------------------------------------------------------------------------- shared memory
@@ -209,16 +205,14 @@ class Config:
     BLOCK_M: gl.constexpr
     BLOCK_N: gl.constexpr
     BLOCK_D: gl.constexpr
-    HEAD_DIM: gl.constexpr
     EAGER_DV: gl.constexpr
     AHEAD: gl.constexpr
     DQ_GROUP: gl.constexpr
-    HOUSEKEEPING: gl.constexpr
+    FIRST_STORES: gl.constexpr
     ADDER: gl.constexpr
     IN_FLIGHT: gl.constexpr
     DETERMINISTIC: gl.constexpr
-    FIRST_STORES: gl.constexpr
-    PREPARES: gl.constexpr
+    ROTATE: gl.constexpr
     SOFTCAP: gl.constexpr
     HAS_LEFT: gl.constexpr
     HAS_RIGHT: gl.constexpr
@@ -227,23 +221,20 @@ class Config:
     RAGGED: gl.constexpr
 
     @gluon.constexpr_function
-    def __init__(self, BLOCK_M, BLOCK_D, EAGER_DV, AHEAD, DQ_GROUP, HOUSEKEEPING, ADDER,
+    def __init__(self, BLOCK_M, BLOCK_D, EAGER_DV, AHEAD, DQ_GROUP, FIRST_STORES, ADDER,
                  IN_FLIGHT, DETERMINISTIC, SOFTCAP, HAS_LEFT, HAS_RIGHT, HAS_CHUNK, HAS_ALIBI,
-                 RAGGED, BLOCK_N=128, HEAD_DIM=None, FIRST_STORES=False,
-                 PREPARES=False):  # fmt: skip
+                 RAGGED, BLOCK_N=128, ROTATE=False):  # fmt: skip
         self.BLOCK_M = gl.constexpr(BLOCK_M)
         self.BLOCK_N = gl.constexpr(BLOCK_N)
         self.BLOCK_D = gl.constexpr(BLOCK_D)
-        self.HEAD_DIM = gl.constexpr(BLOCK_D if HEAD_DIM is None else HEAD_DIM)
         self.EAGER_DV = gl.constexpr(EAGER_DV)
         self.AHEAD = gl.constexpr(AHEAD)
         self.DQ_GROUP = gl.constexpr(DQ_GROUP)
-        self.HOUSEKEEPING = gl.constexpr(HOUSEKEEPING)
+        self.FIRST_STORES = gl.constexpr(FIRST_STORES)
         self.ADDER = gl.constexpr(ADDER)
         self.IN_FLIGHT = gl.constexpr(IN_FLIGHT)
         self.DETERMINISTIC = gl.constexpr(DETERMINISTIC)
-        self.FIRST_STORES = gl.constexpr(FIRST_STORES)
-        self.PREPARES = gl.constexpr(PREPARES)
+        self.ROTATE = gl.constexpr(ROTATE)
         self.SOFTCAP = gl.constexpr(SOFTCAP)
         self.HAS_LEFT = gl.constexpr(HAS_LEFT)
         self.HAS_RIGHT = gl.constexpr(HAS_RIGHT)
@@ -462,6 +453,8 @@ class Work:
     every query head of the group in turn. ``first_sum`` is the first of these rows in the padded
     statistics and the sums of dq, and ``to_next_head`` leads from the last step of a head to the
     first one of the next there. ``queries`` and ``keys`` are where the sequence's rows lie.
+    With ROTATE the rows are all, [0, end_row), from first_row on and around, and ``to_next_head``
+    leads from a row to the next head's.
     ``slopes`` points to the sequence's ALiBi slopes, with HAS_ALIBI.
     """
 
@@ -517,12 +510,36 @@ class Work:
 
 
 @gluon.jit
+def row_after(work, row):
+    """The next step's row."""
+    first = 0 if work.config.ROTATE else work.first_row
+    following = row + work.config.BLOCK_M
+    return gl.where(following >= work.end_row, first, following)
+
+
+@gluon.jit
 def step_after(work, row, sum_row):
     """The next step's (row, row of the sums)."""
     BLOCK_M: gl.constexpr = work.config.BLOCK_M
-    is_last = row + BLOCK_M >= work.end_row
-    following = gl.where(is_last, work.first_row, row + BLOCK_M)
-    return following, sum_row + gl.where(is_last, work.to_next_head, BLOCK_M)
+    following = row_after(work, row)
+    if work.config.ROTATE:
+        further = gl.where(following == work.first_row, work.to_next_head, 0)
+        further += following - row
+    else:
+        further = gl.where(row + BLOCK_M >= work.end_row, work.to_next_head, BLOCK_M)
+    return following, sum_row + further
+
+
+@gluon.jit
+def first_of_rotation(first_key, seqlen_k, end_row, config):
+    """Where a program begins among the rows [0, end_row): as far on as its keys are among all.
+
+    In pairs of blocks, see claiming_adder.
+    """
+    PAIR: gl.constexpr = 2 * config.BLOCK_M
+    blocks = gl.maximum((seqlen_k + config.BLOCK_N - 1) // config.BLOCK_N, 1)
+    row = (first_key // config.BLOCK_N).to(gl.int64) * end_row // blocks
+    return row.to(gl.int32) // PAIR * PAIR
 
 
 @gluon.jit
@@ -563,24 +580,21 @@ def ask_for(desc, at, ring, use):
 
 
 @gluon.jit
-def ask_with_row_values(desc, values_desc, head, row, sum_row, ring, values, use, work, duties):
+def ask_with_row_values(desc, values_desc, head, row, sum_row, ring, values, use, work):
     """Start loading a block of rows and one number for each row into the same slot.
 
-    Only these numbers come from the launch before or from housekeepers, so only they wait for them.
+    Only these numbers come from the launch before, so only they wait for it.
     """
     slot = ring.full.index(use % ring.SLOTS)
     mbarrier.expect(slot, bytes_of(desc.block_type) + bytes_of(values_desc.block_type))
     tma_load(desc, coordinates(work.queries, head, row), slot, ring.slot(use))
     if use == 0:
         wait_for_dependencies()
-    if work.config.PREPARES:  # noqa: SIM102 -- one condition is a constant, the other is not
-        if row == work.first_row:
-            wait_until_prepared(duties, sum_row // duties.padded_rows)
     tma_load(values_desc, [sum_row], slot, values.index(use % ring.SLOTS))
 
 
 @gluon.jit
-def producer(work, shared, duties, group, q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc):
+def producer(work, shared, group, q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc):
     """Ask for everything that the consumers read, as slots become empty."""
     at = coordinates(work.keys, work.key_head, work.first_key)
     ask_for(k_desc, at, shared.k, 0)
@@ -590,12 +604,10 @@ def producer(work, shared, duties, group, q_desc, k_desc, v_desc, do_desc, lse_d
     sum_row = work.first_sum
     for i in range(work.steps):
         shared.q.wait_empty(i)
-        ask_with_row_values(
-            q_desc, lse_desc, head, row, sum_row, shared.q, shared.lse, i, work, duties
-        )
+        ask_with_row_values(q_desc, lse_desc, head, row, sum_row, shared.q, shared.lse, i, work)
         shared.do.wait_empty(i)
         ask_with_row_values(
-            do_desc, delta_desc, head, row, sum_row, shared.do, shared.delta, i, work, duties
+            do_desc, delta_desc, head, row, sum_row, shared.do, shared.delta, i, work
         )
         row, sum_row = step_after(work, row, sum_row)
         head = gl.where(row == work.first_row, head + 1, head)
@@ -811,7 +823,7 @@ def store_keys(desc, work, ring, values, LANE: gl.constexpr):
 
 
 @gluon.jit
-def consumer(LANE: gl.constexpr, work, shared, duties, dq_desc, dk_desc, dv_desc):
+def consumer(LANE: gl.constexpr, work, shared, group, dk_desc, dv_desc):
     """dk and dv of keys [64 * LANE, 64 * LANE + 64) of the program's, and dS for dq."""
     config = work.config
     BLOCK_M: gl.constexpr = config.BLOCK_M
@@ -832,7 +844,6 @@ def consumer(LANE: gl.constexpr, work, shared, duties, dq_desc, dk_desc, dv_desc
     dq_zeros = gl.zeros([ROWS, 64], gl.float32, DQ)
     first_key = work.first_key + LANE * ROWS
     row = work.first_row
-    sum_row = work.first_sum
     shared.k.wait_full(0)
     s = zeros
     if AHEAD > 0:
@@ -860,7 +871,7 @@ def consumer(LANE: gl.constexpr, work, shared, duties, dq_desc, dk_desc, dv_desc
         lse = shared.lse.index(i % shared.q.SLOTS).load(COLUMN)
         exponent = exponents(work, s)
         if config.HAS_ALIBI:
-            head = work.key_head * duties.group + i // (work.steps // duties.group)
+            head = work.key_head * group + i // (work.steps // group)
             exponent = subtract_alibi(work, exponent, first_key, row, head)
         p = gl.exp2(exponent - gl.expand_dims(lse, 0))
         p = mask_if_needed(work, p, first_key, row)
@@ -911,11 +922,7 @@ def consumer(LANE: gl.constexpr, work, shared, duties, dq_desc, dk_desc, dv_desc
             dv = warpgroup_mma_wait(2 + EARLY, deps=[dv])
             shared.do.release(i)
             dq = warpgroup_mma_wait(1 + EARLY, deps=[dq])
-            if config.ADDER:
-                leave_to_adder(shared, dq, i * 2 + LANE)
-            else:
-                tma.store_wait(0)
-                add_to_dq(dq_desc, work, sum_row, dq, shared.dq.data.index(LANE), LANE)
+            leave_to_adder(shared, dq, i * 2 + LANE)
             if AHEAD == 2:
                 shared.q.wait_full(following)
                 s = keys_by_rows(k, rows_of(shared.q, following, work), zeros)
@@ -923,10 +930,9 @@ def consumer(LANE: gl.constexpr, work, shared, duties, dq_desc, dk_desc, dv_desc
             shared.q.release(i)
             if AHEAD > 0:
                 s = warpgroup_mma_wait(0, deps=[s])
-        row, sum_row = step_after(work, row, sum_row)
+        row = row_after(work, row)
 
     # dk and dv leave through k and v; the other groups must be done with k.
-    tma.store_wait(0)
     if config.DQ_GROUP:  # noqa: SIM102 -- one condition is a constant, the other is not
         if work.steps > 0:
             shared.ds.wait_empty(work.steps - 1 + shared.ds.SLOTS)
@@ -934,12 +940,10 @@ def consumer(LANE: gl.constexpr, work, shared, duties, dq_desc, dk_desc, dv_desc
     store_keys(dv_desc, work, shared.v, dv, LANE)
     store_keys(dk_desc, work, shared.k, dk * work.scale, LANE)
     tma.store_wait(0)
-    if config.HOUSEKEEPING and not (config.DQ_GROUP or config.ADDER):
-        report_sums(work, duties)
 
 
 @gluon.jit
-def dq_group(work, shared, duties, dq_desc):
+def dq_group(work, shared, dq_desc):
     """dq of every step, from the dS of both consumers."""
     config = work.config
     TILES: gl.constexpr = tiles_in_block(config)
@@ -965,13 +969,11 @@ def dq_group(work, shared, duties, dq_desc):
                 add_to_dq(dq_desc, work, sum_row, dq, shared.dq.slot(use), tile)
         row, sum_row = step_after(work, row, sum_row)
     tma.store_wait(0)
-    if config.HOUSEKEEPING and not config.ADDER:
-        report_sums(work, duties)
 
 
 # ------------------------------------------------------------------------------------------- adder
 @gluon.jit
-def adder(work, shared, duties, dq_desc):
+def adder(work, shared, turns, dq_desc):
     """Add every step's tiles of dq to the sums, in order with DETERMINISTIC.
 
     It takes about three microseconds until an addition is known to be in memory. Not to wait for
@@ -979,7 +981,7 @@ def adder(work, shared, duties, dq_desc):
     """
     config = work.config
     TILES: gl.constexpr = tiles_in_block(config)
-    wait_for_dependencies()  # that the counters are zeroed
+    wait_for_dependencies()  # that the turns are zeroed
     row = work.first_row
     sum_row = work.first_sum
     earlier = no_steps(config)
@@ -988,7 +990,7 @@ def adder(work, shared, duties, dq_desc):
         if config.DETERMINISTIC:
             turn = turn_of(work, row)
             if seen < turn:
-                wait_until(duties.turns + sum_row // ROWS, turn)
+                wait_until(turns + sum_row // ROWS, turn)
             fence_async()  # also behind what was only peeked at
         for tile in gl.static_range(TILES):
             use = i * TILES + tile
@@ -1005,9 +1007,9 @@ def adder(work, shared, duties, dq_desc):
             if i >= config.IN_FLIGHT:
                 # The fence of count_up, between this and its use, makes it as good as wait_until.
                 next_sum = gl.where(i + 1 < work.steps, sum_row, earlier[0])  # there may be no next
-                seen = peek(duties.turns + next_sum // ROWS)
+                seen = peek(turns + next_sum // ROWS)
                 tma_complete(config.IN_FLIGHT * TILES)
-                pass_turn(duties, earlier[config.IN_FLIGHT])
+                pass_turn(turns, earlier[config.IN_FLIGHT])
         earlier = earlier[: config.IN_FLIGHT]
         tma.store_wait(0)
         for tile in gl.static_range(TILES):
@@ -1016,27 +1018,30 @@ def adder(work, shared, duties, dq_desc):
         tma_complete(0)
         for j in gl.static_range(config.IN_FLIGHT):
             if config.IN_FLIGHT - 1 - j < work.steps:  # the oldest one first
-                pass_turn(duties, earlier[config.IN_FLIGHT - 1 - j])
-    if config.HOUSEKEEPING:
-        report_sums(work, duties)
+                pass_turn(turns, earlier[config.IN_FLIGHT - 1 - j])
 
 
 @gluon.jit
-def claiming_adder(work, shared, duties, dq_desc):
+def claiming_adder(work, shared, turns, dq_desc):
     """Add every step's tiles of dq to the sums, in any order behind who stores them: FIRST_STORES.
 
     A block's counter is 0 before anybody came, then 1, and 2 when the first tiles are in memory,
-    which is looked at when IN_FLIGHT more steps' are on their way. Nobody waits in a circle: all
-    programs take the blocks in the same order, so who is waited for is further on.
+    which is looked at when IN_FLIGHT more steps' are on their way. Nobody waits in a circle: who is
+    waited for has nobody to wait for if IN_FLIGHT is 0, and else is further on, as all programs
+    take the blocks in the same order. With ROTATE the blocks of a head are themselves a circle, and
+    with IN_FLIGHT 1 all could wait: if each had stored one block and stood at the next, which the
+    next program stored. None of them came from a block before, where it would still have to wait.
+    So each began at its own block, and every block would be some program's first, but only every
+    other one is. With more IN_FLIGHT these would suffice.
     """
     config = work.config
     TILES: gl.constexpr = tiles_in_block(config)
-    wait_for_dependencies()  # that the counters are zeroed
+    wait_for_dependencies()  # that the turns are zeroed
     row = work.first_row
     sum_row = work.first_sum
     owed = no_rows(config)  # of the last steps, the rows that this program stored, or -1
     for i in range(work.steps):
-        counter = duties.turns + sum_row // ROWS
+        counter = turns + sum_row // ROWS
         state = claim(counter)
         if state == 1:
             wait_until(counter, 2)
@@ -1050,7 +1055,7 @@ def claiming_adder(work, shared, duties, dq_desc):
         row, sum_row = step_after(work, row, sum_row)
         if owed[config.IN_FLIGHT] >= 0:
             tma_complete(config.IN_FLIGHT * TILES)
-            pass_turn(duties, owed[config.IN_FLIGHT])
+            pass_turn(turns, owed[config.IN_FLIGHT])
         owed = owed[: config.IN_FLIGHT]
         tma.store_wait(0)
         for tile in gl.static_range(TILES):
@@ -1058,9 +1063,7 @@ def claiming_adder(work, shared, duties, dq_desc):
     tma_complete(0)
     for j in gl.static_range(config.IN_FLIGHT):
         if owed[j] >= 0:
-            pass_turn(duties, owed[j])
-    if config.HOUSEKEEPING:
-        report_sums(work, duties)
+            pass_turn(turns, owed[j])
 
 
 @gluon.jit
@@ -1091,244 +1094,16 @@ def no_steps(config):
 
 
 @gluon.jit
-def counter_of(turns, sum_row, BLOCK_M: gl.constexpr):
-    """The counter of the block of BLOCK_M rows with a row of the sums."""
-    return turns + sum_row // BLOCK_M * (BLOCK_M // ROWS)
-
-
-@gluon.jit
-def pass_turn(duties, sum_row):
+def pass_turn(turns, sum_row):
     """Let the next program add to a block of dq, to which this one's additions are in memory."""
     fence_async()
-    count_up(duties.turns + sum_row // ROWS)
-
-
-# ------------------------------------------------------------------------------------ housekeeping
-@aggregate
-class Duties:
-    """The share of the work before and after that the main kernel's programs do for each other.
-
-    The rows of all query heads, padded, are taken in pieces of PIECE rows. A program of number n
-    has ``pieces / programs`` of them, those around n * pieces / programs; it prepares (statistics,
-    zeros) the ones ``lag`` further on and finishes (dq from its sums) the ones ``lag`` back. The
-    launch before prepares the first ``lag`` pieces and the launch after finishes the last ones.
-
-    ``lag`` is so much more than a section's pieces that a program only waits for programs with
-    smaller numbers, which started before it: so none waits for ever.
-
-    ``prepared`` counts the pieces of each query head, ``summed`` the programs that have added all
-    of theirs to dq for each key head, once for each warp; ``turns`` those that have added to each
-    64 rows of dq, of a block of more only to the first, or what claiming_adder says; int32 in
-    global memory.
-    """
-
-    prepared: gl.tensor
-    turns: gl.tensor
-    summed: gl.tensor
-    padded_rows: gl.tensor
-    group: gl.tensor
-    nheads: gl.tensor
-    seqlen_q: gl.tensor
-    lag: gl.tensor
-    first: gl.tensor
-    end: gl.tensor
-    pieces: gl.tensor
-    lse: gl.tensor
-    lse_log2: gl.tensor
-    delta: gl.tensor
-    sums: gl.tensor
-    dq: gl.tensor
-    stride_lb: gl.tensor
-    stride_lh: gl.tensor
-    stride_qb: gl.tensor
-    stride_qm: gl.tensor
-    stride_qh: gl.tensor
-
-    @gluon.constexpr_function
-    def __init__(self, prepared, turns, summed, padded_rows, group, nheads, seqlen_q, lag, first,
-                 end, pieces, lse, lse_log2, delta, sums, dq, stride_lb, stride_lh, stride_qb,
-                 stride_qm, stride_qh):  # fmt: skip
-        self.prepared = prepared
-        self.turns = turns
-        self.summed = summed
-        self.padded_rows = padded_rows
-        self.group = group
-        self.nheads = nheads
-        self.seqlen_q = seqlen_q
-        self.lag = lag
-        self.first = first
-        self.end = end
-        self.pieces = pieces
-        self.lse = lse
-        self.lse_log2 = lse_log2
-        self.delta = delta
-        self.sums = sums
-        self.dq = dq
-        self.stride_lb = stride_lb
-        self.stride_lh = stride_lh
-        self.stride_qb = stride_qb
-        self.stride_qm = stride_qm
-        self.stride_qh = stride_qh
-
-    @gluon.jit
-    def place(self, piece):
-        """(number of the query head, its batch, its place there, first row) of a piece."""
-        in_head = self.padded_rows // PIECE
-        number = piece // in_head
-        batch = number // self.nheads
-        return number, batch, number - batch * self.nheads, (piece - number * in_head) * PIECE
-
-
-@gluon.jit
-def wait_until_prepared(duties, number):
-    """Wait for the pieces of a query head that housekeepers prepare."""
-    in_head = duties.padded_rows // PIECE
-    before = gl.minimum(gl.maximum(duties.lag - number * in_head, 0), in_head)
-    wait_until(duties.prepared + number, (in_head - before) * HOUSEKEEPERS)
-
-
-@gluon.jit
-def report_sums(work, duties):
-    """Report that all which this warpgroup adds to dq is in memory."""
-    tma_complete(0)
-    fence_async()
-    wait_for_dependencies()  # that the counters are zeroed, also if there was nothing to do
-    batch, key_head, _ = work.grid.place(gl.program_id(0) + opaque_zero())
-    count_up(duties.summed + batch * work.grid.nheads_k + key_head)
-
-
-@gluon.jit
-def ask_for_strips(duties, out_desc, do_desc, ring, douts, piece, strip, use):
-    """Start loading STRIP rows of out and dout into one slot."""
-    _, batch, head, row = duties.place(piece)
-    full = ring.full.index(use % ring.SLOTS)
-    mbarrier.expect(full, 2 * bytes_of(out_desc.block_type))
-    at = [batch, head, row + strip * STRIP, 0]
-    tma_load(out_desc, at, full, ring.slot(use))
-    tma_load(do_desc, at, full, douts.index(use % ring.SLOTS))
-
-
-@gluon.jit
-def prepare_pieces(config, duties, ring, douts, out_desc, do_desc):
-    """Statistics of this program's pieces ahead, and zeros for their sums of dq."""
-    BLOCK_D: gl.constexpr = config.BLOCK_D
-    THREADS: gl.constexpr = BLOCK_D // 8
-    STRIPS: gl.constexpr = PIECE // STRIP
-    TILE: gl.constexpr = gl.BlockedLayout([1, 8], [32 // THREADS, THREADS], [2, 1], [1, 0])
-    FLAT: gl.constexpr = gl.BlockedLayout([4], [32], [2], [0])
-    ONE: gl.constexpr = gl.BlockedLayout([2], [32], [2], [0])
-    first = gl.minimum(duties.first + duties.lag, duties.pieces)
-    end = gl.minimum(duties.end + duties.lag, duties.pieces)
-    uses = (end - first) * STRIPS
-    for use in range(gl.minimum(ring.SLOTS, uses)):
-        ask_for_strips(duties, out_desc, do_desc, ring, douts, first, use, use)
-    for use in range(uses):
-        piece = first + use // STRIPS
-        strip = use % STRIPS
-        number, batch, head, row = duties.place(piece)
-        sum_row = number.to(gl.int64) * duties.padded_rows + row
-        if strip == 0:
-            rows = gl.arange(0, PIECE, layout=ONE)
-            lse = (
-                duties.lse
-                + batch.to(gl.int64) * duties.stride_lb
-                + head.to(gl.int64) * duties.stride_lh
-            )
-            row_lse = gl.load(lse + row + rows, mask=row + rows < duties.seqlen_q,
-                              other=float("inf"))  # fmt: skip
-            gl.store(duties.lse_log2 + sum_row + rows, base_two(row_lse))
-        ring.wait_full(use)
-        out = ring.slot(use).reshape([STRIP, BLOCK_D]).load(TILE)
-        dout = douts.index(use % ring.SLOTS).reshape([STRIP, BLOCK_D]).load(TILE)
-        row_delta = gl.sum(out.to(gl.float32) * dout.to(gl.float32), 1)
-        sum_row += strip * STRIP
-        target = sum_row + gl.arange(0, STRIP, layout=gl.SliceLayout(1, TILE))
-        gl.store(duties.delta + target, row_delta)
-        if not config.FIRST_STORES:
-            target = sum_row * BLOCK_D + gl.arange(0, STRIP * BLOCK_D, layout=FLAT)
-            gl.store(duties.sums + target, gl.zeros([STRIP * BLOCK_D], gl.float32, FLAT))
-        if strip == STRIPS - 1:
-            fence_async()
-            count_up(duties.prepared + number)
-        meet(HOUSEKEEPERS_MEET, HOUSEKEEPERS * 32)
-        following = use + ring.SLOTS
-        if following < uses:
-            ask_for_strips(duties, out_desc, do_desc, ring, douts, first + following // STRIPS,
-                           following % STRIPS, following)  # fmt: skip
-
-
-@gluon.constexpr_function
-def reporting_warps(config):
-    """How many warps of a program call report_sums."""
-    if config.ADDER:
-        return 1
-    return 4 if config.DQ_GROUP else 8
-
-
-@gluon.jit
-def ask_for_sums(work, duties, desc, ring, piece, part, use, PARTS: gl.constexpr):
-    """Start loading the PARTS-th part of a piece of the sums of dq, once it is complete."""
-    if part == 0:
-        number, _, _, _ = duties.place(piece)
-        WARPS: gl.constexpr = reporting_warps(work.config)
-        wait_until(duties.summed + number // duties.group, work.grid.key_blocks * WARPS)
-    ask_for(desc, [(piece * PARTS + part) * 16, 0], ring, use)
-
-
-@gluon.jit
-def finish_pieces(work, duties, ring, desc):
-    """dq of this program's pieces behind."""
-    COLUMNS: gl.constexpr = work.config.BLOCK_D // 64
-    PARTS: gl.constexpr = 8 * COLUMNS
-    first = gl.maximum(duties.first - duties.lag, 0)
-    end = gl.maximum(duties.end - duties.lag, 0)
-    uses = (end - first) * PARTS
-    for use in range(gl.minimum(ring.SLOTS, uses)):
-        ask_for_sums(work, duties, desc, ring, first, use, use, PARTS)
-    for use in range(uses):
-        piece = first + use // PARTS
-        part = use % PARTS
-        _, batch, head, row = duties.place(piece)
-        ring.wait_full(use)
-        FLAT: gl.constexpr = gl.BlockedLayout([1, 16], [8, 4], [2, 1], [1, 0])
-        values = strip_in_matrix_order(ring.slot(use).load(FLAT)) * work.scale
-        if work.config.FIRST_STORES:
-            sum_row = piece * PIECE + part // (4 * COLUMNS) * ROWS
-            values = gl.where(peek(counter_of(duties.turns, sum_row, work.config.BLOCK_M)) > 0,
-                              values, 0.0)  # fmt: skip
-        STORED: gl.constexpr = values.type.layout
-        rows = gl.arange(0, 16, layout=gl.SliceLayout(1, STORED))
-        rows += row + part // (4 * COLUMNS) * ROWS + part % 4 * 16
-        columns = gl.arange(0, 64, layout=gl.SliceLayout(0, STORED)) + part // 4 % COLUMNS * 64
-        dq = (
-            duties.dq + batch.to(gl.int64) * duties.stride_qb + head.to(gl.int64) * duties.stride_qh
-        )
-        at = gl.expand_dims(rows.to(gl.int64) * duties.stride_qm, 1) + gl.expand_dims(columns, 0)
-        mask = gl.expand_dims(rows < duties.seqlen_q, 1)
-        if work.config.HEAD_DIM != work.config.BLOCK_D:
-            mask = mask & gl.expand_dims(columns < work.config.HEAD_DIM, 0)
-        gl.store(dq + at, values.to(dq.dtype.element_ty), mask=mask)
-        meet(HOUSEKEEPERS_MEET, HOUSEKEEPERS * 32)
-        following = use + ring.SLOTS
-        if following < uses:
-            ask_for_sums(work, duties, desc, ring, first + following // PARTS, following % PARTS,
-                         following, PARTS)  # fmt: skip
-
-
-@gluon.jit
-def housekeeper(work, duties, strips, douts, parts, out_desc, do_desc, sums_desc):
-    """Prepare, with PREPARES, and finish this program's pieces."""
-    wait_for_dependencies()
-    if work.config.PREPARES:
-        prepare_pieces(work.config, duties, strips, douts, out_desc, do_desc)
-    finish_pieces(work, duties, parts, sums_desc)
+    count_up(turns + sum_row // ROWS)
 
 
 # ------------------------------------------------------------------------------------------ kernel
 _NUMBERS = (
     "nheads_k", "group", "seqlen_q", "seqlen_k", "padded_rows", "window_left", "window_right",
-    "key_blocks", "sequences", "section", "lag", "stride_lb", "stride_lh", "batch_size",
-    "chunk", "phase", "stride_slope",
+    "key_blocks", "sequences", "section", "batch_size", "chunk", "phase", "stride_slope",
 )  # fmt: skip
 _POINTERS = ("bounds_q", "table", "used_q", "used_k", "slopes")
 
@@ -1337,19 +1112,15 @@ _POINTERS = ("bounds_q", "table", "used_q", "used_k", "slopes")
 def attention_backward_sm90(
     q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, dq_desc, dk_desc, dv_desc,
     scale, scale_log2, cap_log2, nheads_k, group, seqlen_q, seqlen_k, padded_rows,
-    window_left, window_right, key_blocks, sequences, section,
-    out_desc, dout_desc, parts_desc, counters, lse, lse_log2, delta, dq_sums, dq,
-    stride_lb, stride_lh, stride_qb, stride_qm, stride_qh, lag,
+    window_left, window_right, key_blocks, sequences, section, turns,
     bounds_q, table, used_q, used_k, batch_size, chunk, phase, slopes, stride_slope,
     BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr, Q_SLOTS: gl.constexpr, DO_SLOTS: gl.constexpr,
     DS_SLOTS: gl.constexpr, DQ_SLOTS: gl.constexpr,
     EAGER_DV: gl.constexpr, AHEAD: gl.constexpr, DQ_GROUP: gl.constexpr,
     ADDER: gl.constexpr, IN_FLIGHT: gl.constexpr,
     REGISTERS: gl.constexpr, DQ_REGISTERS: gl.constexpr, OTHER_REGISTERS: gl.constexpr,
-    HOUSEKEEPING: gl.constexpr, PREPARES: gl.constexpr,
     DETERMINISTIC: gl.constexpr, REVERSED: gl.constexpr, FIRST_STORES: gl.constexpr,
-    SOFTCAP: gl.constexpr,
-    HEAD_DIM: gl.constexpr,
+    ROTATE: gl.constexpr, SOFTCAP: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, CU_Q: gl.constexpr, CU_K: gl.constexpr,
     USED_Q: gl.constexpr, USED_K: gl.constexpr, HAS_CHUNK: gl.constexpr, HAS_ALIBI: gl.constexpr,
 ):  # fmt: skip
@@ -1370,40 +1141,39 @@ def attention_backward_sm90(
         key_blocks: blocks of 128 keys in a sequence, with CU_K the tiles of tiles_sm90.
         sequences: batch * nheads_k, with CU_K nheads_k; ``section`` of them are worked on at a
             time.
-        out_desc, dout_desc: as do_desc, with blocks of STRIP rows; parts_desc: as dq_desc, with
-            blocks (16, 64). These and all up to ``lag`` are only used with HOUSEKEEPING.
-        counters: (batch * (nheads + nheads_k),) and with DETERMINISTIC or FIRST_STORES one more for
-            each 64 rows of all padded ones; int32, zeros: see Duties.
-        lse, lse_log2, delta, dq_sums, dq: what row_statistics_sm90 and finish_dq_sm90 take.
-        lag: see Duties; at least the pieces of a section and of one program.
+        turns: one for each 64 rows of all padded ones, int32, zeros. With DETERMINISTIC they count
+            the programs that have added to these rows, for a block of more the first one does; with
+            FIRST_STORES they are what claiming_adder says.
         bounds_q, table, used_q, used_k: see Lengths; with CU_Q, CU_K, USED_Q, USED_K alone, and
-            with any of these all descriptors of rows are ragged, see Span, and there is no
-            HOUSEKEEPING. seqlen_q and seqlen_k are totals with CU_Q and CU_K, padded_rows with CU_Q
-            too.
+            with any of these all descriptors of rows are ragged, see Span. seqlen_q and
+            seqlen_k are totals with CU_Q and CU_K, padded_rows with CU_Q too.
         chunk, phase: with HAS_CHUNK, which needs HAS_LEFT and HAS_RIGHT, keys of a chunk and how
             many of the first one the descriptors leave out.
         slopes, stride_slope: ALiBi's (batch, nheads), with HAS_ALIBI and without SOFTCAP.
         DS_SLOTS: buffers of dS; at least 2 without DQ_GROUP.
         DQ_SLOTS: buffers of 64 x 64 of dq; 2, or with ADDER more, even without DQ_GROUP.
-        ADDER: needed by DETERMINISTIC and FIRST_STORES, for which IN_FLIGHT says of how many steps
-            the additions may be on their way before the oldest one's are waited for.
-        PREPARES: whether the housekeepers also prepare; if not, the launch before does all of it.
+        ADDER: needed without DQ_GROUP, and by DETERMINISTIC and FIRST_STORES, for which IN_FLIGHT
+            says of how many steps the additions may be on their way before the oldest one's are
+            waited for.
+        ROTATE: not with DETERMINISTIC, nor windows, causality and chunks; with FIRST_STORES not
+            with more than 1 IN_FLIGHT.
         REGISTERS, DQ_REGISTERS, OTHER_REGISTERS: of a thread of the consumers (the first one gets
-            what is left), of the dq group, and of the producer and the housekeepers.
+            what is left), of the dq group, and of the producer and the adder.
     """
     gl.static_assert(DQ_GROUP or (BLOCK_M // 64) * (BLOCK_D // 64) == 2)
     gl.static_assert(DQ_GROUP or DS_SLOTS >= 2)
     gl.static_assert(DQ_SLOTS == 2 or (ADDER and DQ_SLOTS > 2))
     gl.static_assert(DQ_GROUP or DQ_SLOTS % 2 == 0)
     gl.static_assert(ADDER or not (DETERMINISTIC or FIRST_STORES))
-    gl.static_assert(HOUSEKEEPING or not PREPARES)
+    gl.static_assert(ADDER or DQ_GROUP)
+    gl.static_assert(not (ROTATE and (DETERMINISTIC or HAS_LEFT or HAS_RIGHT or HAS_CHUNK)))
+    gl.static_assert(not (ROTATE and FIRST_STORES and IN_FLIGHT > 1))
     RAGGED: gl.constexpr = CU_Q or CU_K or USED_Q or USED_K
-    gl.static_assert(not (RAGGED and HOUSEKEEPING))
     gl.static_assert(not HAS_CHUNK or (HAS_LEFT and HAS_RIGHT))
     gl.static_assert(not (HAS_ALIBI and SOFTCAP))
-    config = Config(BLOCK_M, BLOCK_D, EAGER_DV, AHEAD, DQ_GROUP, HOUSEKEEPING, ADDER,
+    config = Config(BLOCK_M, BLOCK_D, EAGER_DV, AHEAD, DQ_GROUP, FIRST_STORES, ADDER,
                     IN_FLIGHT, DETERMINISTIC, SOFTCAP, HAS_LEFT, HAS_RIGHT, HAS_CHUNK, HAS_ALIBI,
-                    RAGGED, 128, HEAD_DIM, FIRST_STORES, PREPARES)  # fmt: skip
+                    RAGGED, 128, ROTATE)  # fmt: skip
     q = ring_for(q_desc, Q_SLOTS, 2)
     do = ring_for(do_desc, DO_SLOTS, 2)
     k = ring_for(k_desc, 1, 0)
@@ -1451,59 +1221,38 @@ def attention_backward_sm90(
         first_key, count_q, count_k, reach_left, reach_right, shift, chunk, phase, config
     )
     rows = end_row - first_row
+    to_next_head = padded_rows - rows + BLOCK_M
+    if ROTATE:
+        first_row = first_of_rotation(first_key, count_k, end_row, config)
+        to_next_head = padded_rows
     if CU_Q:
         first_sum = key_head * group * padded_rows + padded_start(start_q, batch) + first_row
     else:
         first_sum = (batch * nheads_k + key_head) * group * padded_rows + first_row
     work = Work(scale, scale_log2, cap_log2, count_k, reach_left, reach_right, first_key,
-                first_row, end_row, first_sum, padded_rows - rows + BLOCK_M,
+                first_row, end_row, first_sum, to_next_head,
                 group * (rows // BLOCK_M), key_head, shift, chunk, phase,
                 slopes + batch * stride_slope, queries, keys, grid, lengths,
                 config)  # fmt: skip
-    # Of the pieces, those that belong to this program.
-    share = group * (padded_rows // PIECE)
-    program = gl.program_id(0).to(gl.int64)
-    duties = Duties(
-        counters, counters + sequences * (group + 1), counters + sequences * group,
-        padded_rows, group, nheads_k * group, seqlen_q, lag,
-        (program * share // key_blocks).to(gl.int32),
-        ((program + 1) * share // key_blocks).to(gl.int32), sequences * share,
-        lse, lse_log2, delta, dq_sums, dq, stride_lb, stride_lh,
-        # A stride of 1 is a constant, which a field cannot hold.
-        gl.to_tensor(stride_qb), gl.to_tensor(stride_qm), gl.to_tensor(stride_qh),
-    )  # fmt: skip
-    if HOUSEKEEPING:
-        parts = ring_for(parts_desc, 2, 0)
-        if PREPARES:
-            strips = ring_for(out_desc, 4, 0)
-            dout_strips = buffers_for(dout_desc, 4)
-        else:  # nobody reads them
-            strips = parts
-            dout_strips = parts.data
-        fence_async_shared()
     # Spelled out, because in tuples bound to a name constants become tensors.
     gl.warp_specialize(
         [
-            (consumer, (0, work, shared, duties, dq_desc, dk_desc, dv_desc)),
-            (consumer, (1, work, shared, duties, dq_desc, dk_desc, dv_desc)),
+            (consumer, (0, work, shared, group, dk_desc, dv_desc)),
+            (consumer, (1, work, shared, group, dk_desc, dv_desc)),
         ]
-        + ([(dq_group, (work, shared, duties, dq_desc))] if DQ_GROUP else [])
-        + ([(housekeeper, (work, duties, strips, dout_strips, parts, out_desc, dout_desc,
-                           parts_desc))] if HOUSEKEEPING else [])
+        + ([(dq_group, (work, shared, dq_desc))] if DQ_GROUP else [])
         + ([(claiming_adder if FIRST_STORES and not DETERMINISTIC else adder,
-             (work, shared, duties, dq_desc))] if ADDER else [])
+             (work, shared, turns, dq_desc))] if ADDER else [])
         + [
-            (producer, (work, shared, duties, group, q_desc, k_desc, v_desc, do_desc, lse_desc,
+            (producer, (work, shared, group, q_desc, k_desc, v_desc, do_desc, lse_desc,
                         delta_desc)),
         ],
         [4]
         + ([4] if DQ_GROUP else [])
-        + ([2] if HOUSEKEEPING else [])
         + ([1] if ADDER else [])
         + [1],
         [REGISTERS]
         + ([DQ_REGISTERS] if DQ_GROUP else [])
-        + ([OTHER_REGISTERS] if HOUSEKEEPING else [])
         + ([OTHER_REGISTERS] if ADDER else [])
         + [OTHER_REGISTERS],
     )  # fmt: skip
@@ -1570,24 +1319,24 @@ def entry_of(table, tiles, tile):
 
 @gluon.jit(
     do_not_specialize=(
-        "nheads", "seqlen_q", "padded_rows", "tiles", "num_counters", "batch_size", "table_tiles",
+        "nheads", "seqlen_q", "padded_rows", "tiles", "num_turns", "batch_size", "table_tiles",
     ),
     do_not_specialize_on_alignment=("table", "used_q"),
 )  # fmt: skip
 def row_statistics_sm90(
-    out, dout, lse, dlse, lse_log2, delta, dq_sums, counters, num_counters,
+    out, dout, lse, dlse, lse_log2, delta, dq_sums, turns, num_turns,
     stride_ob, stride_om, stride_oh, stride_gb, stride_gm, stride_gh, stride_lb, stride_lh,
     nheads, seqlen_q, padded_rows, tiles, table, table_tiles, used_q, batch_size,
     HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_M: gl.constexpr, HAS_DLSE: gl.constexpr,
-    CU_Q: gl.constexpr, USED_Q: gl.constexpr, ZEROES: gl.constexpr, BACKWARDS: gl.constexpr,
+    CU_Q: gl.constexpr, USED_Q: gl.constexpr, ZEROES: gl.constexpr,
 ):  # fmt: skip
     """delta and log-sum-exp in base 2 of BLOCK_M rows; with ZEROES zeroes their sums of dq.
 
     ``tiles`` of them make up a head of a sequence, with CU_Q one of all packed sequences.
 
     Rows past the end, up to padded_rows, and rows that see no key get 0 and +inf. The gradient of
-    the log-sum-exp, dlse (like lse, contiguous), only changes delta. The counters are zeroed too.
-    BACKWARDS begins with the last rows, so that the first ones are still in the L2 cache after it.
+    the log-sum-exp, dlse (like lse, contiguous), only changes delta. The turns are zeroed too.
+    The last rows come first, so that the first ones are still in the L2 cache after it.
     """
     allow_dependents()
     # 192 columns are no tensor's.
@@ -1596,12 +1345,10 @@ def row_statistics_sm90(
     ROWS_OF_OUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 // THREADS, THREADS], [4, 1], [1, 0])
     FLAT: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
     ROW: gl.constexpr = gl.SliceLayout(1, ROWS_OF_OUT)
-    pid = gl.program_id(0)
-    if BACKWARDS:
-        pid = gl.num_programs(0) - 1 - pid
-    for i in range(pid * 512, num_counters, gl.num_programs(0) * 512):
+    pid = gl.num_programs(0) - 1 - gl.program_id(0)
+    for i in range(pid * 512, num_turns, gl.num_programs(0) * 512):
         places = i + gl.arange(0, 512, layout=FLAT)
-        gl.store(counters + places, gl.zeros([512], gl.int32, FLAT), mask=places < num_counters)
+        gl.store(turns + places, gl.zeros([512], gl.int32, FLAT), mask=places < num_turns)
     head_batch = pid // tiles
     tile = pid - head_batch * tiles
     b = head_batch // nheads
@@ -1661,38 +1408,28 @@ def matrix_order(parts):
     return parts.reshape([4, 8, 8, 4, 2, 2]).permute([0, 4, 2, 1, 3, 5]).reshape([ROWS, 64])
 
 
-@gluon.jit
-def strip_in_matrix_order(parts):
-    """Undo register_order for 16 rows."""
-    return parts.reshape([8, 8, 4, 2, 2]).permute([3, 1, 0, 2, 4]).reshape([16, 64])
-
-
 @gluon.jit(
     do_not_specialize=(
-        "nheads", "seqlen_q", "padded_rows", "tiles", "first_tile", "batch_size", "table_tiles",
-        "first_turn",
+        "nheads", "seqlen_q", "padded_rows", "tiles", "batch_size", "table_tiles",
     ),
     do_not_specialize_on_alignment=("table",),
 )  # fmt: skip
 def finish_dq_sm90(
     dq_sums, dq, stride_b, stride_m, stride_h, scale, nheads, seqlen_q, padded_rows, tiles,
-    first_tile, table, table_tiles, batch_size, counters, first_turn,
+    table, table_tiles, batch_size, turns,
     HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_M: gl.constexpr, CU_Q: gl.constexpr,
-    FIRST_STORES: gl.constexpr, BACKWARDS: gl.constexpr,
+    FIRST_STORES: gl.constexpr,
 ):  # fmt: skip
     """dq = scale * sums, for 64 rows of one head, of which ``tiles`` make a padded sequence.
 
     With CU_Q ``tiles`` make all packed ones; rows of no sequence get 0. With FIRST_STORES so do
-    those whose block of BLOCK_M has a counter of 0, from ``first_turn`` of the counters on.
-    BACKWARDS begins with the last rows, whose sums are still in the L2 cache.
+    those to whose block of BLOCK_M nobody came, whose turn is 0.
+    The last rows come first, whose sums are still in the L2 cache.
     """
     FLAT: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])
     STORED: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     COLUMNS: gl.constexpr = BLOCK_D // 64
-    pid = gl.program_id(0)
-    if BACKWARDS:
-        pid = gl.num_programs(0) - 1 - pid
-    pid += first_tile
+    pid = gl.num_programs(0) - 1 - gl.program_id(0)
     head_batch = pid // tiles
     tile = pid - head_batch * tiles
     b = head_batch // nheads
@@ -1712,13 +1449,15 @@ def finish_dq_sm90(
     flat = gl.expand_dims(flat_rows, 1) + gl.expand_dims(
         gl.arange(0, 64, layout=gl.SliceLayout(0, FLAT)), 0
     )
-    turns = counter_of(counters + first_turn, first, BLOCK_M)
+    turn = first // BLOCK_M * (BLOCK_M // ROWS)
+    if CU_Q:  # rows of no sequence have no turn
+        turn = gl.where(has_sums, turn, 0)
     first *= BLOCK_D
     dq += b.to(gl.int64) * stride_b + h.to(gl.int64) * stride_h
     target = dq + gl.expand_dims(rows.to(gl.int64) * stride_m, 1) + gl.expand_dims(cols, 0)
     wait_for_dependencies()
     if FIRST_STORES:
-        was_added_to = peek(turns) > 0
+        was_added_to = peek(turns + turn) > 0
     for j in gl.static_range(COLUMNS):
         if CU_Q:
             parts = gl.load(dq_sums + first + j * 4096 + flat, mask=has_sums, other=0.0)

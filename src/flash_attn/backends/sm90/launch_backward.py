@@ -30,8 +30,8 @@ finish_dq_sm90 = Launcher(sm90_backward.finish_dq_sm90)
 row_statistics_sm90 = Launcher(sm90_backward.row_statistics_sm90)
 tiles_sm90 = Launcher(sm90_backward.tiles_sm90)
 
-# What the kernels call PIECE and STRIP.
-_BLOCK_N, _PIECE, _STRIP = 128, 128, 8
+# Keys of a program, and rows in which packed sequences are divided and padded.
+_BLOCK_N, _TILE = 128, 128
 _LOG2E = 1.4426950408889634
 # See Span of the kernels: rows that a ragged descriptor claims to have, and steps in its other two
 # dimensions of rows. 2**30 * 2**34 is 0 for 64-bit addresses.
@@ -68,14 +68,14 @@ class Workspace(NamedTuple):
         lse_log2: (batch, nheads, padded rows) float32; ``delta`` likewise. Packed sequences are
             one, in which each begins where softmax_d_shape says.
         dq_sums: (batch * nheads * padded rows * headdim / 64, 64) float32, the head dim padded.
-        counters: (batch * (nheads + nheads_k),), with deterministic or first_stores and one for
-            each 64 padded rows; int32.
+        turns: one for each 64 padded rows, of which deterministic and first_stores alone make use;
+            int32.
     """
 
     lse_log2: Tensor
     delta: Tensor
     dq_sums: Tensor
-    counters: Tensor
+    turns: Tensor
 
 
 def unsupported_backward(problem: AttentionProblem) -> list[str]:
@@ -160,9 +160,7 @@ def backward(
         is_masked = visibility != FULL
         widest = max(problem.headdim, problem.headdim_v)
         choose = plan_ordered if problem.deterministic else plan_backward
-        plan = choose(widest, is_masked, problem.max_seqlen_q)
-    if inputs.dlse is not None or ragged:
-        plan = plan._replace(housekeeping=False)
+        plan = choose(widest, is_masked, problem.max_seqlen_q, problem.max_seqlen_k)
     report(("sm90 backward", *problem.q.shape, *problem.k.shape, visibility), plan)
     fits, fit = (is_for_ragged_tma, for_ragged_tma) if ragged else (is_for_tma, for_tma)
     dk, dv = (x if fits(x) else _new_for_tma(x) for x in (inputs.dk, inputs.dv))
@@ -252,14 +250,11 @@ def allocate(problem: AttentionProblem, packing: Packing, plan: BackwardPlan) ->
     else:
         lse_log2, delta = torch.zeros((2, *statistics), dtype=torch.float32, device=device)
     sums = (batch * nheads * rows * (plan.block_d // 64), 64)
-    counters = _first_turn(problem, packing)
-    if plan.deterministic or plan.first_stores:
-        counters += sums[0] // plan.block_d  # one for each 64 rows
     return Workspace(
         lse_log2,
         delta,
         scratch(sums, torch.float32, device),
-        scratch((counters,), torch.int32, device),
+        scratch((batch * nheads * rows // 64,), torch.int32, device),
     )
 
 
@@ -268,42 +263,25 @@ def _key_heads(problem: AttentionProblem, packing: Packing) -> int:
     return problem.nheads_k * (problem.batch_size if packing.k is None else 1)
 
 
-def _first_turn(problem: AttentionProblem, packing: Packing) -> int:
-    """How many counters lie before those of rows."""
-    return _key_heads(problem, packing) * (problem.nheads // problem.nheads_k + 1)
+def _query_heads(problem: AttentionProblem, packing: Packing) -> int:
+    """Query heads of all sequences; packed ones count as one."""
+    return problem.nheads * (problem.batch_size if packing.q is None else 1)
 
 
-class _Sharing(NamedTuple):
-    """How the work is divided; see ``Duties`` of the kernels.
-
-    Attributes:
-        pieces: of all query heads.
-        lag: pieces that the launch after finishes: all of them without housekeeping.
-        before: pieces that the launch before prepares: all of them unless housekeepers do.
-        section: key heads that are worked on at a time.
-    """
-
-    pieces: int
-    lag: int
-    before: int
-    section: int
-
-
-def _sharing(problem: AttentionProblem, packing: Packing, plan: BackwardPlan) -> _Sharing:
+def _section(problem: AttentionProblem, packing: Packing, plan: BackwardPlan) -> int:
+    """Key heads that are worked on at a time."""
     group = problem.nheads // problem.nheads_k
     bytes_of_head = max(1, group * problem.max_seqlen_q * problem.headdim * 8)
-    section = max(1, min(_key_heads(problem, packing), plan.section_bytes // bytes_of_head))
-    if packing.q is not None:
-        pieces = packing.q.number * problem.nheads
-        return _Sharing(pieces, pieces, pieces, section)
-    in_head = round_multiple(problem.q.shape[1], 128) // 128
-    pieces = problem.batch_size * problem.nheads * in_head
-    if not plan.housekeeping:
-        return _Sharing(pieces, pieces, pieces, section)
-    key_blocks = -(-problem.k.shape[1] // _BLOCK_N)
-    programs = section * key_blocks + plan.distance + 1
-    lag = min(-(-programs * group * in_head // key_blocks), pieces)
-    return _Sharing(pieces, lag, lag if plan.prepares else pieces, section)
+    heads = plan.section_bytes // bytes_of_head
+    if group > 1:
+        programs = max(1, -(-problem.max_seqlen_k // _BLOCK_N))
+        heads = max(heads, plan.least_programs // programs)
+    return max(1, min(_key_heads(problem, packing), heads))
+
+
+def _tiles_of_head(packing: Packing, workspace: Workspace) -> int:
+    """Tiles of 128 rows of a query head of a sequence; all packed ones count as one."""
+    return workspace.delta.shape[-1] // _TILE if packing.q is None else packing.q.number
 
 
 def launch_statistics(
@@ -313,29 +291,28 @@ def launch_statistics(
     workspace: Workspace,
     plan: BackwardPlan,
 ) -> None:
-    """Row statistics, and zeros for the sums of dq if the plan needs them, of the first pieces."""
+    """Row statistics, and zeros for the sums of dq if the plan needs them."""
     out, dout, lse, dlse = inputs.out, inputs.dout, inputs.softmax_lse, inputs.dlse
     rows, used = workspace.delta.shape[-1], problem.layout.seqused_q
-    tiles_in_piece = _PIECE // plan.statistics_rows
-    pieces_of_head = rows // _PIECE if packing.q is None else packing.q.number
-    row_statistics_sm90[(_sharing(problem, packing, plan).before * tiles_in_piece,)](
+    parts = _tiles_of_head(packing, workspace) * (_TILE // plan.statistics_rows)
+    row_statistics_sm90[(parts * _query_heads(problem, packing),)](
         out, dout, lse, lse if dlse is None else dlse.float().contiguous(),
         workspace.lse_log2, workspace.delta, workspace.dq_sums,
-        workspace.counters, workspace.counters.numel(),
+        workspace.turns, workspace.turns.numel(),
         *_strides(out), *_strides(dout), *_lse_strides(lse),
-        problem.nheads, problem.q.shape[-3], rows, pieces_of_head * tiles_in_piece,
-        *_table(packing.q, workspace), workspace.counters if used is None else used,
+        problem.nheads, problem.q.shape[-3], rows, parts,
+        *_table(packing.q, workspace), workspace.turns if used is None else used,
         problem.batch_size,
         HEAD_DIM=problem.headdim_v, BLOCK_D=plan.block_d, BLOCK_M=plan.statistics_rows,
         HAS_DLSE=dlse is not None, CU_Q=packing.q is not None, USED_Q=used is not None,
-        ZEROES=not plan.first_stores, BACKWARDS=plan.backwards,
+        ZEROES=not plan.first_stores,
         num_warps=4,
     )  # fmt: skip
 
 
 def _table(tiles: Tiles | None, workspace: Workspace) -> tuple[Tensor, int]:
     """A table of tiles and how many; without one, something that is not read."""
-    return (workspace.counters, 0) if tiles is None else (tiles.table, tiles.number)
+    return (workspace.turns, 0) if tiles is None else (tiles.table, tiles.number)
 
 
 def _strides(x: Tensor) -> tuple[int, int, int]:
@@ -357,7 +334,7 @@ def launch_main(
     plan: BackwardPlan,
     unseen: int = 0,
 ) -> None:
-    """dk, dv, the sums of dq, and with housekeeping most of what comes before and after.
+    """dk, dv and the sums of dq.
 
     ``unseen`` keys are left out before the first one of dense sequences.
     """
@@ -375,9 +352,7 @@ def launch_main(
         left, right = (longest if x is None else x for x in (left, right))
     key_blocks = -(-seqlen_k // _BLOCK_N) if packing.k is None else packing.k.number
     key_heads = _key_heads(problem, packing)
-    sharing = _sharing(problem, packing, plan)
-    lse, dq, unread = inputs.softmax_lse, inputs.dq, workspace.counters
-    strip = _STRIP if plan.housekeeping else block_m
+    unread = workspace.turns
     scale, softcap = problem.transform.softmax_scale, problem.transform.softcap
     factor = scale if softcap == 0.0 else 2.0 * scale / softcap
     slopes = problem.transform.alibi_slopes
@@ -397,12 +372,7 @@ def launch_main(
         workspace.delta.shape[-1],
         min(left, longest) if left is not None else 0,
         min(right, longest) if right is not None else 0,
-        key_blocks, key_heads, sharing.section,
-        describe(inputs.out if plan.housekeeping else q, strip, block_d),
-        describe(inputs.dout, strip, block_d),
-        _sums_descriptor(workspace.dq_sums, 16),
-        workspace.counters, lse, workspace.lse_log2, workspace.delta, workspace.dq_sums, dq,
-        *_lse_strides(lse), *(_strides(dq) if plan.housekeeping else (16, 16, 16)), sharing.lag,
+        key_blocks, key_heads, _section(problem, packing, plan), workspace.turns,
         unread if packing.q is None else packing.q.bounds, _table(packing.k, workspace)[0],
         unread if layout.seqused_q is None else layout.seqused_q,
         unread if layout.seqused_k is None else layout.seqused_k, problem.batch_size,
@@ -413,10 +383,9 @@ def launch_main(
         DS_SLOTS=plan.ds_slots, DQ_SLOTS=plan.dq_slots, EAGER_DV=plan.eager_dv, AHEAD=plan.ahead,
         DQ_GROUP=plan.dq_group, ADDER=plan.adder, IN_FLIGHT=plan.in_flight,
         REGISTERS=plan.registers, DQ_REGISTERS=plan.dq_registers,
-        OTHER_REGISTERS=plan.other_registers, HOUSEKEEPING=plan.housekeeping,
-        PREPARES=plan.housekeeping and plan.prepares, DETERMINISTIC=plan.deterministic,
-        REVERSED=plan.is_reversed, FIRST_STORES=plan.first_stores, SOFTCAP=softcap > 0.0,
-        HEAD_DIM=problem.headdim if plan.housekeeping else block_d,
+        OTHER_REGISTERS=plan.other_registers, DETERMINISTIC=plan.deterministic,
+        REVERSED=plan.is_reversed, FIRST_STORES=plan.first_stores, ROTATE=plan.rotates,
+        SOFTCAP=softcap > 0.0,
         HAS_LEFT=left is not None, HAS_RIGHT=right is not None,
         CU_Q=packing.q is not None, CU_K=packing.k is not None,
         USED_Q=layout.seqused_q is not None, USED_K=layout.seqused_k is not None,
@@ -432,19 +401,15 @@ def launch_finish(
     workspace: Workspace,
     plan: BackwardPlan,
 ) -> None:
-    """dq from its sums, of the last pieces."""
+    """dq from its sums."""
     dq = inputs.dq
-    rows = workspace.delta.shape[-1]
-    sharing = _sharing(problem, packing, plan)
-    pieces_of_head = rows // _PIECE if packing.q is None else packing.q.number
-    finish_dq_sm90[(sharing.lag * (_PIECE // 64),)](
+    parts = _tiles_of_head(packing, workspace) * (_TILE // 64)
+    finish_dq_sm90[(parts * _query_heads(problem, packing),)](
         workspace.dq_sums, dq, *_strides(dq), problem.transform.softmax_scale,
-        problem.nheads, dq.shape[-3], rows, pieces_of_head * (_PIECE // 64),
-        (sharing.pieces - sharing.lag) * (_PIECE // 64),
-        *_table(packing.q, workspace), problem.batch_size,
-        workspace.counters, _first_turn(problem, packing),
+        problem.nheads, dq.shape[-3], workspace.delta.shape[-1], parts,
+        *_table(packing.q, workspace), problem.batch_size, workspace.turns,
         HEAD_DIM=problem.headdim, BLOCK_D=plan.block_d, BLOCK_M=plan.block_m,
-        CU_Q=packing.q is not None, FIRST_STORES=plan.first_stores, BACKWARDS=plan.backwards,
+        CU_Q=packing.q is not None, FIRST_STORES=plan.first_stores,
         num_warps=4, launch_pdl=True,
     )  # fmt: skip
 

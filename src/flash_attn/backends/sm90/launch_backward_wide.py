@@ -11,7 +11,7 @@ from .launch_backward import (
     Packing,
     Workspace,
     _numbers_descriptor,
-    _sharing,
+    _section,
     _sums_descriptor,
     is_ragged,
     rows_descriptor,
@@ -32,9 +32,9 @@ def launch_main_wide(
     Raises:
         ValueError: the plan asks for what this kernel does not have.
     """
-    wanted = (plan.block_m, plan.eager_dv, plan.housekeeping, plan.dq_group, plan.adder)
-    has = (_BLOCK, False, False, True, False)
-    if wanted != has or plan.first_stores or plan.ahead not in (0, 1):
+    wanted = (plan.block_m, plan.eager_dv, plan.dq_group, plan.adder)
+    has = (_BLOCK, False, True, False)
+    if wanted != has or plan.first_stores or plan.rotates or plan.ahead not in (0, 1):
         raise ValueError(f"no plan for head dims above 128: {plan}")
     if is_ragged(problem) or problem.visibility.attention_chunk:
         raise ValueError("plans with pieces serve neither lengths on the device nor chunks")
@@ -60,8 +60,8 @@ def launch_main_wide(
         nheads_k, nheads // nheads_k, seqlen_q, seqlen_k, workspace.delta.shape[-1],
         min(left, longest) if left is not None else 0,
         min(right, longest) if right is not None else 0,
-        key_blocks, batch * nheads_k, _sharing(problem, Packing(), plan).section,
-        workspace.counters,
+        key_blocks, batch * nheads_k, _section(problem, Packing(), plan),
+        workspace.turns,
         BLOCK_D=plan.block_d, PIECE=plan.piece, Q_SLOTS=plan.q_slots, DO_SLOTS=plan.do_slots,
         P_SLOTS=plan.p_slots, DS_SLOTS=plan.ds_slots, DQ_SLOTS=plan.dq_slots,
         AHEAD=plan.ahead, REGISTERS=plan.registers, DQ_REGISTERS=plan.dq_registers,

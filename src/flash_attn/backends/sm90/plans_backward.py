@@ -8,21 +8,21 @@ from typing import NamedTuple
 class BackwardPlan(NamedTuple):
     """How ``attention_backward_sm90`` is compiled; see its docstring.
 
-    With ``piece`` it is ``attention_backward_wide_sm90``, which has neither eager_dv, ahead,
-    housekeeping nor first_stores, always 64 queries in a block and always a dq group.
+    With ``piece`` it is ``attention_backward_wide_sm90``, which has neither eager_dv, rotates
+    nor first_stores, always 64 queries in a block and always a dq group.
 
     Attributes:
         registers: of the second consumer; the first one gets what is left.
         section_bytes: heads are worked on together as long as q, do and the sums of dq of their
             query heads fit into so many bytes of L2 cache.
+        least_programs: but where key heads have several query heads, at least as many as have so
+            many programs; else long programs of one head would begin while few short ones are left
+            to run beside them.
         dq_slots, adder, in_flight: see DQ_SLOTS, ADDER and IN_FLIGHT; ``deterministic`` needs an
-            adder, but with ``piece`` there is none.
-        distance: how many programs lie between one that prepares for or finishes after a section
-            and that section's; a few more than a GPU runs at a time, so that nobody waits.
-        prepares: whether the housekeepers prepare too, not only finish.
+            adder, as plans without a dq group do, but with ``piece`` there is none.
         first_stores: whoever comes first to a block of dq stores it, so that the sums need no
             zeros; needs an adder, whose ``in_flight`` it uses.
-        backwards: the launches before and after begin with the last rows.
+        rotates: see ROTATE; without a mask and in any order only.
     """
 
     block_m: int
@@ -36,17 +36,15 @@ class BackwardPlan(NamedTuple):
     registers: int = 240
     dq_registers: int = 0
     section_bytes: int = 32 << 20
-    housekeeping: bool = False
+    least_programs: int = 0
     deterministic: bool = False
     is_reversed: bool = False
     other_registers: int = 24
-    distance: int = 168
     dq_slots: int = 2
     adder: bool = False
     in_flight: int = 0
-    prepares: bool = True
     first_stores: bool = False
-    backwards: bool = False
+    rotates: bool = False
     # Of head dims above 128: columns of a buffer, and slots for P.
     piece: int = 0
     p_slots: int = 0
@@ -60,6 +58,8 @@ class BackwardPlan(NamedTuple):
 MAX_HEADDIM = 256
 # Of attention_backward_sm90, which serves more features.
 MAX_HEADDIM_NARROW = 128
+# Of an H100.
+MULTIPROCESSORS = 132
 # Above these the registers do not suffice: for chunks, and ALiBi with lengths on the device or with
 # sums of dq in order; for softcap.
 MAX_HEADDIM_CHUNK = 64
@@ -70,7 +70,7 @@ _D64 = BackwardPlan(
     64, 64, q_slots=3, do_slots=3, ds_slots=3, ahead=1, dq_group=True,
     registers=208, dq_registers=72,
 )  # fmt: skip
-_D128 = BackwardPlan(64, 128, ahead=2)
+_D128 = BackwardPlan(64, 128, ahead=2, adder=True)
 _D192 = BackwardPlan(
     64, 192, piece=64, p_slots=2, ds_slots=2, dq_slots=2, ahead=1, dq_group=True,
     registers=208, dq_registers=72,
@@ -81,27 +81,47 @@ _D256 = BackwardPlan(
 )  # fmt: skip
 
 
-def plan_backward(headdim: int, is_masked: bool, seqlen_q: int) -> BackwardPlan:
-    """The plan for a head dim; ``is_masked`` is whether there is a window or causality."""
-    section = 32 << 20 if is_masked and seqlen_q >= 2048 else 4 << 20
+def plan_backward(
+    headdim: int, is_masked: bool, seqlen_q: int, seqlen_k: int | None = None
+) -> BackwardPlan:
+    """The plan for a head dim; ``is_masked`` is whether there is a window or causality.
+
+    ``seqlen_k`` is given if it is not ``seqlen_q``.
+    """
+    is_long = is_masked and seqlen_q >= 2048
+    section = 32 << 20 if is_long else 4 << 20
     if headdim > MAX_HEADDIM_NARROW:
         plan = _D192 if headdim <= 192 else _D256
         return plan._replace(section_bytes=section)
-    plan = _D64 if headdim <= 64 else _D128
-    return plan._replace(eager_dv=is_masked == (headdim <= 64), section_bytes=section)
+    least = MULTIPROCESSORS if is_masked else 0
+    if headdim <= 64:
+        return _D64._replace(eager_dv=is_masked, section_bytes=section, least_programs=least)
+    # First stores pay where the programs of a head come to different blocks of queries, which with
+    # more keys than queries they do not, and while zeros cost more than the first ones' delay.
+    differ = seqlen_k is None or seqlen_k <= seqlen_q
+    stores = differ and (not is_masked or seqlen_q <= 2048)
+    return _D128._replace(
+        eager_dv=not is_masked,
+        first_stores=stores,
+        rotates=stores and not is_masked,
+        section_bytes=4 << 20 if stores else section,
+        least_programs=least,
+    )
 
 
-def plan_ordered(headdim: int, is_masked: bool, seqlen_q: int) -> BackwardPlan:
+def plan_ordered(
+    headdim: int, is_masked: bool, seqlen_q: int, seqlen_k: int | None = None
+) -> BackwardPlan:
     """The plan for gradients that have the same bits every time, dq too.
 
     Programs of one head can only follow each other at some distance in time, which they have if
     many heads are worked on together.
     """
-    plan = plan_backward(headdim, is_masked, seqlen_q)._replace(
-        deterministic=True, is_reversed=is_masked, section_bytes=32 << 20
+    plan = plan_backward(headdim, is_masked, seqlen_q, seqlen_k)._replace(
+        deterministic=True, is_reversed=is_masked, section_bytes=32 << 20, least_programs=0
     )
     if headdim > MAX_HEADDIM_NARROW:
         return plan
     # Measured with 0 to 4 in flight and with 2 and 4 buffers, at 1k to 16k keys.
-    plan = plan._replace(adder=True, dq_slots=4, in_flight=1)
+    plan = plan._replace(adder=True, dq_slots=4, in_flight=1, first_stores=True, rotates=False)
     return plan._replace(registers=200) if headdim <= 64 else plan
