@@ -76,7 +76,7 @@ _D192 = BackwardPlan(
     registers=208, dq_registers=72,
 )  # fmt: skip
 _D256 = BackwardPlan(
-    64, 256, piece=128, p_slots=1, ds_slots=1, dq_slots=1, dq_group=True,
+    64, 256, piece=128, p_slots=1, ds_slots=1, do_slots=1, dq_slots=2, dq_group=True,
     registers=208, dq_registers=64,
 )  # fmt: skip
 
