@@ -29,7 +29,7 @@ from support import (
 from flash_attn.backends.sm90 import launch_backward
 from flash_attn.backends.sm90.plans_backward import BackwardPlan, plan_backward, plan_ordered
 from flash_attn.core import reference
-from flash_attn.core.problem import BackwardInputs
+from flash_attn.core.problem import AttentionProblem, BackwardInputs, Visibility, make_transform
 from flash_attn.core.sequences import sequences
 
 D64_GROUP = BackwardPlan(64, 64, 3, 3, 3, ahead=1, dq_group=True, registers=208, dq_registers=72)
@@ -204,7 +204,11 @@ def _inside_nan(x: torch.Tensor) -> torch.Tensor:
     return view
 
 
-@pytest.mark.parametrize("name", ["d64 group ahead", "d128 eager ahead 2"])
+@pytest.mark.parametrize(
+    "name",
+    ["d64 group ahead", "d128 eager ahead 2", "in use, d128 causal", "in use, d64 ordered",
+     "in use, d128 ordered causal"],
+)  # fmt: skip
 def test_nothing_outside_is_read_or_written(kernels: Any, name: str) -> None:
     plan = PLANS[name]
     inputs = dense("cpu", FP16, 2, (70, 150), (2, 1), plan.block_d, causal=True)
@@ -250,7 +254,8 @@ def test_inputs_that_tma_cannot_address_are_copied(kernels: Any) -> None:
 
 
 IN_ORDER = ["d64 group reversed", "d64 ordered", "d128 ordered", "d128 reversed"]
-FIRST_STORES = ["d64 group, first stores", "d64, first stores", "d128, first stores reversed"]
+FIRST_STORES = ["d64 group, first stores", "d64, first stores", "d128, first stores reversed",
+                "d64 group, first stores in order", "in use, d128 causal"]  # fmt: skip
 RAGGED = [*IN_ORDER, *FIRST_STORES]
 WITHOUT_MASKS = [*RAGGED, "d128, rotated first stores", "d64 group, rotated"]
 BATCHES = {
@@ -265,6 +270,33 @@ BATCH_MASKS: dict[str, dict[str, Any]] = {
     "left": {"window_size": (20, 0)},
     "window": {"window_size": (30, 20), "softcap": 2.0},
 }
+
+
+@pytest.mark.parametrize(
+    ("seqlens", "heads", "causal", "heads_in_section"),
+    [
+        ((4096, 4096), (16, 16), True, 8),  # what 32 MB hold
+        ((4096, 4096), (32, 8), True, 4),  # what makes 128 programs; 32 MB hold 2
+        ((4096, 4096), (32, 8), False, 1),
+        ((8192, 8192), (16, 2), True, 2),
+        ((1024, 1024), (32, 8), True, 16),
+        ((1024, 1024), (16, 16), True, 4),  # 4 MB
+        ((1024, 100), (16, 8), True, 16),  # there are no more
+    ],
+)
+def test_sections(seqlens: Any, heads: Any, causal: bool, heads_in_section: int) -> None:
+    q = torch.empty(2, seqlens[0], heads[0], 128, dtype=FP16, device="meta")
+    k = torch.empty(2, seqlens[1], heads[1], 128, dtype=FP16, device="meta")
+    visibility = Visibility(None, 0 if causal else None)
+    problem = AttentionProblem(q, k, k, make_transform(128), visibility)
+    plan = plan_backward(128, causal, *seqlens)
+    section = launch_backward._section(problem, plan)
+    assert section == heads_in_section
+    ordered = plan_ordered(128, causal, *seqlens)
+    group = heads[0] // heads[1]
+    fits = max(1, (32 << 20) // (seqlens[0] * 128 * 8 * group))
+    section = launch_backward._section(problem, ordered)
+    assert section == min(fits, 2 * heads[1])
 
 
 @pytest.mark.parametrize("name", ROTATED)
@@ -519,7 +551,9 @@ def test_the_gradient_of_the_log_sum_exp(kernels: Any, packed: bool) -> None:
     dlse = torch.randn_like(forward.softmax_lse.float())
     arguments = BackwardInputs(inputs.dout, forward.out.half(), forward.softmax_lse.float(), *grads,
                                torch.zeros(2, dtype=torch.int64), dlse)  # fmt: skip
-    for one in gluon_model.record(lambda: launch_backward.backward(problem, arguments)):
+    with mock.patch.object(launch_backward, "multiprocessors_of", return_value=132):
+        launches = gluon_model.record(lambda: launch_backward.backward(problem, arguments))
+    for one in launches:
         gluon_model.run_launch(kernels, one)
     true, owed = exact_answer(problem, inputs.dout, None, arguments.out, dlse)
     same = plain_answer(problem, inputs.dout, None, dlse)

@@ -207,7 +207,8 @@ FAULTS = [
           "        key_head, first_head, group = share_of(",
           "        _, first_head, group = share_of("),
     Fault("both consumers leave their sums in one place", PLANS["in use, d64"],
-          "dk_target, work.grid, program, dk, LANE, 2,", "dk_target, work.grid, program, dk, 0, 2,"),
+          "dk_target, work.grid, program, dk, LANE, 2,",
+          "dk_target, work.grid, program, dk, 0, 2,"),
 ]  # fmt: skip
 
 
@@ -263,7 +264,7 @@ def recorded(inputs: Any, plan: BackwardPlan | None = None) -> list[gluon_model.
     grads = tuple(poisoned_like(x) for x in (inputs.q, inputs.k, inputs.v))
     arguments = BackwardInputs(inputs.dout, forward.out.to(inputs.q.dtype), forward.softmax_lse,
                                *grads, torch.zeros(2, dtype=torch.int64))  # fmt: skip
-    with mock.patch.object(launch_backward, "multiprocessors_of", lambda index: 132):
+    with mock.patch.object(launch_backward, "multiprocessors_of", return_value=132):
         return gluon_model.record(lambda: launch_backward.backward(problem, arguments, plan))
 
 

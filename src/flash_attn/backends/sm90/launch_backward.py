@@ -313,9 +313,13 @@ def _query_heads(problem: AttentionProblem, packing: Packing) -> int:
 
 def _section(problem: AttentionProblem, plan: BackwardPlan) -> int:
     """Key heads, or parts of key heads, that are worked on at a time."""
-    heads = -(-problem.nheads // problem.nheads_k // plan.splits)
-    bytes_of_part = max(1, heads * problem.max_seqlen_q * problem.headdim * 8)
-    return max(1, min(_key_heads(problem) * plan.splits, plan.section_bytes // bytes_of_part))
+    group = problem.nheads // problem.nheads_k
+    bytes_of_part = -(-group // plan.splits) * problem.max_seqlen_q * problem.headdim * 8
+    parts = plan.section_bytes // max(1, bytes_of_part)
+    if group > 1:
+        programs = max(1, -(-problem.max_seqlen_k // plan.block_n))
+        parts = max(parts, plan.least_programs // programs)
+    return max(1, min(_key_heads(problem) * plan.splits, parts))
 
 
 def _window(problem: AttentionProblem) -> tuple[int | None, int | None]:

@@ -15,6 +15,9 @@ class BackwardPlan(NamedTuple):
         registers: of the second consumer; the first one gets what is left.
         section_bytes: heads are worked on together as long as q, do and the sums of dq of their
             query heads fit into so many bytes of L2 cache.
+        least_programs: but where key heads have several query heads, at least as many as have so
+            many programs; else long programs of one head would begin while few short ones are left
+            to run beside them.
         dq_slots, adder, in_flight: see DQ_SLOTS, ADDER and IN_FLIGHT; ``deterministic`` needs an
             adder, as plans without a dq group do, but with ``piece`` there is none.
         first_stores: whoever comes first to a block of dq stores it, so that the sums need no
@@ -34,6 +37,7 @@ class BackwardPlan(NamedTuple):
     registers: int = 240
     dq_registers: int = 0
     section_bytes: int = 32 << 20
+    least_programs: int = 0
     deterministic: bool = False
     is_reversed: bool = False
     other_registers: int = 24
@@ -66,6 +70,8 @@ class BackwardPlan(NamedTuple):
 MAX_HEADDIM = 256
 # Of attention_backward_sm90, which serves more features.
 MAX_HEADDIM_NARROW = 128
+# Of an H100.
+MULTIPROCESSORS = 132
 # Above these the registers do not suffice: for chunks, and ALiBi with lengths on the device or with
 # sums of dq in order; for softcap.
 MAX_HEADDIM_CHUNK = 64
@@ -99,8 +105,9 @@ def plan_backward(
     if headdim > MAX_HEADDIM_NARROW:
         plan = _D192 if headdim <= 192 else _D256
         return plan._replace(section_bytes=section)
+    least = MULTIPROCESSORS if is_masked else 0
     if headdim <= 64:
-        return _D64._replace(eager_dv=is_masked, section_bytes=section)
+        return _D64._replace(eager_dv=is_masked, section_bytes=section, least_programs=least)
     # First stores pay where the programs of a head come to different blocks of queries, which with
     # more keys than queries they do not, and while zeros cost more than the first ones' delay.
     differ = seqlen_k is None or seqlen_k <= seqlen_q
@@ -110,6 +117,7 @@ def plan_backward(
         first_stores=stores,
         rotates=stores and not is_masked,
         section_bytes=4 << 20 if stores else section,
+        least_programs=least,
     )
 
 
@@ -122,7 +130,7 @@ def plan_ordered(
     many heads are worked on together.
     """
     plan = plan_backward(headdim, is_masked, seqlen_q, seqlen_k)._replace(
-        deterministic=True, is_reversed=is_masked, section_bytes=32 << 20
+        deterministic=True, is_reversed=is_masked, section_bytes=32 << 20, least_programs=0
     )
     if headdim > MAX_HEADDIM_NARROW:
         return plan
