@@ -721,8 +721,8 @@ FAULTS = [
     Fault(
         "k is overwritten while the other consumer reads it",
         D64,
-        "    meet(CONSUMERS_MEET, 256)\n    store_keys(dv",
-        "    store_keys(dv",
+        "        meet(CONSUMERS_MEET, 256)\n        store_keys(dv",
+        "        store_keys(dv",
     ),
     Fault(
         "k is overwritten while the dq group reads it",
@@ -765,8 +765,8 @@ FAULTS = [
     Fault(
         "a program leaves while TMA reads its memory",
         D64,
-        "    store_keys(dk_desc, work, shared.k, dk * work.scale, LANE)\n    tma.store_wait(0)\n",
-        "    store_keys(dk_desc, work, shared.k, dk * work.scale, LANE)\n",
+        "shared.k, dk * work.scale, LANE)\n        tma.store_wait(0)\n",
+        "shared.k, dk * work.scale, LANE)\n",
     ),
     Fault(
         "a mask is off by one",
