@@ -1,6 +1,9 @@
 """Compiles the Hopper backward for sm_90a and prints what each kernel takes, one JSON a line.
 
     PYTHONPATH=src python tests/compile/sm90_backward.py 64 128
+    PYTHONPATH=src python tests/compile/sm90_backward.py --split 64 128
+
+With ``--split`` query heads are grouped, and the groups divided among two programs.
 
 A program of its own, because a compiler that does not know its way aborts the process. The
 assembler's log goes to the same output.
@@ -47,13 +50,17 @@ VISIBILITIES = {
 SHAPES = {"usual": (2, 2048, 4), "ones": (1, 1, 1), "odd": (3, 77, 3)}
 
 
-def launches(case: Case, headdim: int) -> Iterator[tuple[str, aot.Launch]]:
-    """The kernel calls of one backward, with the plans of other lengths and with sums in order."""
+def launches(case: Case, headdim: int, splits: int = 1) -> Iterator[tuple[str, aot.Launch]]:
+    """The kernel calls of one backward, with the plans of other lengths and with sums in order.
+
+    With ``splits``, if the shape has enough heads, of as many in each group.
+    """
     batch, seqlen, nheads = SHAPES[case.shape]
     dtype = torch.float16 if case.mask == "window" else torch.bfloat16
     places = (batch * seqlen,) if "packed" in case.features else (batch, seqlen)
     x = torch.empty(*places, nheads, headdim, dtype=dtype, device="meta")
-    v = x if case.headdim_v is None else x.new_empty(*places, nheads, case.headdim_v)
+    dout = x if case.headdim_v is None else x.new_empty(*places, nheads, case.headdim_v)
+    k, v = (t[..., : nheads // splits, :] for t in (x, dout))
     transform = make_transform(headdim, softcap=20.0 if "softcap" in case.features else 0.0)
     if "alibi" in case.features:
         transform = transform._replace(alibi_slopes=torch.empty(batch, nheads, device="meta"))
@@ -64,16 +71,19 @@ def launches(case: Case, headdim: int) -> Iterator[tuple[str, aot.Launch]]:
         layout = SequenceLayout(bounds, bounds, max_seqlen_q=seqlen, max_seqlen_k=seqlen)
     if "used" in case.features:
         layout = layout._replace(seqused_q=used, seqused_k=used)
-    problem = AttentionProblem(x, x, v, transform, VISIBILITIES[case.mask], layout)
-    if launch_backward.unsupported_backward(problem):
+    problem = AttentionProblem(x, k, v, transform, VISIBILITIES[case.mask], layout)
+    if launch_backward.unsupported_backward(problem) or splits > nheads:
         return
     lse = torch.empty(problem.lse_shape, device="meta")
     state = torch.empty(2, dtype=torch.int64, device="meta")
-    inputs = BackwardInputs(v, v, lse, x, x, v, state)
+    inputs = BackwardInputs(dout, dout, lse, x, k, v, state)
     one: aot.Launch
-    for one in aot.record(lambda: launch_backward.backward(problem, inputs), "sm90"):
-        yield "in use", one
     widest = max(headdim, case.headdim_v or 0)
+    plan = None
+    if splits > 1:
+        plan = plan_backward(widest, case.mask != "full", seqlen)._replace(splits=splits)
+    for one in aot.record(lambda: launch_backward.backward(problem, inputs, plan), "sm90"):
+        yield "in use", one
     if case.shape != "usual" or case.headdim_v:
         return  # other plans differ from others as the plan in use does
     plans = {"without stores": without_stores(widest, case.mask != "full")}
@@ -81,6 +91,7 @@ def launches(case: Case, headdim: int) -> Iterator[tuple[str, aot.Launch]]:
         plans["ordered"] = plan_ordered(widest, case.mask != "full", seqlen)
     for name, plan in plans.items():
         if plan is not None:
+            plan = plan._replace(splits=splits)
             for one in aot.record(
                 lambda p=plan: launch_backward.backward(problem, inputs, p), "sm90"
             ):
@@ -125,10 +136,11 @@ def main() -> None:
     """Compile for the head dims named on the command line."""
     knobs.nvidia.dump_ptxas_log = True
     knobs.compilation.always_compile = True
-    for headdim in map(int, sys.argv[1:]):
+    splits = 2 if "--split" in sys.argv else 1
+    for headdim in (int(x) for x in sys.argv[1:] if x != "--split"):
         # Other head dims differ in the number of columns alone.
         for case in CASES if headdim in (64, 128) else CASES[:5]:
-            for plan, one in launches(case, headdim):
+            for plan, one in launches(case, headdim, splits):
                 found = aot.compile_launch(one, "sm90")
                 facts = {"kernel": one.name, "plan": plan, "headdim": headdim, **case._asdict()}
                 failures = found.failures("sm90")

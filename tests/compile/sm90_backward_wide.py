@@ -1,6 +1,6 @@
 """Compiles the Hopper backward for head dims above 128, like ``sm90_backward``.
 
-PYTHONPATH=src python tests/compile/sm90_backward_wide.py 192 256
+PYTHONPATH=src python tests/compile/sm90_backward_wide.py [--split] 192 256
 """
 # ruff: noqa: T201
 
@@ -16,6 +16,7 @@ from sm90_backward import VISIBILITIES
 from triton import knobs
 
 from flash_attn.backends.sm90 import launch_backward
+from flash_attn.backends.sm90.plans_backward import plan_backward
 from flash_attn.core.problem import AttentionProblem, BackwardInputs, make_transform
 
 
@@ -38,27 +39,33 @@ CASES = [
 ]
 
 
-def launches(headdim: int, case: Case) -> list[aot.Launch]:
-    """The kernel calls of one backward; none if the package refuses it."""
+def launches(headdim: int, case: Case, splits: int = 1) -> list[aot.Launch]:
+    """The kernel calls of one backward; none if the package refuses it, or if there are not enough
+    heads for ``splits``."""
     batch, seqlen, nheads = case.shape
     x = torch.empty(batch, seqlen, nheads, headdim, dtype=case.dtype, device="meta")
     transform = make_transform(headdim, softcap=case.softcap)
-    problem = AttentionProblem(x, x, x, transform, VISIBILITIES[case.mask])
-    if launch_backward.unsupported_backward(problem):
+    k = x[:, :, : nheads // splits]
+    problem = AttentionProblem(x, k, k, transform, VISIBILITIES[case.mask])
+    if launch_backward.unsupported_backward(problem) or splits > nheads:
         return []
     lse = torch.empty(batch, nheads, seqlen, device="meta")
     state = torch.empty(2, dtype=torch.int64, device="meta")
-    inputs = BackwardInputs(x, x, lse, x, x, x, state)
-    return aot.record(lambda: launch_backward.backward(problem, inputs), "sm90")
+    inputs = BackwardInputs(x, x, lse, x, k, k, state)
+    plan = None
+    if splits > 1:
+        plan = plan_backward(headdim, case.mask != "full", seqlen)._replace(splits=splits)
+    return aot.record(lambda: launch_backward.backward(problem, inputs, plan), "sm90")
 
 
 def main() -> None:
     """Compile for the head dims named on the command line."""
     knobs.nvidia.dump_ptxas_log = True
     knobs.compilation.always_compile = True
-    for headdim in map(int, sys.argv[1:]):
+    splits = 2 if "--split" in sys.argv else 1
+    for headdim in (int(x) for x in sys.argv[1:] if x != "--split"):
         for case in CASES:
-            for one in launches(headdim, case):
+            for one in launches(headdim, case, splits):
                 found = aot.compile_launch(one, "sm90")
                 facts = {"kernel": one.name, "headdim": headdim, "case": str(case)}
                 failures = found.failures("sm90")

@@ -17,10 +17,11 @@ _SCRIPT = Path(__file__).with_name("sm90_backward.py")
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+@pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("headdim", [64, 96, 128])
-def test_compiles_within_the_limits(headdim: int, tmp_path: Path) -> None:
+def test_compiles_within_the_limits(headdim: int, split: bool, tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, str(_SCRIPT), str(headdim)],
+        [sys.executable, str(_SCRIPT), *["--split"] * split, str(headdim)],
         capture_output=True,
         text=True,
         check=False,
@@ -39,6 +40,7 @@ def test_compiles_within_the_limits(headdim: int, tmp_path: Path) -> None:
     assert "" in found
     plans = {"in use", "ordered"} | ({"without stores"} if headdim > 64 else set())
     assert {kernel["plan"] for kernel in kernels} == plans
+    assert split == ("finish_keys_sm90" in {kernel["kernel"] for kernel in kernels})
     for kernel in kernels:
         assert not kernel["failures"], kernel
     assert "0 bytes spill stores" in log  # the log is there

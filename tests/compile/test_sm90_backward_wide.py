@@ -16,10 +16,16 @@ _SCRIPT = Path(__file__).with_name("sm90_backward_wide.py")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("headdim", "cases"), [(136, 6), (192, 6), (256, 5)])
-def test_compiles_within_the_limits(headdim: int, cases: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("headdim", "options", "kernels_of_all"),
+    [(136, [], 3 * 6), (192, [], 3 * 6), (256, [], 3 * 5)]
+    + [(136, ["--split"], 4 * 5), (192, ["--split"], 4 * 5), (256, ["--split"], 4 * 4)],
+)
+def test_compiles_within_the_limits(
+    headdim: int, options: list[str], kernels_of_all: int, tmp_path: Path
+) -> None:
     done = subprocess.run(
-        [sys.executable, str(_SCRIPT), str(headdim)],
+        [sys.executable, str(_SCRIPT), *options, str(headdim)],
         capture_output=True,
         text=True,
         check=False,
@@ -30,7 +36,7 @@ def test_compiles_within_the_limits(headdim: int, cases: int, tmp_path: Path) ->
     # C7510 to C7518: the assembler makes products wait for each other.
     assert "C75" not in log, log
     kernels = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert len(kernels) == 3 * cases
+    assert len(kernels) == kernels_of_all
     for kernel in kernels:
         assert not kernel["failures"], kernel
     assert "0 bytes spill stores" in log  # the log is there

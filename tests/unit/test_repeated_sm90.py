@@ -21,7 +21,7 @@ from triton.experimental.gluon import language as gl
 
 from flash_attn import flash_attn_func, flash_attn_varlen_func, use_backend
 from flash_attn.backends import _launcher, sm90, triton
-from flash_attn.backends.sm90 import launch, refusal
+from flash_attn.backends.sm90 import launch, launch_backward, refusal
 from flash_attn.core import autograd, ops, plan, registry, repeated
 from flash_attn.core.plan import TilePlan
 from flash_attn.core.problem import AttentionProblem
@@ -44,7 +44,8 @@ def gpu(monkeypatch) -> StubDriver:
     monkeypatch.delenv("FLASH_ATTENTION_USE_FLAGGEMS", raising=False)
     monkeypatch.setattr(registry, "own_families", lambda device: ("sm90", "triton"))
     monkeypatch.setattr(sm90, "_place_reasons", lambda q: [])
-    monkeypatch.setattr(launch, "multiprocessors_of", lambda index: 132)
+    for module in (launch, launch_backward):
+        monkeypatch.setattr(module, "multiprocessors_of", lambda index: 132)
     monkeypatch.setattr(triton.BACKEND, "unsupported", lambda problem, backward: [])
     monkeypatch.setattr(_launcher, "_counters", {})
     _forget()
@@ -103,13 +104,13 @@ def varlen() -> Call:
     return call, tensors
 
 
-def backward(**options: object) -> Callable[[], Call]:
+def backward(nheads_k: int = 4, **options: object) -> Callable[[], Call]:
     def make() -> Call:
         def call(q, k, v, dout):
             leaves = [x.detach().requires_grad_() for x in (q, k, v)]
             return torch.autograd.grad(flash_attn_func(*leaves, **options), leaves, dout)
 
-        return call, qkv() | {"dout": half(2, 200, 4, 64)}
+        return call, qkv(nheads_k=nheads_k) | {"dout": half(2, 200, 4, 64)}
 
     return make
 
@@ -123,6 +124,7 @@ CALLS: dict[str, Callable[[], Call]] = {
     "varlen": varlen,
     "backward": backward(),
     "causal backward": backward(causal=True),
+    "backward of divided groups": backward(nheads_k=1, causal=True),
 }
 
 
@@ -330,6 +332,15 @@ def test_what_is_not_served_goes_to_the_portable_kernels_with_a_reason(gpu, capl
     assert kernels(gpu) == ["attention_forward"]
     assert "backend triton for the forward pass of q (2, 200, 4, 64)" in caplog.text
     assert re.search(f"not sm90: .*{reason}", caplog.text)
+
+
+def test_divided_groups_are_added_up_in_repeated_calls_too(gpu):
+    call, tensors = warm(CALLS["backward of divided groups"])
+    gpu.launches.clear()
+    call(**tensors)
+    assert is_direct(gpu)
+    assert kernels(gpu)[-4:] == ["row_statistics_sm90", "attention_backward_sm90",
+                                 "finish_keys_sm90", "finish_dq_sm90"]  # fmt: skip
 
 
 def test_one_pass_by_each(gpu):

@@ -11,6 +11,7 @@
   queries that see them, for every query head of the group, so dk and dv are summed in float32 in
   registers. Its share of dq is added to float32 sums in global memory by TMA.
 * ``finish_dq_sm90``: rounds the sums of dq to the result's type.
+* ``finish_keys_sm90``: with SPLIT dk and dv from their sums.
 
 The main kernel has a producer warpgroup, whose only task is to ask for tiles, and two consumer
 warpgroups with 64 keys each. They compute transposed tiles, keys x queries, because then p and ds
@@ -27,6 +28,8 @@ Without an adder it asks TMA itself.
 FIRST_STORES: the first program that comes to a block of dq stores it, so nobody has to zero it.
 ROTATE: without a mask, the programs of a head begin at different queries and wrap around, so that
 they do not come to the same block of dq at the same time.
+SPLIT: several programs share the query heads of a key head, and each leaves sums of dk and dv in
+float32 in global memory.
 DETERMINISTIC: the programs add to each block of dq in the order of their keys, REVERSED from the
 last to the first. A program waits only for programs with smaller numbers, which started before it.
 
@@ -219,11 +222,12 @@ class Config:
     HAS_CHUNK: gl.constexpr
     HAS_ALIBI: gl.constexpr
     RAGGED: gl.constexpr
+    SPLIT: gl.constexpr
 
     @gluon.constexpr_function
     def __init__(self, BLOCK_M, BLOCK_D, EAGER_DV, AHEAD, DQ_GROUP, FIRST_STORES, ADDER,
                  IN_FLIGHT, DETERMINISTIC, SOFTCAP, HAS_LEFT, HAS_RIGHT, HAS_CHUNK, HAS_ALIBI,
-                 RAGGED, BLOCK_N=128, ROTATE=False):  # fmt: skip
+                 RAGGED, BLOCK_N=128, ROTATE=False, SPLIT=False):  # fmt: skip
         self.BLOCK_M = gl.constexpr(BLOCK_M)
         self.BLOCK_N = gl.constexpr(BLOCK_N)
         self.BLOCK_D = gl.constexpr(BLOCK_D)
@@ -241,13 +245,15 @@ class Config:
         self.HAS_CHUNK = gl.constexpr(HAS_CHUNK)
         self.HAS_ALIBI = gl.constexpr(HAS_ALIBI)
         self.RAGGED = gl.constexpr(RAGGED)
+        self.SPLIT = gl.constexpr(SPLIT)
 
 
 @aggregate
 class Grid:
     """How programs divide ``key_blocks`` blocks of keys of ``sequences`` key heads.
 
-    Packed, all sequences together count as one.
+    Packed, all sequences together count as one. With SPLIT, what is said of key heads is true of
+    their parts, ``splits`` of each: see share_of.
 
     Heads (of all sequences) are taken in sections. Within a section heads run fastest and blocks
     of keys from the first, which most queries see, to the last; REVERSED from the last.
@@ -455,7 +461,8 @@ class Work:
     first one of the next there. ``queries`` and ``keys`` are where the sequence's rows lie.
     With ROTATE the rows are all, [0, end_row), from first_row on and around, and ``to_next_head``
     leads from a row to the next head's.
-    ``slopes`` points to the sequence's ALiBi slopes, with HAS_ALIBI.
+    ``slopes`` points to the sequence's ALiBi slopes, with HAS_ALIBI. ``first_head`` is the first
+    query head, with SPLIT: see first_query_head.
     """
 
     scale: gl.tensor
@@ -471,6 +478,7 @@ class Work:
     to_next_head: gl.tensor
     steps: gl.tensor
     key_head: gl.tensor
+    first_head: gl.tensor
     shift: gl.tensor
     chunk: gl.tensor
     phase: gl.tensor
@@ -483,8 +491,8 @@ class Work:
 
     @gluon.constexpr_function
     def __init__(self, scale, scale_log2, cap_log2, seqlen_k, reach_left, reach_right, first_key,
-                 first_row, end_row, first_sum, to_next_head, steps, key_head, shift, chunk, phase,
-                 slopes, queries, keys, grid, lengths, config):  # fmt: skip
+                 first_row, end_row, first_sum, to_next_head, steps, key_head, first_head, shift,
+                 chunk, phase, slopes, queries, keys, grid, lengths, config):  # fmt: skip
         self.scale = scale
         self.scale_log2 = scale_log2
         self.cap_log2 = cap_log2
@@ -498,6 +506,7 @@ class Work:
         self.to_next_head = to_next_head
         self.steps = steps
         self.key_head = key_head
+        self.first_head = first_head
         self.shift = shift
         self.chunk = chunk
         self.phase = phase
@@ -507,6 +516,27 @@ class Work:
         self.grid = grid
         self.lengths = lengths
         self.config = config
+
+
+@gluon.jit
+def share_of(part, group, splits):
+    """(key head, first query head, query heads) of a part: the ``group`` query heads of a key head
+    are divided into ``splits`` parts as evenly as can be."""
+    key_head = part // splits
+    number = part - key_head * splits
+    first = number * group // splits
+    end = (number + 1) * group // splits
+    return key_head, key_head * group + first, end - first
+
+
+@gluon.jit
+def first_query_head(work, group):
+    """The first of the ``group`` query heads of a program."""
+    if work.config.SPLIT:
+        head = work.first_head
+    else:
+        head = work.key_head * group
+    return head
 
 
 @gluon.jit
@@ -599,7 +629,7 @@ def producer(work, shared, group, q_desc, k_desc, v_desc, do_desc, lse_desc, del
     at = coordinates(work.keys, work.key_head, work.first_key)
     ask_for(k_desc, at, shared.k, 0)
     ask_for(v_desc, at, shared.v, 0)
-    head = work.key_head * group
+    head = first_query_head(work, group)
     row = work.first_row
     sum_row = work.first_sum
     for i in range(work.steps):
@@ -823,7 +853,26 @@ def store_keys(desc, work, ring, values, LANE: gl.constexpr):
 
 
 @gluon.jit
-def consumer(LANE: gl.constexpr, work, shared, group, dk_desc, dv_desc):
+def flat_register_order(tile, COLUMNS: gl.constexpr):
+    """register_order for any number of columns, flat: each warp's 16 rows follow each other."""
+    parts = tile.reshape([4, 2, 8, COLUMNS // 8, 4, 2]).permute([0, 3, 2, 4, 1, 5])
+    return parts.reshape([ROWS * COLUMNS])
+
+
+@gluon.jit
+def leave_sums(sums, grid, program, values, NUMBER: gl.constexpr, COUNT: gl.constexpr,
+               COLUMNS: gl.constexpr):  # fmt: skip
+    """Write the NUMBER-th of the COUNT tiles, ROWS keys and COLUMNS each, that a program has of
+    the sums of dk, or of dv: with SPLIT, for finish_keys_sm90."""
+    batch, part, key_block = grid.place(program)
+    block = (batch * grid.nheads_k + part) * grid.key_blocks + key_block
+    flat = flat_register_order(values, COLUMNS)
+    sums += (block.to(gl.int64) * COUNT + NUMBER) * (ROWS * COLUMNS)
+    gl.store(sums + gl.arange(0, ROWS * COLUMNS, layout=flat.type.layout), flat)
+
+
+@gluon.jit
+def consumer(LANE: gl.constexpr, work, shared, group, dk_target, dv_target):
     """dk and dv of keys [64 * LANE, 64 * LANE + 64) of the program's, and dS for dq."""
     config = work.config
     BLOCK_M: gl.constexpr = config.BLOCK_M
@@ -836,7 +885,7 @@ def consumer(LANE: gl.constexpr, work, shared, group, dk_desc, dv_desc):
     COLUMN: gl.constexpr = gl.SliceLayout(0, SCORES)
     # How many products may be in flight behind those waited for: the next step's S is one.
     EARLY: gl.constexpr = 1 if AHEAD == 1 else 0
-    dtype: gl.constexpr = dk_desc.dtype
+    dtype: gl.constexpr = shared.q.data.dtype
 
     dk = gl.zeros([ROWS, BLOCK_D], gl.float32, SUMS)
     dv = gl.zeros([ROWS, BLOCK_D], gl.float32, SUMS)
@@ -871,7 +920,7 @@ def consumer(LANE: gl.constexpr, work, shared, group, dk_desc, dv_desc):
         lse = shared.lse.index(i % shared.q.SLOTS).load(COLUMN)
         exponent = exponents(work, s)
         if config.HAS_ALIBI:
-            head = work.key_head * group + i // (work.steps // group)
+            head = first_query_head(work, group) + i // (work.steps // group)
             exponent = subtract_alibi(work, exponent, first_key, row, head)
         p = gl.exp2(exponent - gl.expand_dims(lse, 0))
         p = mask_if_needed(work, p, first_key, row)
@@ -932,14 +981,19 @@ def consumer(LANE: gl.constexpr, work, shared, group, dk_desc, dv_desc):
                 s = warpgroup_mma_wait(0, deps=[s])
         row = row_after(work, row)
 
-    # dk and dv leave through k and v; the other groups must be done with k.
-    if config.DQ_GROUP:  # noqa: SIM102 -- one condition is a constant, the other is not
-        if work.steps > 0:
-            shared.ds.wait_empty(work.steps - 1 + shared.ds.SLOTS)
-    meet(CONSUMERS_MEET, 256)
-    store_keys(dv_desc, work, shared.v, dv, LANE)
-    store_keys(dk_desc, work, shared.k, dk * work.scale, LANE)
-    tma.store_wait(0)
+    if config.SPLIT:
+        program = gl.program_id(0) + opaque_zero()
+        leave_sums(dv_target, work.grid, program, dv, LANE, 2, BLOCK_D)
+        leave_sums(dk_target, work.grid, program, dk, LANE, 2, BLOCK_D)
+    else:
+        # dk and dv leave through k and v; the other groups must be done with k.
+        if config.DQ_GROUP:  # noqa: SIM102 -- one condition is a constant, the other is not
+            if work.steps > 0:
+                shared.ds.wait_empty(work.steps - 1 + shared.ds.SLOTS)
+        meet(CONSUMERS_MEET, 256)
+        store_keys(dv_target, work, shared.v, dv, LANE)
+        store_keys(dk_target, work, shared.k, dk * work.scale, LANE)
+        tma.store_wait(0)
 
 
 @gluon.jit
@@ -1108,10 +1162,11 @@ _NUMBERS = (
 _POINTERS = ("bounds_q", "table", "used_q", "used_k", "slopes")
 
 
-@gluon.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_POINTERS)
+# A single split is a constant, so that without SPLIT there is no such argument.
+@gluon.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=("splits", *_POINTERS))
 def attention_backward_sm90(
-    q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, dq_desc, dk_desc, dv_desc,
-    scale, scale_log2, cap_log2, nheads_k, group, seqlen_q, seqlen_k, padded_rows,
+    q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, dq_desc, dk_target, dv_target,
+    scale, scale_log2, cap_log2, nheads_k, group, splits, seqlen_q, seqlen_k, padded_rows,
     window_left, window_right, key_blocks, sequences, section, turns,
     bounds_q, table, used_q, used_k, batch_size, chunk, phase, slopes, stride_slope,
     BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr, Q_SLOTS: gl.constexpr, DO_SLOTS: gl.constexpr,
@@ -1123,6 +1178,7 @@ def attention_backward_sm90(
     ROTATE: gl.constexpr, SOFTCAP: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, CU_Q: gl.constexpr, CU_K: gl.constexpr,
     USED_Q: gl.constexpr, USED_K: gl.constexpr, HAS_CHUNK: gl.constexpr, HAS_ALIBI: gl.constexpr,
+    SPLIT: gl.constexpr,
 ):  # fmt: skip
     """See the module's docstring; launched with 4 warps, those of one consumer.
 
@@ -1133,12 +1189,15 @@ def attention_backward_sm90(
         lse_desc, delta_desc: of (batch * nheads * padded_rows,) float32 with blocks (BLOCK_M,).
         dq_desc: of the sums of dq, (batch * nheads * padded_rows * BLOCK_D / 64, 64) float32 with
             blocks (64, 64).
-        dk_desc, dv_desc: like k's with blocks (1, 1, 64, BLOCK_D); columns past headdim are not
-            written.
+        dk_target, dv_target: descriptors like k's with blocks (1, 1, 64, BLOCK_D); columns past
+            headdim are not written. With SPLIT pointers to sequences * key_blocks * 128 * BLOCK_D
+            float32, which finish_keys_sm90 reads.
         scale: softmax_scale; scale_log2: softmax_scale * log2(e), with SOFTCAP
             2 * softmax_scale / softcap * log2(e); cap_log2: softcap * log2(e).
         padded_rows: seqlen_q, up to a multiple of 128.
         key_blocks: blocks of 128 keys in a sequence, with CU_K the tiles of tiles_sm90.
+        nheads_k, group: key heads, and query heads of each. With SPLIT ``nheads_k`` are parts of
+            key heads, ``splits`` of each, 2 to ``group``.
         sequences: batch * nheads_k, with CU_K nheads_k; ``section`` of them are worked on at a
             time.
         turns: one for each 64 rows of all padded ones, int32, zeros. With DETERMINISTIC they count
@@ -1173,13 +1232,13 @@ def attention_backward_sm90(
     gl.static_assert(not (HAS_ALIBI and SOFTCAP))
     config = Config(BLOCK_M, BLOCK_D, EAGER_DV, AHEAD, DQ_GROUP, FIRST_STORES, ADDER,
                     IN_FLIGHT, DETERMINISTIC, SOFTCAP, HAS_LEFT, HAS_RIGHT, HAS_CHUNK, HAS_ALIBI,
-                    RAGGED, 128, ROTATE)  # fmt: skip
+                    RAGGED, 128, ROTATE, SPLIT)  # fmt: skip
     q = ring_for(q_desc, Q_SLOTS, 2)
     do = ring_for(do_desc, DO_SLOTS, 2)
     k = ring_for(k_desc, 1, 0)
     v = ring_for(v_desc, 1, 0)
-    DS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([128, BLOCK_M], dk_desc.dtype)
-    ds_data = gl.allocate_shared_memory(dk_desc.dtype, [DS_SLOTS, 128, BLOCK_M], DS)
+    DS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([128, BLOCK_M], q_desc.dtype)
+    ds_data = gl.allocate_shared_memory(q_desc.dtype, [DS_SLOTS, 128, BLOCK_M], DS)
     if DQ_GROUP:
         ds = new_ring(ds_data, DS_SLOTS, 2, 1)
     else:
@@ -1225,20 +1284,26 @@ def attention_backward_sm90(
     if ROTATE:
         first_row = first_of_rotation(first_key, count_k, end_row, config)
         to_next_head = padded_rows
-    if CU_Q:
+    first_head = key_head
+    if SPLIT:
+        nheads = nheads_k // splits * group
+        key_head, first_head, group = share_of(key_head, group, splits)
+        first_sum = first_head * padded_rows + first_row
+        first_sum += padded_start(start_q, batch) if CU_Q else batch * nheads * padded_rows
+    elif CU_Q:
         first_sum = key_head * group * padded_rows + padded_start(start_q, batch) + first_row
     else:
         first_sum = (batch * nheads_k + key_head) * group * padded_rows + first_row
     work = Work(scale, scale_log2, cap_log2, count_k, reach_left, reach_right, first_key,
                 first_row, end_row, first_sum, to_next_head,
-                group * (rows // BLOCK_M), key_head, shift, chunk, phase,
+                group * (rows // BLOCK_M), key_head, first_head, shift, chunk, phase,
                 slopes + batch * stride_slope, queries, keys, grid, lengths,
                 config)  # fmt: skip
     # Spelled out, because in tuples bound to a name constants become tensors.
     gl.warp_specialize(
         [
-            (consumer, (0, work, shared, group, dk_desc, dv_desc)),
-            (consumer, (1, work, shared, group, dk_desc, dv_desc)),
+            (consumer, (0, work, shared, group, dk_target, dv_target)),
+            (consumer, (1, work, shared, group, dk_target, dv_target)),
         ]
         + ([(dq_group, (work, shared, dq_desc))] if DQ_GROUP else [])
         + ([(claiming_adder if FIRST_STORES and not DETERMINISTIC else adder,
@@ -1471,3 +1536,98 @@ def finish_dq_sm90(
         if BLOCK_D != HEAD_DIM:
             mask = mask & gl.expand_dims(j * 64 + cols < HEAD_DIM, 0)
         gl.store(target + j * 64, values, mask=mask)
+
+
+@gluon.jit
+def sum_of_parts(sums, number, splits, step, SIZE: gl.constexpr, LAYOUT: gl.constexpr):
+    """The sum of ``splits`` pieces of SIZE numbers, ``step`` apart, in their order."""
+    BATCH: gl.constexpr = 4  # loaded before the first one is added
+    sums += number + gl.arange(0, SIZE, layout=LAYOUT)
+    total = gl.zeros([SIZE], gl.float32, LAYOUT)
+    for i in range(0, splits, BATCH):
+        loaded = ()
+        for j in gl.static_range(BATCH):
+            here = gl.full([SIZE], i + j, gl.int32, LAYOUT) < splits
+            loaded += (gl.load(sums + j * step, mask=here, other=0.0),)
+        for j in gl.static_range(BATCH):
+            total += loaded[j]
+        sums += BATCH * step
+    return total
+
+
+@gluon.jit
+def store_strip(total, factor, grad, stride_m, rows, first_column, count,
+                HEAD_DIM: gl.constexpr, COLUMNS: gl.constexpr):  # fmt: skip
+    """Write ``factor`` times 16 ``rows`` of sums, those before ``count``."""
+    STORED: gl.constexpr = gl.BlockedLayout([1, 8], [256 // COLUMNS, COLUMNS // 8], [4, 1], [1, 0])
+    # Undo flat_register_order, of one warp.
+    strip = total.reshape([COLUMNS // 8, 8, 4, 2, 2]).permute([3, 1, 0, 2, 4])
+    values = (strip.reshape([16, COLUMNS]) * factor).to(grad.dtype.element_ty)
+    rows += gl.arange(0, 16, layout=gl.SliceLayout(1, STORED))
+    columns = first_column + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, STORED))
+    mask = gl.expand_dims(rows < count, 1) & gl.expand_dims(columns < HEAD_DIM, 0)
+    at = gl.expand_dims(rows.to(gl.int64) * stride_m, 1) + gl.expand_dims(columns, 0)
+    gl.store(grad + at, gl.convert_layout(values, STORED), mask=mask)
+
+
+@gluon.jit(
+    do_not_specialize=(
+        "splits", "nheads_k", "key_blocks", "sequences", "seqlen_q", "seqlen_k", "window_left",
+        "chunk", "batch_size",
+    ),
+    do_not_specialize_on_alignment=("bounds_q", "table", "used_q", "used_k"),
+)  # fmt: skip
+def finish_keys_sm90(
+    dk_sums, dv_sums, dk, dv, stride_kb, stride_km, stride_kh, stride_vb, stride_vm, stride_vh,
+    scale, splits, nheads_k, key_blocks, sequences, seqlen_q, seqlen_k, window_left, chunk,
+    bounds_q, table, used_q, used_k, batch_size,
+    HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr, BLOCK_D: gl.constexpr, PIECE: gl.constexpr,
+    BLOCK_N: gl.constexpr, CU_Q: gl.constexpr, CU_K: gl.constexpr, USED_Q: gl.constexpr,
+    USED_K: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_CHUNK: gl.constexpr,
+):  # fmt: skip
+    """dk = scale * sums and dv = sums of the ``splits`` parts of a key head, added in their order:
+    16 keys and PIECE columns of each of both.
+
+    Args:
+        dk_sums, dv_sums: what the main kernel left: for each of ``splits`` * ``sequences`` parts
+            and ``key_blocks`` blocks of BLOCK_N keys, for each 64 of these and each PIECE of
+            BLOCK_D columns, one tile in the order of flat_register_order.
+        nheads_k, sequences: as in the main kernel, but of whole key heads.
+        dk, dv: (batch, seqlen_k, nheads_k, headdim) with strides, columns next to each other, and
+            with CU_K (total, nheads_k, headdim). With HAS_LEFT and lengths on the device, keys
+            before every query's window are left as they are.
+    """
+    allow_dependents()
+    RAGGED: gl.constexpr = CU_Q or CU_K or USED_Q or USED_K
+    PIECES: gl.constexpr = BLOCK_D // PIECE
+    STRIPS: gl.constexpr = BLOCK_N // 16 * PIECES
+    LAYOUT: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
+    pid = gl.program_id(0)
+    program = pid // STRIPS
+    strip = pid % STRIPS // PIECES
+    piece = pid % PIECES
+    grid = Grid(nheads_k, key_blocks, sequences, sequences, False)
+    batch, head, key_block = grid.place(program)
+    first = key_block * BLOCK_N
+    count = seqlen_k
+    row = batch * 0
+    if RAGGED:
+        lengths = Lengths(bounds_q, table, key_blocks, used_q, used_k, batch_size, seqlen_q,
+                          seqlen_k, window_left, chunk, CU_Q, CU_K, USED_Q, USED_K, HAS_LEFT,
+                          HAS_CHUNK)  # fmt: skip
+        _, _, first, row, count, _, _ = lengths.keys(grid, program)
+        row -= batch * seqlen_k  # all packed sequences are the first one
+    rows = first + strip * 16
+    block = (batch * nheads_k + head).to(gl.int64) * splits * key_blocks + key_block
+    tile = (block * (BLOCK_N // 64) + strip // 4) * PIECES + piece
+    number = (tile * 4 + strip % 4) * (16 * PIECE)
+    step = key_blocks.to(gl.int64) * (BLOCK_N * BLOCK_D)
+    b64 = batch.to(gl.int64)
+    row64 = row.to(gl.int64)
+    dk += b64 * stride_kb + head.to(gl.int64) * stride_kh + row64 * stride_km
+    dv += b64 * stride_vb + head.to(gl.int64) * stride_vh + row64 * stride_vm
+    wait_for_dependencies()
+    total = sum_of_parts(dk_sums, number, splits, step, 16 * PIECE, LAYOUT)
+    store_strip(total, scale, dk, stride_km, rows, piece * PIECE, count, HEAD_DIM, PIECE)
+    total = sum_of_parts(dv_sums, number, splits, step, 16 * PIECE, LAYOUT)
+    store_strip(total, 1.0, dv, stride_vm, rows, piece * PIECE, count, HEAD_DIM_V, PIECE)

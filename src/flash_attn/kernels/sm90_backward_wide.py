@@ -15,6 +15,7 @@ Rows of BLOCK_D columns lie in shared memory as BLOCK_D / PIECE buffers, because
 tensor's: dv and dk are tuples of as many tensors.
 
 With SOFTCAP the slope of tanh is multiplied into what the key consumer gets in P's place.
+SPLIT: several programs share the query heads of a key head, see ``sm90_backward``.
 DETERMINISTIC: programs add to each block of dq in the order of their keys, see ``sm90_backward``.
 """
 
@@ -53,10 +54,12 @@ from .sm90_backward import (
     Work,
     buffers_for,
     bytes_of,
+    leave_sums,
     mask_if_needed,
     new_ring,
     register_order,
     rows_of_queries,
+    share_of,
     step_after,
     tile_of,
     turn_of,
@@ -140,9 +143,13 @@ def ask_for_rows(desc, values_desc, batch, head, row, sum_row, shared, ring, val
 def producer(work, shared, group, q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc):
     """Ask for everything that the others read, as slots become empty."""
     batch, key_head, _ = work.grid.place(gl.program_id(0))
+    if work.config.SPLIT:
+        key_head = work.key_head
     ask_for_keys(k_desc, batch, key_head, work.first_key, shared, shared.k)
     ask_for_keys(v_desc, batch, key_head, work.first_key, shared, shared.v)
     head = key_head * group
+    if work.config.SPLIT:
+        head = work.first_head
     row = work.first_row
     sum_row = work.first_sum
     for i in range(work.steps):
@@ -217,19 +224,18 @@ def undo_handing_order(p):
 
 
 @gluon.jit
-def place_again(grid):
-    """This program's place, computed from numbers that the compiler takes for others than those at
-    the kernel's begin: what it could use again would be held, or spilled, all through the loop."""
+def again(grid):
+    """The grid with numbers that the compiler takes for others than those at the kernel's begin:
+    what it could use again of a place would be held, or spilled, all through the loop."""
     zero = opaque_zero()
-    again = Grid(grid.nheads_k + zero, grid.key_blocks + zero, grid.sequences + zero,
-                 grid.section + zero, grid.REVERSED)  # fmt: skip
-    return again.place(gl.program_id(0))
+    return Grid(grid.nheads_k + zero, grid.key_blocks + zero, grid.sequences + zero,
+                grid.section + zero, grid.REVERSED)  # fmt: skip
 
 
 @gluon.jit
 def store_sums(desc, work, shared, ring, sums, factor):
     """Write ``factor`` times dv or dk by TMA, through the buffers of v or k."""
-    batch, key_head, key_block = place_again(work.grid)
+    batch, key_head, key_block = again(work.grid).place(gl.program_id(0))
     for j in gl.static_range(shared.PIECES):
         shared.piece(ring, 0, j).store((sums[j] * factor).to(desc.dtype))
     fence_async_shared()
@@ -240,13 +246,21 @@ def store_sums(desc, work, shared, ring, sums, factor):
 
 
 @gluon.jit
-def value_consumer(work, shared, dv_desc):
+def leave_pieces(target, work, shared, sums):
+    """Write the sums of dk or dv for finish_keys_sm90: with SPLIT."""
+    grid = again(work.grid)
+    for j in gl.static_range(shared.PIECES):
+        leave_sums(target, grid, gl.program_id(0), sums[j], j, shared.PIECES, shared.PIECE)
+
+
+@gluon.jit
+def value_consumer(work, shared, dv_target):
     """P of every step, handed to the key consumer, and dv."""
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, shared.PIECE, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
     COLUMN: gl.constexpr = gl.SliceLayout(0, SCORES)
-    dtype: gl.constexpr = dv_desc.dtype
+    dtype: gl.constexpr = shared.p.data.dtype
 
     dv = (gl.zeros([ROWS, shared.PIECE], gl.float32, SUMS),) * shared.PIECES
     zeros = gl.zeros([ROWS, ROWS], gl.float32, SCORES)
@@ -291,18 +305,21 @@ def value_consumer(work, shared, dv_desc):
         s = warpgroup_mma_wait(0, deps=[s])
         row, sum_row = step_after(work, row, sum_row)
 
-    meet(CONSUMERS_MEET, 256)  # v is read no more, and k only by the dq group
-    store_sums(dv_desc, work, shared, shared.v, dv, 1.0)
+    if work.config.SPLIT:
+        leave_pieces(dv_target, work, shared, dv)
+    else:
+        meet(CONSUMERS_MEET, 256)  # v is read no more, and k only by the dq group
+        store_sums(dv_target, work, shared, shared.v, dv, 1.0)
 
 
 @gluon.jit
-def key_consumer(work, shared, dk_desc):
+def key_consumer(work, shared, dk_target):
     """dS of every step, handed to the dq group, and dk."""
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, shared.PIECE, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
     COLUMN: gl.constexpr = gl.SliceLayout(0, SCORES)
-    dtype: gl.constexpr = dk_desc.dtype
+    dtype: gl.constexpr = shared.ds.data.dtype
 
     dk = (gl.zeros([ROWS, shared.PIECE], gl.float32, SUMS),) * shared.PIECES
     zeros = gl.zeros([ROWS, ROWS], gl.float32, SCORES)
@@ -338,10 +355,13 @@ def key_consumer(work, shared, dk_desc):
             shared.q.release(i)
         dp = warpgroup_mma_wait(0, deps=[dp])
 
-    meet(CONSUMERS_MEET, 256)
-    if work.steps > 0:  # the dq group is done with k
-        shared.ds.wait_empty(work.steps - 1 + shared.ds.SLOTS)
-    store_sums(dk_desc, work, shared, shared.k, dk, work.scale)
+    if work.config.SPLIT:
+        leave_pieces(dk_target, work, shared, dk)
+    else:
+        meet(CONSUMERS_MEET, 256)
+        if work.steps > 0:  # the dq group is done with k
+            shared.ds.wait_empty(work.steps - 1 + shared.ds.SLOTS)
+        store_sums(dk_target, work, shared, shared.k, dk, work.scale)
 
 
 @gluon.jit
@@ -405,29 +425,31 @@ _NUMBERS = (
 )  # fmt: skip
 
 
-@gluon.jit(do_not_specialize=_NUMBERS)
+@gluon.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=("splits",))
 def attention_backward_wide_sm90(
-    q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, dq_desc, dk_desc, dv_desc,
-    scale, scale_log2, cap_log2, nheads_k, group, seqlen_q, seqlen_k, padded_rows,
+    q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, dq_desc, dk_target, dv_target,
+    scale, scale_log2, cap_log2, nheads_k, group, splits, seqlen_q, seqlen_k, padded_rows,
     window_left, window_right, key_blocks, sequences, section, turns,
     BLOCK_D: gl.constexpr, PIECE: gl.constexpr, Q_SLOTS: gl.constexpr, DO_SLOTS: gl.constexpr,
     P_SLOTS: gl.constexpr, DS_SLOTS: gl.constexpr, DQ_SLOTS: gl.constexpr, AHEAD: gl.constexpr,
     REGISTERS: gl.constexpr, DQ_REGISTERS: gl.constexpr, OTHER_REGISTERS: gl.constexpr,
     DETERMINISTIC: gl.constexpr, REVERSED: gl.constexpr, SOFTCAP: gl.constexpr,
-    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, SPLIT: gl.constexpr,
 ):  # fmt: skip
     """See the module's docstring; launched with 4 warps, those of the value consumer.
 
     Args:
         q_desc, do_desc: TMA descriptors of (batch, nheads, seqlen_q, headdim) with blocks
             (1, 1, 64, PIECE); columns past headdim are read as 0.
-        k_desc, v_desc, dk_desc, dv_desc: of (batch, nheads_k, seqlen_k, headdim) with the same
-            blocks; columns past headdim are read as 0 and not written.
+        k_desc, v_desc: of (batch, nheads_k, seqlen_k, headdim) with the same blocks; columns past
+            headdim are read as 0 and not written.
+        dk_target, dv_target: descriptors like k's; with SPLIT pointers to sequences * key_blocks *
+            64 * BLOCK_D float32, which finish_keys_sm90 reads.
         lse_desc, delta_desc: of (batch * nheads * padded_rows,) float32 with blocks (64,).
         dq_desc: of the sums of dq, (batch * nheads * padded_rows * BLOCK_D / 64, 64) float32 with
             blocks (64, 64).
-        scale, scale_log2, cap_log2, padded_rows, sequences, section: as in
-            attention_backward_sm90.
+        scale, scale_log2, cap_log2, nheads_k, group, splits, padded_rows, sequences, section: as
+            in attention_backward_sm90.
         key_blocks: blocks of 64 keys in a sequence.
         turns: (batch * nheads * padded_rows / 64,) int32, zeros: see dq_group.
         BLOCK_D: columns that are computed, a multiple of PIECE; PIECE: 64, 128 or 256.
@@ -438,8 +460,8 @@ def attention_backward_wide_sm90(
     gl.static_assert(BLOCK_D > 64)  # the turns pass with a step's second tile
     PIECES: gl.constexpr = BLOCK_D // PIECE
     config = Config(64, BLOCK_D, False, AHEAD, True, False, False, 0, DETERMINISTIC, SOFTCAP,
-                    HAS_LEFT, HAS_RIGHT, False, False, False, 64)  # fmt: skip
-    dtype: gl.constexpr = dk_desc.dtype
+                    HAS_LEFT, HAS_RIGHT, False, False, False, 64, SPLIT=SPLIT)  # fmt: skip
+    dtype: gl.constexpr = q_desc.dtype
     PLAIN: gl.constexpr = gl.NVMMASharedLayout(0, 16, 2)
     WEIGHTS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 64], dtype)
     shared = Shared(
@@ -465,18 +487,24 @@ def attention_backward_wide_sm90(
         first_key, seqlen_q, seqlen_k, reach_left, reach_right, shift, zero, zero, config
     )
     rows = end_row - first_row
-    first_sum = (batch * nheads_k + key_head) * group * padded_rows + first_row
+    first_head = key_head
+    if SPLIT:
+        nheads = nheads_k // splits * group
+        key_head, first_head, group = share_of(key_head, group, splits)
+        first_sum = (batch * nheads + first_head) * padded_rows + first_row
+    else:
+        first_sum = (batch * nheads_k + key_head) * group * padded_rows + first_row
     here = whole_sequence(batch)
     lengths = Lengths(turns, turns, zero, turns, turns, zero, seqlen_q, seqlen_k, window_left, zero,
                       False, False, False, False, HAS_LEFT, False)  # fmt: skip
     work = Work(scale, scale_log2, cap_log2, seqlen_k, reach_left, reach_right, first_key,
                 first_row, end_row, first_sum, padded_rows - rows + ROWS, group * (rows // ROWS),
-                key_head, shift, zero, zero, turns, here, here, grid, lengths,
+                key_head, first_head, shift, zero, zero, turns, here, here, grid, lengths,
                 config)  # fmt: skip
     # The lists have to be spelled out: in tuples bound to a name, constants become tensors.
     gl.warp_specialize([
-        (value_consumer, (work, shared, dv_desc)),
-        (key_consumer, (work, shared, dk_desc)),
+        (value_consumer, (work, shared, dv_target)),
+        (key_consumer, (work, shared, dk_target)),
         (dq_group, (work, shared, turns, dq_desc)),
         (producer, (work, shared, group, q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc)),
     ], [4, 4, 1], [REGISTERS, DQ_REGISTERS, OTHER_REGISTERS])  # fmt: skip

@@ -9,7 +9,7 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ...core.device import guard
+from ...core.device import guard, multiprocessors_of
 from ...core.outputs import round_multiple, softmax_d_shape
 from ...core.plan import report
 from ...core.problem import FULL, AttentionProblem, BackwardInputs, is_half
@@ -23,10 +23,12 @@ from .plans_backward import (
     BackwardPlan,
     plan_backward,
     plan_ordered,
+    splits_of_group,
 )
 
 attention_backward_sm90 = Launcher(sm90_backward.attention_backward_sm90)
 finish_dq_sm90 = Launcher(sm90_backward.finish_dq_sm90)
+finish_keys_sm90 = Launcher(sm90_backward.finish_keys_sm90)
 row_statistics_sm90 = Launcher(sm90_backward.row_statistics_sm90)
 tiles_sm90 = Launcher(sm90_backward.tiles_sm90)
 
@@ -70,12 +72,16 @@ class Workspace(NamedTuple):
         dq_sums: (batch * nheads * padded rows * headdim / 64, 64) float32, the head dim padded.
         turns: one for each 64 padded rows, of which deterministic and first_stores alone make use;
             int32.
+        dk_sums, dv_sums: float32 for each key, padded, and column, padded, of each of ``splits``
+            parts of a key head; None for one.
     """
 
     lse_log2: Tensor
     delta: Tensor
     dq_sums: Tensor
     turns: Tensor
+    dk_sums: Tensor | None
+    dv_sums: Tensor | None
 
 
 def unsupported_backward(problem: AttentionProblem) -> list[str]:
@@ -161,11 +167,17 @@ def backward(
         widest = max(problem.headdim, problem.headdim_v)
         choose = plan_ordered if problem.deterministic else plan_backward
         plan = choose(widest, is_masked, problem.max_seqlen_q, problem.max_seqlen_k)
+        plan = plan._replace(splits=_splits(problem, plan))
+    group = problem.nheads // problem.nheads_k
+    if not 1 <= plan.splits <= group:
+        raise ValueError(f"no plan for {group} query heads to a key head: {plan}")
     report(("sm90 backward", *problem.q.shape, *problem.k.shape, visibility), plan)
     fits, fit = (is_for_ragged_tma, for_ragged_tma) if ragged else (is_for_tma, for_tma)
+    if plan.splits > 1:
+        fits = _has_columns_together
     dk, dv = (x if fits(x) else _new_for_tma(x) for x in (inputs.dk, inputs.dv))
     if ragged and (visibility.window_left is not None or visibility.attention_chunk):
-        # The kernel leaves out the keys before every query's window.
+        # The kernels leave out the keys before every query's window.
         dk.zero_()
         dv.zero_()
     lse = inputs.softmax_lse
@@ -173,7 +185,7 @@ def backward(
         dout=fit(inputs.dout),
         out=for_tma(inputs.out),
         softmax_lse=lse if lse.stride(-1) == 1 or lse.shape[-1] == 1 else lse.contiguous(),
-        dq=inputs.dq if inputs.dq.stride(-1) == 1 else _new_for_tma(inputs.dq),
+        dq=inputs.dq if _has_columns_together(inputs.dq) else _new_for_tma(inputs.dq),
         dk=dk,
         dv=dv,
     )
@@ -183,6 +195,7 @@ def backward(
         workspace = allocate(problem, packing, plan)
         launch_statistics(problem, direct, packing, workspace, plan)
         launch_main(problem, direct, packing, workspace, plan, unseen)
+        launch_finish_keys(problem, direct, packing, workspace, plan)
         launch_finish(problem, direct, packing, workspace, plan)
     for wanted, written in zip(inputs[3:6], direct[3:6], strict=True):
         if wanted is not written:
@@ -190,6 +203,24 @@ def backward(
     if packing.q is None:
         return workspace.delta
     return workspace.delta[0, :, : softmax_d_shape(problem)[1]].contiguous()
+
+
+def _splits(problem: AttentionProblem, plan: BackwardPlan) -> int:
+    """How many programs share the query heads of a key head: a function of shapes and the GPU."""
+    group = problem.nheads // problem.nheads_k
+    if group == 1:
+        return 1
+    programs = _key_blocks(problem, plan) * _key_heads(problem)
+    multiprocessors = multiprocessors_of(problem.q.device.index or 0)
+    return splits_of_group(programs, group, problem.visibility != FULL, multiprocessors)
+
+
+def _key_blocks(problem: AttentionProblem, plan: BackwardPlan) -> int:
+    """Blocks of keys of a sequence, or tiles of all packed ones."""
+    rows, cu_seqlens = problem.k.shape[-3], problem.layout.cu_seqlens_k
+    if cu_seqlens is None:
+        return -(-rows // plan.block_n)
+    return _number_of_tiles(rows, cu_seqlens.shape[0] - 1)
 
 
 def _without_unseen_keys(
@@ -228,12 +259,17 @@ def _tiles_of(cu_seqlens: Tensor, total: int) -> Tiles:
     # Programs wait for each other by number. With bounds that decrease some would not exist.
     bounds = cu_seqlens.cummax(0).values
     batch = bounds.shape[0] - 1
-    tiles = total // 128 + batch + 2
+    tiles = _number_of_tiles(total, batch)
     table = bounds.new_empty(4, tiles)
     tiles_sm90[(-(-tiles // 128),)](
         bounds, table, batch, total, tiles, (batch + 1).bit_length(), num_warps=4
     )
     return Tiles(bounds, table)
+
+
+def _number_of_tiles(total: int, batch: int) -> int:
+    """See tiles_sm90."""
+    return total // _TILE + batch + 2
 
 
 def allocate(problem: AttentionProblem, packing: Packing, plan: BackwardPlan) -> Workspace:
@@ -250,17 +286,24 @@ def allocate(problem: AttentionProblem, packing: Packing, plan: BackwardPlan) ->
     else:
         lse_log2, delta = torch.zeros((2, *statistics), dtype=torch.float32, device=device)
     sums = (batch * nheads * rows * (plan.block_d // 64), 64)
+    dk_sums = dv_sums = None
+    if plan.splits > 1:
+        blocks = _key_blocks(problem, plan) * _key_heads(problem) * plan.splits
+        size = (blocks * plan.block_n * plan.block_d,)
+        dk_sums, dv_sums = (scratch(size, torch.float32, device) for _ in range(2))
     return Workspace(
         lse_log2,
         delta,
         scratch(sums, torch.float32, device),
         scratch((batch * nheads * rows // 64,), torch.int32, device),
+        dk_sums,
+        dv_sums,
     )
 
 
-def _key_heads(problem: AttentionProblem, packing: Packing) -> int:
+def _key_heads(problem: AttentionProblem) -> int:
     """Key heads of all sequences; packed ones count as one."""
-    return problem.nheads_k * (problem.batch_size if packing.k is None else 1)
+    return problem.nheads_k * (problem.k.shape[0] if problem.k.dim() == 4 else 1)
 
 
 def _query_heads(problem: AttentionProblem, packing: Packing) -> int:
@@ -268,15 +311,25 @@ def _query_heads(problem: AttentionProblem, packing: Packing) -> int:
     return problem.nheads * (problem.batch_size if packing.q is None else 1)
 
 
-def _section(problem: AttentionProblem, packing: Packing, plan: BackwardPlan) -> int:
-    """Key heads that are worked on at a time."""
+def _section(problem: AttentionProblem, plan: BackwardPlan) -> int:
+    """Key heads, or parts of key heads, that are worked on at a time."""
     group = problem.nheads // problem.nheads_k
-    bytes_of_head = max(1, group * problem.max_seqlen_q * problem.headdim * 8)
-    heads = plan.section_bytes // bytes_of_head
+    bytes_of_part = -(-group // plan.splits) * problem.max_seqlen_q * problem.headdim * 8
+    parts = plan.section_bytes // max(1, bytes_of_part)
     if group > 1:
-        programs = max(1, -(-problem.max_seqlen_k // _BLOCK_N))
-        heads = max(heads, plan.least_programs // programs)
-    return max(1, min(_key_heads(problem, packing), heads))
+        programs = max(1, -(-problem.max_seqlen_k // plan.block_n))
+        parts = max(parts, plan.least_programs // programs)
+    return max(1, min(_key_heads(problem) * plan.splits, parts))
+
+
+def _window(problem: AttentionProblem) -> tuple[int | None, int | None]:
+    """The window's sides, which the kernels add up without overflow; chunks have both."""
+    left, right, chunk = problem.visibility
+    longest = problem.q.shape[-3] + problem.k.shape[-3]
+    if chunk:  # is between two bounds anyway
+        left, right = (longest if x is None else x for x in (left, right))
+    left, right = (None if x is None else min(x, longest) for x in (left, right))
+    return left, right
 
 
 def _tiles_of_head(packing: Packing, workspace: Workspace) -> int:
@@ -346,18 +399,17 @@ def launch_main(
     q, k, v, layout = problem.q, problem.k, problem.v, problem.layout
     seqlen_q, seqlen_k, nheads_k = q.shape[-3], k.shape[-3], problem.nheads_k
     block_m, block_d = plan.block_m, plan.block_d
-    left, right, chunk = problem.visibility
-    longest = seqlen_q + seqlen_k
-    if chunk:  # is between two bounds anyway
-        left, right = (longest if x is None else x for x in (left, right))
-    key_blocks = -(-seqlen_k // _BLOCK_N) if packing.k is None else packing.k.number
-    key_heads = _key_heads(problem, packing)
+    (left, right), chunk = _window(problem), problem.visibility.attention_chunk
+    key_blocks, parts = _key_blocks(problem, plan), _key_heads(problem) * plan.splits
     unread = workspace.turns
     scale, softcap = problem.transform.softmax_scale, problem.transform.softcap
     factor = scale if softcap == 0.0 else 2.0 * scale / softcap
     slopes = problem.transform.alibi_slopes
     describe = ragged_descriptor if is_ragged(problem) else rows_descriptor
-    attention_backward_sm90[(key_blocks * key_heads,)](
+    targets: list[TensorDescriptor | Tensor | None] = [workspace.dk_sums, workspace.dv_sums]
+    if plan.splits == 1:
+        targets = [describe(x, 64, block_d) for x in (inputs.dk, inputs.dv)]
+    attention_backward_sm90[(key_blocks * parts,)](
         describe(q, block_m, block_d),
         describe(k, _BLOCK_N, block_d),
         describe(v, _BLOCK_N, block_d),
@@ -365,14 +417,11 @@ def launch_main(
         _numbers_descriptor(workspace.lse_log2, block_m),
         _numbers_descriptor(workspace.delta, block_m),
         _sums_descriptor(workspace.dq_sums, 64),
-        describe(inputs.dk, 64, block_d),
-        describe(inputs.dv, 64, block_d),
-        scale, factor * _LOG2E,
-        softcap * _LOG2E, nheads_k, problem.nheads // nheads_k, seqlen_q, seqlen_k,
-        workspace.delta.shape[-1],
-        min(left, longest) if left is not None else 0,
-        min(right, longest) if right is not None else 0,
-        key_blocks, key_heads, _section(problem, packing, plan), workspace.turns,
+        *targets,
+        scale, factor * _LOG2E, softcap * _LOG2E,
+        nheads_k * plan.splits, problem.nheads // nheads_k, plan.splits, seqlen_q, seqlen_k,
+        workspace.delta.shape[-1], left or 0, right or 0,
+        key_blocks, parts, _section(problem, plan), workspace.turns,
         unread if packing.q is None else packing.q.bounds, _table(packing.k, workspace)[0],
         unread if layout.seqused_q is None else layout.seqused_q,
         unread if layout.seqused_k is None else layout.seqused_k, problem.batch_size,
@@ -389,7 +438,38 @@ def launch_main(
         HAS_LEFT=left is not None, HAS_RIGHT=right is not None,
         CU_Q=packing.q is not None, CU_K=packing.k is not None,
         USED_Q=layout.seqused_q is not None, USED_K=layout.seqused_k is not None,
-        HAS_CHUNK=chunk > 0, HAS_ALIBI=slopes is not None,
+        HAS_CHUNK=chunk > 0, HAS_ALIBI=slopes is not None, SPLIT=plan.splits > 1,
+        num_warps=4, launch_pdl=True,
+    )  # fmt: skip
+
+
+def launch_finish_keys(
+    problem: AttentionProblem,
+    inputs: BackwardInputs,
+    packing: Packing,
+    workspace: Workspace,
+    plan: BackwardPlan,
+) -> None:
+    """dk and dv from their sums, where several programs share the query heads of a key head."""
+    if plan.splits == 1:
+        return
+    layout, unread = problem.layout, workspace.turns
+    key_blocks, key_heads = _key_blocks(problem, plan), _key_heads(problem)
+    strips = plan.block_n // 16 * (plan.block_d // plan.columns)
+    left, chunk = _window(problem)[0], problem.visibility.attention_chunk
+    finish_keys_sm90[(key_blocks * key_heads * strips,)](
+        workspace.dk_sums, workspace.dv_sums, inputs.dk, inputs.dv,
+        *_strides(inputs.dk), *_strides(inputs.dv), problem.transform.softmax_scale,
+        plan.splits, problem.nheads_k, key_blocks, key_heads,
+        problem.q.shape[-3], problem.k.shape[-3], left or 0, min(chunk, _FAR // 2),
+        unread if packing.q is None else packing.q.bounds, _table(packing.k, workspace)[0],
+        unread if layout.seqused_q is None else layout.seqused_q,
+        unread if layout.seqused_k is None else layout.seqused_k, problem.batch_size,
+        HEAD_DIM=problem.headdim, HEAD_DIM_V=problem.headdim_v, BLOCK_D=plan.block_d,
+        PIECE=plan.columns, BLOCK_N=plan.block_n,
+        CU_Q=packing.q is not None, CU_K=packing.k is not None,
+        USED_Q=layout.seqused_q is not None, USED_K=layout.seqused_k is not None,
+        HAS_LEFT=left is not None, HAS_CHUNK=chunk > 0,
         num_warps=4, launch_pdl=True,
     )  # fmt: skip
 
@@ -452,6 +532,10 @@ def _numbers_descriptor(x: Tensor, rows: int) -> TensorDescriptor:
 
 def _sums_descriptor(x: Tensor, rows: int) -> TensorDescriptor:
     return TensorDescriptor(x, list(x.shape), [64, 1], [rows, 64], gl.NVMMASharedLayout(0, 32, 2))
+
+
+def _has_columns_together(x: Tensor) -> bool:
+    return x.stride(-1) == 1
 
 
 def is_for_tma(x: Tensor) -> bool:

@@ -8,11 +8,11 @@ from ...core.problem import AttentionProblem, BackwardInputs
 from ...kernels import sm90_backward_wide
 from .._launcher import Launcher
 from .launch_backward import (
-    Packing,
     Workspace,
     _numbers_descriptor,
     _section,
     _sums_descriptor,
+    _window,
     is_ragged,
     rows_descriptor,
 )
@@ -41,32 +41,33 @@ def launch_main_wide(
     q, k, v = problem.q, problem.k, problem.v
     batch, seqlen_q, nheads, _ = q.shape
     seqlen_k, nheads_k = k.shape[1:3]
-    left, right = problem.visibility.window_left, problem.visibility.window_right
-    longest = seqlen_q + seqlen_k
-    key_blocks = -(-seqlen_k // _BLOCK)
+    left, right = _window(problem)
+    key_blocks, parts = -(-seqlen_k // _BLOCK), batch * nheads_k * plan.splits
     scale, softcap = problem.transform.softmax_scale, problem.transform.softcap
     factor = scale if softcap == 0.0 else 2.0 * scale / softcap
 
     def rows(x: Tensor) -> object:
         return rows_descriptor(x, _BLOCK, plan.piece)
 
-    attention_backward_wide_sm90[(key_blocks * batch * nheads_k,)](
+    targets: list[object] = [workspace.dk_sums, workspace.dv_sums]
+    if plan.splits == 1:
+        targets = [rows(inputs.dk), rows(inputs.dv)]
+    attention_backward_wide_sm90[(key_blocks * parts,)](
         rows(q), rows(k), rows(v), rows(inputs.dout),
         _numbers_descriptor(workspace.lse_log2, _BLOCK),
         _numbers_descriptor(workspace.delta, _BLOCK),
         _sums_descriptor(workspace.dq_sums, 64),
-        rows(inputs.dk), rows(inputs.dv),
+        *targets,
         scale, factor * _LOG2E, softcap * _LOG2E,
-        nheads_k, nheads // nheads_k, seqlen_q, seqlen_k, workspace.delta.shape[-1],
-        min(left, longest) if left is not None else 0,
-        min(right, longest) if right is not None else 0,
-        key_blocks, batch * nheads_k, _section(problem, Packing(), plan),
+        nheads_k * plan.splits, nheads // nheads_k, plan.splits, seqlen_q, seqlen_k,
+        workspace.delta.shape[-1], left or 0, right or 0,
+        key_blocks, parts, _section(problem, plan),
         workspace.turns,
         BLOCK_D=plan.block_d, PIECE=plan.piece, Q_SLOTS=plan.q_slots, DO_SLOTS=plan.do_slots,
         P_SLOTS=plan.p_slots, DS_SLOTS=plan.ds_slots, DQ_SLOTS=plan.dq_slots,
         AHEAD=plan.ahead, REGISTERS=plan.registers, DQ_REGISTERS=plan.dq_registers,
         OTHER_REGISTERS=plan.other_registers, DETERMINISTIC=plan.deterministic,
         REVERSED=plan.is_reversed, SOFTCAP=softcap > 0.0,
-        HAS_LEFT=left is not None, HAS_RIGHT=right is not None,
+        HAS_LEFT=left is not None, HAS_RIGHT=right is not None, SPLIT=plan.splits > 1,
         num_warps=4, launch_pdl=True,
     )  # fmt: skip

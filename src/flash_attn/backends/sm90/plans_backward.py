@@ -25,6 +25,7 @@ class BackwardPlan(NamedTuple):
         first_stores: whoever comes first to a block of dq stores it, so that the sums need no
             zeros; needs an adder, whose ``in_flight`` it uses.
         rotates: see ROTATE; without a mask and in any order only.
+        splits: programs that the query heads of a key head are divided among, see SPLIT.
     """
 
     block_m: int
@@ -47,6 +48,7 @@ class BackwardPlan(NamedTuple):
     in_flight: int = 0
     first_stores: bool = False
     rotates: bool = False
+    splits: int = 1
     # Of head dims above 128: columns of a buffer, and slots for P.
     piece: int = 0
     p_slots: int = 0
@@ -55,6 +57,16 @@ class BackwardPlan(NamedTuple):
     def statistics_rows(self) -> int:
         """Rows of a program of ``row_statistics_sm90``."""
         return 16 if self.piece else 32
+
+    @property
+    def block_n(self) -> int:
+        """Keys of a program."""
+        return 64 if self.piece else 128
+
+    @property
+    def columns(self) -> int:
+        """Columns of a tensor of the sums of dk and dv."""
+        return self.piece or self.block_d
 
 
 TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
@@ -131,3 +143,20 @@ def plan_ordered(
     # Measured with 0 to 4 in flight and with 2 and 4 buffers, at 1k to 16k keys.
     plan = plan._replace(adder=True, dq_slots=4, in_flight=1, first_stores=True, rotates=False)
     return plan._replace(registers=200) if headdim <= 64 else plan
+
+
+def splits_of_group(programs: int, group: int, is_masked: bool, multiprocessors: int) -> int:
+    """How many programs the ``group`` query heads of a key head are divided among, where there are
+    ``programs`` with all of them in one: as few as keep the multiprocessors busy.
+
+    A program has a multiprocessor for itself. With a mask programs are of many lengths, the longest
+    first, and two for each multiprocessor even out. Without, all take as long, and one more than
+    fits is one more turn for all. Where heads are divided there are at most four programs for each
+    multiprocessor, and each leaves 64 KB of sums (head dims up to 64) to 128 KB.
+    """
+    if is_masked:
+        return next((n for n in range(1, group) if programs * n >= 2 * multiprocessors), group)
+    few = [n for n in range(1, group + 1) if n == 1 or programs * n <= 4 * multiprocessors]
+    # Turns, times the heads of the largest part.
+    times = {n: -(-programs * n // multiprocessors) * -(-group // n) for n in few}
+    return next(n for n in few if times[n] <= 1.05 * min(times.values()))
