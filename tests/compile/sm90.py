@@ -272,6 +272,7 @@ def feature_cases() -> list[Case]:
             for length in (500, 3000, 9000):
                 cases += [planned(headdim, mask, features, length) for mask in ("full", "causal")]
             cases += [planned(headdim, mask, features, 500, few=True) for mask in MASKS]
+        cases += [planned(headdim, mask, "softcap sinks", pack=8) for mask in MASKS]
         cases.append(planned(headdim, "chunk", ""))
         for features in ("packed softcap", "used softcap"):
             cases += [planned(headdim, mask, features) for mask in ("full", "window")]

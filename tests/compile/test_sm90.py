@@ -115,12 +115,15 @@ def test_plans_spare_registers_where_they_lack(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(launch, "multiprocessors_of", lambda _index: 1)
     for triton, headdim, softcap, overlap in (
         ((3, 6), 256, 0.0, True), ((3, 6), 256, 20.0, False), ((3, 9), 256, 0.0, True),
-        ((3, 6), 64, 0.0, True), ((3, 9), 64, 0.0, False),
+        ((3, 6), 64, 0.0, True), ((3, 9), 64, 0.0, False), ((3, 6), 192, 0.0, True),
+        ((3, 6), 192, 20.0, False),
     ):  # fmt: skip
         monkeypatch.setattr(launch, "_TRITON", triton)
         q = torch.empty(1, 300, 2, headdim, dtype=torch.bfloat16, device="meta")
         transform = make_transform(headdim, softcap=softcap)
-        assert launch.plan_for(AttentionProblem(q, q, q, transform)).overlap == overlap
+        plan = launch.plan_for(AttentionProblem(q, q, q, transform))
+        assert plan.overlap == overlap
+        assert plan.joint == (headdim == 192 and not softcap)
     monkeypatch.setattr(launch, "_TRITON", (3, 6))
     bounds = torch.empty(2, dtype=torch.int32, device="meta")
     q = torch.empty(300, 2, 64, dtype=torch.bfloat16, device="meta")
@@ -141,6 +144,8 @@ def test_plans_spare_registers_where_they_lack(monkeypatch: pytest.MonkeyPatch) 
     assert launch.plan_for(problem) == plans.lengths_plan(64, sparing=True)
     monkeypatch.setattr(launch, "_TRITON", (3, 6))
     assert launch.plan_for(problem) == plans.forward_plan(plans.ForwardKey(64, True, 300, True))
+    problem = problem._replace(transform=make_transform(64, softcap=20.0))
+    assert launch.plan_for(problem) == plans.lengths_plan(64, sparing=True)
 
 
 @pytest.mark.parametrize("headdim", [128, 256])
@@ -161,6 +166,20 @@ def test_features_that_would_spill_are_refused(
             dense = problem._replace(q=q[None], k=q[None], v=q[None], layout=DENSE)
             refused = headdim > 128 and triton > (3, 6)
             assert len(launch.register_reasons(dense)) == refused
+
+
+@pytest.mark.parametrize(("headdim", "count"), [(192, 0), (200, 1), (256, 1)])
+def test_softcap_with_a_left_bound_is_refused_where_it_spills(
+    headdim: int, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "_TRITON", (3, 6))
+    q = torch.empty(1, 300, 2, headdim, dtype=torch.bfloat16)
+    problem = AttentionProblem(q, q, q, make_transform(headdim, softcap=20.0))
+    for visibility in (Visibility(40, 0), Visibility(None, 0, 128)):
+        reasons = launch.register_reasons(problem._replace(visibility=visibility))
+        assert len(reasons) == count
+        assert all("softcap with a left bound at head dims up to 192" in x for x in reasons)
+    assert not launch.register_reasons(problem._replace(visibility=Visibility(None, 0)))
 
 
 def test_sections_hold_whole_groups() -> None:

@@ -163,7 +163,6 @@ class Task:
         self.groups: list[list[Cell]] = []
         self.stores = 0
         self.speed = 1.0
-        self.ignored = False
         self.products: list[tuple[Any, Any]] = []
         self.values: list[Any] = []
         self.turn = threading.Semaphore(0)
@@ -327,10 +326,6 @@ class Machine:
         task = self.current
         assert task is not None
         read = [x for x in (a, b) if isinstance(x, Cell)]
-        if task.ignored:
-            task.ignored = False
-            task.groups.append([])
-            return BLANK
         for cell in read:
             assert not cell.arriving, "multiplied while a load arrives"
             assert isinstance(cell.content, tuple), "multiplied what was never loaded"
@@ -372,14 +367,6 @@ class Machine:
     def atomic_xchg(self, counter: Array, value: int, sem: str = "") -> None:
         self.pause()
         counter.numbers[0] = value
-
-    def first_scores(self, real: Any) -> Any:
-        def wrapped(*arguments: Any) -> Any:
-            assert self.current is not None
-            self.current.ignored = not arguments[-2]  # what a tile that is none multiplies
-            return real(*arguments)
-
-        return wrapped
 
 
 class _Language(SimpleNamespace):
@@ -477,7 +464,6 @@ def load_kernel(machine: Machine) -> dict[str, Any]:
     names["finish_rows"] = lambda *arguments: (BLANK, BLANK, BLANK)
     names["take_turn"] = machine.take_turn
     names["store_part"] = machine.store_part
-    names["first_scores"] = machine.first_scores(names["first_scores"])
     return names
 
 

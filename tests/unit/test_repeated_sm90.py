@@ -217,7 +217,7 @@ def counter_of(driver: StubDriver) -> int:
 
 
 def test_each_stream_has_a_counter_of_its_own(gpu):
-    call, tensors = warm(times=4)
+    call, tensors = warm(CALLS["varlen"], times=4)
     first = counter_of(gpu)
     assert [x.data_ptr() for x in _launcher._counters.values()] == [first]
     gpu.stream = STREAM + 1

@@ -119,6 +119,9 @@ def register_reasons(problem: AttentionProblem) -> list[str]:
     reasons = []
     if has_alibi and has_softcap and widest > 64:
         reasons.append(f"serves ALiBi with softcap at head dims up to 64, found {widest}")
+    has_left = problem.visibility.window_left is not None or problem.visibility.attention_chunk > 0
+    if has_left and has_softcap and widest > 192:
+        reasons.append(f"serves softcap with a left bound at head dims up to 192, found {widest}")
     if lengths_of(problem) != SHAPES:
         where = "with cu_seqlens or seqused"
     elif _TRITON > (3, 6):
@@ -143,12 +146,13 @@ def plan_for(problem: AttentionProblem) -> ForwardPlan:
     block_d, block_dv = columns_of(problem)
     width = max(block_d, block_dv)
     has_softcap = problem.transform.softcap > 0.0
-    if problem.transform.alibi_slopes is not None:
+    if problem.transform.alibi_slopes is not None or (has_softcap and left is not None):
         return lengths_plan(width, sparing=True)
     if lengths_of(problem) != SHAPES:
         plan = lengths_plan(width)
         has_left = left is not None and (left < _NO_WINDOW or problem.visibility.attention_chunk)
-        spills = plan.consumers == 4 and (_TRITON > (3, 6) or pack_of(problem, plan) > 1)
+        spills = plan.consumers == 4 and _TRITON > (3, 6)
+        spills |= plan.consumers > 2 and pack_of(problem, plan) > 1
         return lengths_plan(width, sparing=bool(has_left or has_softcap or spills))
     masked = left is not None or right is not None
     grid = Grid(
@@ -162,13 +166,14 @@ def plan_for(problem: AttentionProblem) -> ForwardPlan:
 def within_registers(plan: ForwardPlan, has_left: bool, has_softcap: bool) -> ForwardPlan:
     """``plan``, or one that the compiler has registers for.
 
-    There are none for ``overlap`` with softcap. For four consumers that of Triton 3.9 has none for
-    ``overlap`` either, nor for a left bound.
+    There are none for ``overlap`` and ``joint`` with softcap. For four consumers that of Triton 3.9
+    has none for ``overlap`` either, nor for a left bound.
     """
     is_tight = plan.consumers == 4 and _TRITON > (3, 6)
     if is_tight and has_left:
         return lengths_plan(64, sparing=True)
-    return replace(plan, overlap=False) if is_tight or has_softcap else plan
+    plan = replace(plan, overlap=False) if is_tight or has_softcap else plan
+    return with_two_rings(plan) if has_softcap else plan
 
 
 def multiprocessors_for(problem: AttentionProblem) -> int:

@@ -265,7 +265,8 @@ _SPARING: dict[int, ForwardPlan] = {
 
 
 def lengths_plan(block_d: int, sparing: bool = False) -> ForwardPlan:
-    """The plan for packed sequences, for used lengths and, ``sparing`` registers, for ALiBi.
+    """The plan for packed sequences, for used lengths and, ``sparing`` registers, for ALiBi and for
+    softcap with a left bound.
 
     Of 16 packed sequences with 32768 tokens, causal, in order of head dims: 452 493 620 619 664,
     sparing 421 486 579 556 594.
