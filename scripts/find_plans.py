@@ -33,7 +33,7 @@ def cells_of(arch: str) -> dict[str, list[Any]]:
     import aot
     import cases
 
-    from flash_attn.backends.triton.heuristics import family_of, variant_of
+    from flash_attn.backends.triton.heuristics import changes_of, family_of, variant_of
 
     cells: dict[str, list[Any]] = {}
     for case in cases.wide_cases(arch):
@@ -44,8 +44,10 @@ def cells_of(arch: str) -> dict[str, list[Any]]:
                 continue
             key = one.key
             variant = ("full", "masked", "heavy", "windowed")[variant_of(key)]
-            padded = " padded" if key.padded else ""
-            name = f"{family_of(key)} {key.block_d}{padded} {key.kernel} {variant}"
+            padded = ["padded"] if key.padded else []
+            facts = dict.fromkeys([*padded, *(name for name, _ in changes_of(key))])
+            size = " ".join([str(key.block_d), *facts])
+            name = f"{family_of(key)} {size} {key.kernel} {variant}"
             cells.setdefault(name, []).append((f"{case.label}", one))
     return cells
 

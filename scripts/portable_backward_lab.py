@@ -63,21 +63,24 @@ _WIDE = {
 _CONTROL = {"dk": [(64, 128, 8, 2)], "dv": [(64, 128, 8, 2)]}
 
 
-def present(kernel: str, headdim: int, is_causal: bool) -> tuple[int, ...]:
-    """The plan that the package takes on sm_90."""
+def present(headdim: int, is_causal: bool) -> dict[str, tuple[int, int, int, int]]:
+    """The plans that the package takes on sm_90, by kernel."""
     import triton
 
-    from flash_attn.backends.triton.heuristics import plan_for
+    from flash_attn.backends.triton.heuristics import dkdv_kernels, plan_for
     from flash_attn.core.plan import PlanKey
 
     version = tuple(int(x) for x in triton.__version__.split(".")[:2])
     block_d = 256 if headdim > 128 else 128
     key = PlanKey(
-        kernel, "sm90", version, 2, block_d, is_causal, False, block_dv=block_d,
+        "dkdv", "sm90", version, 2, block_d, is_causal, False, block_dv=block_d,
         padded=headdim < block_d,
     )  # fmt: skip
-    plan = plan_for(key)
-    return (plan.block_m, plan.block_n, plan.num_warps, plan.num_stages)
+    plans = {one: plan_for(key._replace(kernel=one)) for one in (*dkdv_kernels(key), "dq")}
+    return {
+        one: (plan.block_m, plan.block_n, plan.num_warps, plan.num_stages)
+        for one, plan in plans.items()
+    }
 
 
 def candidates(headdims: list[int]) -> list[Candidate]:
@@ -86,8 +89,8 @@ def candidates(headdims: list[int]) -> list[Candidate]:
     for d in headdims:
         block_d = 256 if d > 128 else 128
         for is_causal in (False, True):
-            for kernel in ("dkdv", "dq"):
-                found[Candidate(kernel, block_d, present(kernel, d, is_causal))] = None
+            for kernel, plan in present(d, is_causal).items():
+                found[Candidate(kernel, block_d, plan)] = None
         for kernel, plans in (_WIDE if block_d == 256 else _CONTROL).items():
             found.update(dict.fromkeys(Candidate(kernel, block_d, plan) for plan in plans))
     return list(found)
@@ -409,9 +412,7 @@ class Parent:
             child.stop()
         for d, is_causal, one in jobs:
             found = self.compiled.get(_key(d, is_causal, one))
-            is_present = one.kernel in ("dkdv", "dq") and one.plan == present(
-                one.kernel, d, is_causal
-            )
+            is_present = one.plan == present(d, is_causal).get(one.kernel)
             if found is None:
                 self.out[_key(d, is_causal, one)] = "not compiled in time"
             elif found["failures"] and not is_present:
@@ -476,11 +477,8 @@ class Parent:
             best = {kernel: rows[0][0] for kernel, rows in groups.items() if rows}
             apart = best.get("dk", 1e9) + best.get("dv", 1e9)
             rest = ms["statistics"] + best.get("dq", 1e9)
-            now = [present(k, event["headdim"], event["causal"]) for k in ("dkdv", "dq")]
-            before = sum(
-                ms.get(Candidate(k, 0, p).name, 1e9)
-                for k, p in zip(("dkdv", "dq"), now, strict=True)
-            )
+            now = present(event["headdim"], event["causal"])
+            before = sum(ms.get(Candidate(k, 0, plan).name, 1e9) for k, plan in now.items())
             speeds = {
                 "torch": flops / ms["torch"],
                 "present": flops / (before + ms["statistics"]),

@@ -18,7 +18,7 @@ import triton
 from cases import KNOWN_SPILLS, Case, run_case
 
 from flash_attn.backends.triton.extended_plans import converts_float8_ahead
-from flash_attn.backends.triton.heuristics import plan_for
+from flash_attn.backends.triton.heuristics import dkdv_kernels, plan_for
 from flash_attn.core.plan import PlanKey, TilePlan
 
 _SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "compile_matrix.py"
@@ -140,9 +140,70 @@ def test_every_gpu_has_plans(arch: str, block_d: int) -> None:
                 assert min(plan.block_m, plan.block_n) >= 16
 
 
+def _wide_key(kernel: str, **more: Any) -> PlanKey:
+    key = PlanKey(kernel, "sm90", (3, 6), 2, 256, True, False, block_dv=256)
+    return key._replace(**more)
+
+
+def test_where_dk_and_dv_are_apart() -> None:
+    """At head dim 256 on Hopper, full and causal; nowhere else."""
+    for triton_version in ((3, 6), (3, 9)):
+        for more in ({}, {"masked": False}, {"packed": True}, {"padded": True, "alignment": 8}):
+            key = _wide_key("dkdv", triton=triton_version, **more)
+            assert dkdv_kernels(key) == ("dk", "dv"), more
+            for kernel in ("dk", "dv"):
+                assert plan_for(key._replace(kernel=kernel)).block_n == 128
+    for more in (
+        {"heavy": True}, {"windowed": True}, {"alignment": 4}, {"mask_tensor": True},
+        {"itemsize": 4}, {"block_d": 128, "block_dv": 128}, {"block_dv": 512}, {"arch": "sm80"},
+        {"arch": "gfx942"}, {"arch": "sm100"}, {"arch": "interpreter"},
+    ):  # fmt: skip
+        assert dkdv_kernels(_wide_key("dkdv", **more)) == ("dkdv",), more
+
+
+@pytest.mark.parametrize(
+    ("facts", "plan", "newer"),
+    [
+        ({}, (128, 32, 8, 2), (128, 32, 8, 2)),
+        ({"packed": True}, (128, 16, 8, 2), (128, 32, 8, 2)),
+        ({"packed": True, "masked": False}, (128, 32, 8, 2), (128, 32, 8, 2)),
+        ({"padded": True}, (128, 16, 8, 2), (128, 32, 8, 2)),
+        ({"padded": True, "masked": False}, (128, 32, 8, 2), (128, 32, 8, 2)),
+        ({"padded": True, "masked": False, "alignment": 8}, (128, 16, 8, 2), (128, 32, 8, 2)),
+        ({"padded": True, "masked": False, "alignment": 2}, (32, 32, 8, 2), (32, 32, 8, 2)),
+        ({"windowed": True}, (32, 32, 8, 2), (32, 32, 8, 2)),
+    ],
+    ids=str,
+)
+def test_plans_of_dq_at_head_dim_256(
+    facts: dict[str, Any], plan: tuple[int, ...], newer: tuple[int, ...]
+) -> None:
+    """What packs, pads or cuts rows takes registers from the larger tile, by compiler."""
+    for triton_version, expected in (((3, 6), plan), ((3, 9), newer)):
+        assert plan_for(_wide_key("dq", triton=triton_version, **facts)) == TilePlan(*expected)
+
+
+@pytest.mark.parametrize(
+    ("case", "packed", "alignment"),
+    [
+        (Case("backward", 256), False, 16),
+        (Case("backward", 256, feature="varlen"), True, 16),
+        (Case("backward", 200), False, 8),
+        (Case("backward", 250), False, 2),
+        (Case("backward", 200, headdim_v=30), False, 2),
+        (Case("forward", 33), False, 1),
+    ],
+    ids=lambda value: value.label if isinstance(value, Case) else str(value),
+)
+def test_plans_know_packing_and_strides(case: Case, packed: bool, alignment: int) -> None:
+    keys = [one.key for one in aot.record(lambda: run_case(case), "sm90") if one.key]
+    assert keys
+    assert all((key.packed, key.alignment) == (packed, alignment) for key in keys)
+
+
 _PLANS = """
 import itertools, hashlib
-from flash_attn.backends.triton.heuristics import plan_for
+from flash_attn.backends.triton.heuristics import dkdv_kernels, plan_for
 from flash_attn.core.plan import PlanKey
 digest = hashlib.sha256()
 flags = [(False, True)] * 5

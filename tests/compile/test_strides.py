@@ -14,7 +14,7 @@ import aot
 import cases
 from triton import knobs
 
-from flash_attn.backends.triton.launch import strides_are_eights
+from flash_attn.backends.triton.launch import alignment_of, strides_are_eights
 
 pytestmark = [
     pytest.mark.skipif(knobs.runtime.interpret, reason="nothing is compiled in the interpreter"),
@@ -58,20 +58,22 @@ def test_rows_elsewhere_are_read_one_number_at_a_time() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "strides", "expected"),
+    ("shape", "strides", "alignment"),
     [
-        ((2, 7, 3, 40), (840, 120, 40, 1), True),
-        ((7, 3, 40), (120, 40, 1), True),
-        ((2, 7, 3, 64), (1344, 192, 64, 1), False),  # Triton sees it by itself
-        ((2, 7, 3, 40), (844, 120, 40, 1), False),
-        ((2, 7, 3, 40), (2**33 + 8, 120, 40, 1), True),
-        ((2, 7, 3, 40), (0, 120, 40, 1), True),
+        ((2, 7, 3, 40), (840, 120, 40, 1), 8),
+        ((7, 3, 40), (120, 40, 1), 8),
+        ((2, 7, 3, 64), (1344, 192, 64, 1), 16),  # Triton sees it by itself
+        ((2, 7, 3, 40), (844, 120, 40, 1), 4),
+        ((2, 7, 3, 40), (2**33 + 8, 120, 40, 1), 8),
+        ((2, 7, 3, 40), (0, 120, 40, 1), 8),
     ],
 )
 def test_strides_that_are_eights(
-    shape: tuple[int, ...], strides: tuple[int, ...], expected: bool
+    shape: tuple[int, ...], strides: tuple[int, ...], alignment: int
 ) -> None:
     x = torch.empty_strided(shape, strides, device="meta")
+    expected = alignment == 8
+    assert alignment_of(x) == alignment
     even = torch.empty(2, 7, 3, 64, device="meta")
     assert strides_are_eights(x) is expected
     assert strides_are_eights(even, x) is expected

@@ -29,7 +29,7 @@ from test_sm90_backward_wide_model import PLANS as WIDE_PLANS
 from flash_attn.backends.sm90 import launch_backward
 from flash_attn.backends.sm90.plans_backward import BackwardPlan, plan_backward, splits_of_group
 from flash_attn.core import reference
-from flash_attn.core.problem import BackwardInputs
+from flash_attn.core.problem import AttentionProblem, BackwardInputs, Visibility, make_transform
 
 FP16 = torch.float16
 NARROW = [
@@ -233,6 +233,12 @@ def test_faults_are_noticed(fault: Fault) -> None:
         (512, 4, True, 1),
         (264, 8, True, 1),
         (263, 8, True, 2),
+        (64, 8, True, 4),  # of 5 some parts would have one head and others two
+        (100, 8, True, 4),  # not 3
+        (41, 8, True, 8),  # not 7
+        (60, 7, True, 7),  # not 5
+        (100, 7, True, 3),  # nothing is near
+        (140, 3, True, 3),  # not 2
         (16, 1, True, 1),
         (16, 8, False, 8),
         (64, 8, False, 2),  # one turn of halves, or four of eighths
@@ -248,13 +254,35 @@ def test_how_many(programs: int, group: int, is_masked: bool, splits: int) -> No
 
 @pytest.mark.parametrize("is_masked", [False, True])
 def test_workspaces_are_bounded(is_masked: bool) -> None:
-    """Four programs for each multiprocessor, and never more than query heads."""
+    """Some programs for each multiprocessor, and never more parts than query heads."""
     for multiprocessors in (78, 114, 132):
         for group in (1, 2, 3, 7, 8, 71):
             for programs in range(1, 1000):
                 splits = splits_of_group(programs, group, is_masked, multiprocessors)
                 assert 1 <= splits <= group
-                assert splits == 1 or programs * splits <= 4 * multiprocessors
+                most = (6 if is_masked else 4) * multiprocessors
+                assert splits == 1 or programs * splits <= most
+
+
+@pytest.mark.parametrize(
+    ("batch", "seqlen", "heads", "splits", "section"),
+    [
+        (1, 8192, (8, 1), 4, 2),
+        (1, 8192, (8, 1), 5, 3),  # 3 and 2 parts, not 2, 2 and 1
+        (2, 4096, (28, 4), 2, 4),  # what makes 128 programs
+        (3, 4096, (12, 3), 1, 5),  # 5 and 4 heads: 3 would not make a GPU's worth of programs
+        (3, 1024, (8, 4), 1, 12),
+        (5, 2048, (4, 2), 1, 10),  # not 8 and 2
+    ],
+)
+def test_sections_are_of_equal_size(
+    batch: int, seqlen: int, heads: tuple[int, int], splits: int, section: int
+) -> None:
+    q = torch.empty(batch, seqlen, heads[0], 128, dtype=FP16, device="meta")
+    k = q[:, :, : heads[1]]
+    problem = AttentionProblem(q, k, k, make_transform(128), Visibility(None, 0))
+    plan = plan_backward(128, True, seqlen)._replace(splits=splits)
+    assert launch_backward._section(problem, plan) == section
 
 
 def recorded(inputs: Any, plan: BackwardPlan | None = None) -> list[gluon_model.Launch]:

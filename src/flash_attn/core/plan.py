@@ -34,6 +34,9 @@ class PlanKey(NamedTuple):
         windowed: whether the mask has a left limit, for which more is kept in registers.
         padded: whether the head dim is less than block_d, so that columns are masked.
         mask_tensor: whether the scores have a mask tensor.
+        packed: whether sequences of queries or keys are packed.
+        alignment: of rows and heads: the largest power of two, up to 16, that divides the strides
+            of q, k and v, in elements.
     """
 
     kernel: str
@@ -49,6 +52,8 @@ class PlanKey(NamedTuple):
     windowed: bool = False
     padded: bool = False
     mask_tensor: bool = False
+    packed: bool = False
+    alignment: int = 16
 
 
 @dataclass(frozen=True)

@@ -313,13 +313,17 @@ def _query_heads(problem: AttentionProblem, packing: Packing) -> int:
 
 def _section(problem: AttentionProblem, plan: BackwardPlan) -> int:
     """Key heads, or parts of key heads, that are worked on at a time."""
-    group = problem.nheads // problem.nheads_k
+    group, total = problem.nheads // problem.nheads_k, _key_heads(problem) * plan.splits
     bytes_of_part = -(-group // plan.splits) * problem.max_seqlen_q * problem.headdim * 8
-    parts = plan.section_bytes // max(1, bytes_of_part)
-    if group > 1:
-        programs = max(1, -(-problem.max_seqlen_k // plan.block_n))
-        parts = max(parts, plan.least_programs // programs)
-    return max(1, min(_key_heads(problem) * plan.splits, parts))
+    fitting = plan.section_bytes // max(1, bytes_of_part)
+    if group == 1:
+        return max(1, min(total, fitting))
+    least = plan.least_programs // max(1, -(-problem.max_seqlen_k // plan.block_n))
+    # Of equal size: a small last section would leave multiprocessors without work.
+    sections = -(-total // max(1, fitting, least))
+    if sections > 1 and total // sections < least:
+        sections -= 1
+    return -(-total // sections)
 
 
 def _window(problem: AttentionProblem) -> tuple[int | None, int | None]:

@@ -145,18 +145,31 @@ def plan_ordered(
     return plan._replace(registers=200) if headdim <= 64 else plan
 
 
+# How far the number of parts that is taken may be from the one that is wanted.
+_NEAR = 1.6
+
+
 def splits_of_group(programs: int, group: int, is_masked: bool, multiprocessors: int) -> int:
     """How many programs the ``group`` query heads of a key head are divided among, where there are
     ``programs`` with all of them in one: as few as keep the multiprocessors busy.
 
     A program has a multiprocessor for itself. With a mask programs are of many lengths, the longest
-    first, and two for each multiprocessor even out. Without, all take as long, and one more than
-    fits is one more turn for all. Where heads are divided there are at most four programs for each
-    multiprocessor, and each leaves 64 KB of sums (head dims up to 64) to 128 KB.
+    first, and two for each multiprocessor even out if all parts have as many heads. Without, all
+    take as long, and one more than fits is one more turn for all. Where heads are divided there are
+    at most six programs for each multiprocessor, and each leaves 64 KB of sums (head dims up to 64)
+    to 128 KB.
     """
     if is_masked:
-        return next((n for n in range(1, group) if programs * n >= 2 * multiprocessors), group)
+        wanted = next((n for n in range(1, group) if programs * n >= 2 * multiprocessors), group)
+        return _near_divisor(group, wanted)
     few = [n for n in range(1, group + 1) if n == 1 or programs * n <= 4 * multiprocessors]
     # Turns, times the heads of the largest part.
     times = {n: -(-programs * n // multiprocessors) * -(-group // n) for n in few}
     return next(n for n in few if times[n] <= 1.05 * min(times.values()))
+
+
+def _near_divisor(group: int, wanted: int) -> int:
+    """The divisor of ``group`` nearest to ``wanted``, which stays where none is near."""
+    distance = {n: max(n / wanted, wanted / n) for n in range(1, group + 1) if group % n == 0}
+    nearest = min(distance, key=distance.__getitem__)
+    return nearest if distance[nearest] <= _NEAR else wanted

@@ -34,8 +34,8 @@ def _changed(table: _Table, changes: _Table) -> _Table:
     return {block_d: {**table[block_d], **changes.get(block_d, {})} for block_d in table}
 
 
-# Hopper. Head dims 64 and 128 without heavy features were measured on an H200
-# (docs/lab/portable-kernels.md).
+# Hopper. Head dims 64 and 128 without heavy features were measured on an H200, 256 (but forward) on
+# an H100 (docs/lab/portable-kernels.md).
 _SM90 = {
     16: _variants(
         forward=[(128, 64, 4, 3)],
@@ -59,13 +59,19 @@ _SM90 = {
     ),
     256: _variants(
         forward=[(128, 32, 8, 2), (128, 32, 8, 2), (128, 32, 8, 2), (64, 32, 8, 2)],
-        dkdv=[(32, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1)],
-        dq=[(64, 32, 8, 2), (32, 32, 8, 1)],
+        dkdv=[(64, 32, 8, 2)],
+        dk=[(32, 128, 8, 2)],
+        dv=[(32, 128, 8, 2)],
+        dq=[(128, 32, 8, 2), (128, 32, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)],
     ),
 }
 # What newer compilers need instead: from Triton 3.7 on.
 _SM90_NEWER = _changed(
-    _SM90, {128: _variants(forward=[(128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 2)])}
+    _SM90,
+    {
+        128: _variants(forward=[(128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 2)]),
+        256: _variants(dkdv=[(64, 32, 8, 2), (64, 32, 8, 2), (16, 32, 8, 1), (64, 32, 8, 2)]),
+    },
 )
 # Ampere data centre GPUs: 163 KB of shared memory.
 _SM80 = {
@@ -252,7 +258,10 @@ _PADDED_SM86 = {
     64: _variants(forward=[(128, 64, 8, 3), (128, 64, 8, 3), (64, 64, 8, 3)]),
 }
 _PADDED: dict[str, _Table] = {
-    "sm90": _PADDED_SM90,
+    "sm90": {
+        **_PADDED_SM90,
+        256: _variants(dq=[(128, 32, 8, 2), (128, 16, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)]),
+    },
     "sm90 newer": _PADDED_SM90,
     "sm80": {
         16: _variants(
@@ -285,6 +294,33 @@ _PADDED: dict[str, _Table] = {
         ),
     },
 }
+# Packed sequences, whose bounds take registers: what differs.
+_PACKED: dict[str, _Table] = {
+    "sm90": {
+        256: _variants(dq=[(128, 32, 8, 2), (128, 16, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)]),
+    },
+    "sm90 newer": {256: _variants(dv=[(16, 128, 8, 2)])},
+}
+# Strides that are multiples of 8 but not of 16 (head dims 136, 200): what differs.
+_EIGHTS: dict[str, _Table] = {
+    "sm90": {
+        256: _variants(
+            dv=[(32, 128, 8, 2), (16, 128, 8, 2)],
+            dq=[(128, 16, 8, 2), (128, 16, 8, 2), (32, 32, 8, 2), (32, 32, 8, 2)],
+        ),
+    },
+    "sm90 newer": {
+        256: _variants(dk=[(32, 128, 8, 2), (16, 128, 8, 2)], dv=[(16, 128, 8, 2)]),
+    },
+}
+# Strides that are not even multiples of 8, so that rows are read in pieces: what differs.
+_UNALIGNED_SM90 = {
+    256: _variants(
+        dkdv=[(32, 32, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1)],
+        dq=[(32, 32, 8, 2), (32, 32, 8, 1)],
+    ),
+}
+_UNALIGNED: dict[str, _Table] = {"sm90": _UNALIGNED_SM90, "sm90 newer": _UNALIGNED_SM90}
 
 
 def family_of(key: PlanKey) -> str:
@@ -310,15 +346,28 @@ def variant_of(key: PlanKey) -> int:
     return 3 if key.windowed else int(key.masked)
 
 
+def changes_of(key: PlanKey) -> list[tuple[str, dict[str, _Table]]]:
+    """What gives ``key``'s kernel a plan of its own: names and tables, of which the last counts."""
+    family, size = family_of(key), size_of(key)
+    facts = (
+        ("packed", key.packed, _PACKED),
+        ("padded", key.padded, _PADDED),
+        ("eights", key.alignment == 8, _EIGHTS),
+        ("unaligned", key.alignment < 8, _UNALIGNED),
+    )
+    return [
+        (name, tables)
+        for name, holds, tables in facts
+        if holds and key.kernel in tables.get(family, {}).get(size, {})
+    ]
+
+
 @lru_cache(maxsize=1024)
 def _lookup(key: PlanKey) -> TilePlan:
     plan, family = extended_plan(key), family_of(key)
     if plan is None:
-        size = size_of(key)
-        kernels = _TABLES[family][size]
-        if key.padded:
-            kernels = {**kernels, **_PADDED.get(family, {}).get(size, {})}
-        plan = kernels[key.kernel][variant_of(key)]
+        _, tables = [("", _TABLES), *changes_of(key)][-1]
+        plan = tables[family][size_of(key)][key.kernel][variant_of(key)]
     if key.few_rows and key.kernel == "forward":
         padded = (family, key.block_d, key.padded) == ("sm80", 64, True)
         most = 32 if padded or key.block_dv > 256 else 64
@@ -332,12 +381,14 @@ def dkdv_kernels(key: PlanKey) -> tuple[str, ...]:
     have plans for that.
 
     Both computes each tile of scores once, but keeps two tiles of gradients in registers: at head
-    dim 256 tiles of 128 keys fit with one of them only.
+    dim 256 tiles of 128 keys fit with one of them only. With heavy features, a left limit or rows
+    that are read in pieces not even then.
     """
     if overridden(key):
         return ("dkdv",)
     apart = overridden(key._replace(kernel="dk")) is not None
-    if not apart and extended_plan(key) is None:
+    light = variant_of(key) < 2 and key.alignment >= 8
+    if not apart and light and extended_plan(key) is None:
         apart = "dk" in _TABLES[family_of(key)][size_of(key)]
     return ("dk", "dv") if apart else ("dkdv",)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -63,14 +64,18 @@ def lse_strides(x: Tensor) -> tuple[int, int]:
     return (0, x.stride(0)) if x.dim() == 2 else (x.stride(0), x.stride(1))
 
 
+def alignment_of(*tensors: Tensor) -> int:
+    """The largest power of two, up to 16, that divides all strides, last ones aside."""
+    return math.gcd(16, *(x for tensor in tensors for x in tensor.stride()[:-1]))
+
+
 def strides_are_eights(*tensors: Tensor) -> bool:
     """Whether all strides, last ones aside, are multiples of 8 and some are not of 16.
 
     Of multiples of 16 Triton knows by itself; those of 8 make a difference (16 bytes at a time) and
     are announced for a whole launch, so that there are at most twice as many kernels.
     """
-    strides = [x for tensor in tensors for x in tensor.stride()[:-1]]
-    return all(x % 8 == 0 for x in strides) and any(x % 16 for x in strides)
+    return alignment_of(*tensors) == 8
 
 
 def needs_wide_offsets(*tensors: Tensor) -> bool:
@@ -134,6 +139,8 @@ def plan_key(kernel: str, problem: AttentionProblem, facts: Facts, rows: int = 0
         named["HAS_LEFT"],
         problem.headdim < facts.block_d,
         problem.transform.attn_mask is not None,
+        problem.is_varlen_q or problem.layout.cu_seqlens_k is not None,
+        alignment_of(problem.q, problem.k, problem.v),
     )
 
 
