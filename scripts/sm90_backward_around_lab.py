@@ -126,7 +126,7 @@ def time_cell(
     runs: dict[tuple[str, int, str], tuple[Callable[[], object], Callable[[], object]]] = {}
     for name, plan in found.items():
         for megabytes in SECTIONS:
-            one = plan._replace(section_bytes=megabytes << 20) if megabytes else plan
+            one = plan._replace(section_bytes=megabytes << 20)
             runs[name, megabytes, "whole"] = (lambda: None, order_lab.whole_backward(cell, one))
             runs[name, megabytes, "main"] = main_kernel(cell, one)
     times: dict[tuple[str, int, str], list[float]] = {label: [] for label in runs}

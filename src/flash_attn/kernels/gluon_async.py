@@ -12,9 +12,9 @@ from triton.experimental.gluon.language.nvidia.hopper import tma
 from triton.language.core import _aggregate as aggregate
 
 __all__ = [
-    "aggregate", "allow_dependents", "claim", "count_up", "count_up_with", "fence_async",
-    "fence_async_global", "meet", "opaque_zero", "peek", "tma_add", "tma_complete", "tma_load",
-    "tma_store", "wait_for_dependencies", "wait_global_until", "wait_until",
+    "aggregate", "allow_dependents", "claim", "count_up", "fence_async", "meet", "opaque_zero",
+    "peek", "tma_add", "tma_complete", "tma_load", "tma_store", "wait_for_dependencies",
+    "wait_until",
 ]  # fmt: skip
 
 # (descriptor, coordinates, barrier, shared memory) and (descriptor, coordinates, shared memory)
@@ -98,41 +98,6 @@ def count_up(counter):
     What it does from here on is behind all that it has peeked at.
     """
     gl.inline_asm_elementwise(_COUNT_UP, "=r,l", [counter], dtype=gl.int32, is_pure=False, pack=1)
-
-
-# Variants of count_up, to be compared. (The fences, the instruction that counts.)
-@gluon.constexpr_function
-def _count_up_with(fences):
-    return (
-        "{ .reg .pred is_first; .reg .b32 lane; mov.u32 lane, %laneid; "
-        f"setp.eq.u32 is_first, lane, 0; bar.warp.sync 0xffffffff; {fences} "
-        "@is_first red.relaxed.gpu.global.add.s32 [$1], 1; mov.b32 $0, 0; }"
-    )
-
-
-@gluon.jit
-def count_up_with(counter, FENCES: gl.constexpr):
-    """Each warp adds 1 to a counter in global memory, behind FENCES."""
-    gl.inline_asm_elementwise(
-        _count_up_with(FENCES), "=r,l", [counter], dtype=gl.int32, is_pure=False, pack=1
-    )
-
-
-@gluon.jit
-def fence_async_global():
-    """``fence_async`` for global memory alone, which does not wait for earlier accesses."""
-    _instruction("fence.proxy.async.global;")
-
-
-@gluon.jit
-def wait_global_until(counter, count, IS_CLOSE: gl.constexpr):
-    """``wait_until`` with ``fence_async_global``; IS_CLOSE: without pauses between the looks."""
-    seen = _load_acquire(counter)
-    while seen < count:
-        if not IS_CLOSE:
-            _instruction("nanosleep.u32 100;")
-        seen = _load_acquire(counter)
-    fence_async_global()
 
 
 _CLAIM = gl.constexpr(

@@ -61,9 +61,7 @@ from .gluon_async import (
     allow_dependents,
     claim,
     count_up,
-    count_up_with,
     fence_async,
-    fence_async_global,
     meet,
     opaque_zero,
     peek,
@@ -72,7 +70,6 @@ from .gluon_async import (
     tma_load,
     tma_store,
     wait_for_dependencies,
-    wait_global_until,
     wait_until,
 )
 
@@ -1047,14 +1044,8 @@ def adder(work, shared, turns, dq_desc):
         if config.DETERMINISTIC:
             turn = turn_of(work, row)
             if seen < turn:
-                if config.DETERMINISTIC == 1 or config.DETERMINISTIC == 6:
-                    wait_until(turns + sum_row // ROWS, turn)
-                else:
-                    wait_global_until(turns + sum_row // ROWS, turn, config.DETERMINISTIC == 4)
-            if config.DETERMINISTIC == 1:
-                fence_async()  # also behind what was only peeked at
-            if config.DETERMINISTIC == 2:
-                fence_async_global()
+                wait_until(turns + sum_row // ROWS, turn)
+            fence_async()  # also behind what was only peeked at
         for tile in gl.static_range(TILES):
             use = i * TILES + tile
             shared.dq.wait_full(use)
@@ -1071,22 +1062,17 @@ def adder(work, shared, turns, dq_desc):
                 # The fence of count_up, between this and its use, makes it as good as wait_until.
                 next_sum = gl.where(i + 1 < work.steps, sum_row, earlier[0])  # there may be no next
                 seen = peek(turns + next_sum // ROWS)
-                if config.DETERMINISTIC == 5:
-                    tma.store_wait(0)
-                    for tile in gl.static_range(TILES):
-                        shared.dq.release(i * TILES + tile)
                 tma_complete(config.IN_FLIGHT * TILES)
-                pass_turn_as(turns, earlier[config.IN_FLIGHT], config.DETERMINISTIC)
+                pass_turn(turns, earlier[config.IN_FLIGHT])
         earlier = earlier[: config.IN_FLIGHT]
-        if config.DETERMINISTIC != 5 or i < config.IN_FLIGHT:
-            tma.store_wait(0)
-            for tile in gl.static_range(TILES):
-                shared.dq.release(i * TILES + tile)
+        tma.store_wait(0)
+        for tile in gl.static_range(TILES):
+            shared.dq.release(i * TILES + tile)
     if config.DETERMINISTIC:
         tma_complete(0)
         for j in gl.static_range(config.IN_FLIGHT):
             if config.IN_FLIGHT - 1 - j < work.steps:  # the oldest one first
-                pass_turn_as(turns, earlier[config.IN_FLIGHT - 1 - j], config.DETERMINISTIC)
+                pass_turn(turns, earlier[config.IN_FLIGHT - 1 - j])
 
 
 @gluon.jit
@@ -1111,14 +1097,9 @@ def claiming_adder(work, shared, turns, dq_desc):
     for i in range(work.steps):
         counter = turns + sum_row // ROWS
         state = claim(counter)
-        if config.FIRST_STORES == 2:
-            if state == 1:
-                wait_global_until(counter, 2, False)
-            fence_async_global()
-        else:
-            if state == 1:
-                wait_until(counter, 2)
-            fence_async()
+        if state == 1:
+            wait_until(counter, 2)
+        fence_async()
         for tile in gl.static_range(TILES):
             use = i * TILES + tile
             shared.dq.wait_full(use)
@@ -1128,7 +1109,7 @@ def claiming_adder(work, shared, turns, dq_desc):
         row, sum_row = step_after(work, row, sum_row)
         if owed[config.IN_FLIGHT] >= 0:
             tma_complete(config.IN_FLIGHT * TILES)
-            pass_turn_as(turns, owed[config.IN_FLIGHT], config.FIRST_STORES)
+            pass_turn(turns, owed[config.IN_FLIGHT])
         owed = owed[: config.IN_FLIGHT]
         tma.store_wait(0)
         for tile in gl.static_range(TILES):
@@ -1136,7 +1117,7 @@ def claiming_adder(work, shared, turns, dq_desc):
     tma_complete(0)
     for j in gl.static_range(config.IN_FLIGHT):
         if owed[j] >= 0:
-            pass_turn_as(turns, owed[j], config.FIRST_STORES)
+            pass_turn(turns, owed[j])
 
 
 @gluon.jit
@@ -1171,29 +1152,6 @@ def pass_turn(turns, sum_row):
     """Let the next program add to a block of dq, to which this one's additions are in memory."""
     fence_async()
     count_up(turns + sum_row // ROWS)
-
-
-@gluon.jit
-def pass_turn_as(turns, sum_row, VARIANT: gl.constexpr):
-    """pass_turn, and variants of it that are compared.
-
-    2: as in use, but the fences are of global memory alone. 3 to 5: what was peeked at is acquired
-    by the first fence, and TMA is behind that by the second one, which need not wait for the count.
-    The completion of an addition is itself followed by a fence between the proxies, so the first
-    one is all that the count needs. 4: no pauses between looks. 5: the buffer is given back before
-    the turn passes. 6: TMA is not certain to be behind what was peeked at. 7: nothing is certain.
-    """
-    counter = turns + sum_row // ROWS
-    if VARIANT == 1:
-        pass_turn(turns, sum_row)
-    elif VARIANT == 2:
-        count_up_with(counter, "fence.proxy.async.global; fence.acq_rel.gpu;")
-    elif VARIANT == 6:
-        count_up_with(counter, "fence.proxy.async; fence.acq_rel.gpu;")
-    elif VARIANT == 7:
-        count_up_with(counter, "")
-    else:
-        count_up_with(counter, "fence.acq_rel.gpu; fence.proxy.async.global;")
 
 
 # ------------------------------------------------------------------------------------------ kernel
