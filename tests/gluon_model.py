@@ -11,6 +11,7 @@ possible interleaving, and a run finds
 * results of a product used before they were waited for;
 * shared memory handed to the asynchronous proxy (TMA, MMA) without a fence after it was written;
 * barriers completed too often, and waits that miss a phase;
+* TMA asked to write before a fence puts it behind the counters that were looked at;
 * in kernels with DETERMINISTIC, additions to global memory in another order than that of the
   programs' numbers, or started before the one that they follow is in memory;
 * additions that start before what TMA stores in the same place is in memory, and such a store after
@@ -362,6 +363,8 @@ class Agent:
         self.stores: list[Transfer] = []
         self.memories: list[Memory] = []
         self.seen: tuple[Pointer, int]
+        # Whether what was looked at is "relaxed" or "acquired", for which TMA needs a fence more.
+        self.looked = ""
         self.has_moved = False
         self.warps = 4
         self.thread = threading.Thread(target=self._run, args=(work,), daemon=True)
@@ -398,6 +401,14 @@ class Agent:
         self.pause()
         self.seen = (counter, int(counter.load(None, 0)))
         return self.seen[1]
+
+    def fence_looks(self, text: str) -> None:
+        """The fences of an instruction, one after the other."""
+        for kind in re.findall(r"fence\.(acq_rel\.gpu|proxy\.async)", text):
+            if kind == "acq_rel.gpu" and self.looked:
+                self.looked = "acquired"
+            elif kind == "proxy.async" and self.looked == "acquired":
+                self.looked = ""
 
     def sleep(self) -> None:
         """Before another look at the counter looked at last: until it changes."""
@@ -575,6 +586,8 @@ def _tma_out(add: bool) -> Callable[..., None]:
     def start(desc: Descriptor, at: list[int], source: Memory) -> None:
         agent = here()
         agent.pause()
+        if agent.looked:
+            raise ModelError(f"TMA writes, not behind what was looked at ({agent.looked})")
         source.read_begins()
         block: list[np.ndarray] = []
 
@@ -626,10 +639,13 @@ def _init(barrier: Barrier, count: int) -> None:
 def _instruction(text: str, _: str = "", arguments: Any = (), **__: Any) -> Any:
     if text.startswith("nanosleep"):
         here().sleep()
+    here().fence_looks(text)
     if text.startswith(("ld.acquire", "ld.relaxed")):
+        here().looked = "acquired" if "acquire" in text else "relaxed"
         return Int(here().look(arguments[0]))
     if "atom.acquire.gpu.global.max.s32 old, [$1], 1" in text:
         here().pause()
+        here().looked = "acquired"
         counter = arguments[0]
         old = int(counter.load(None, 0))
         counter.store(max(old, 1), None)

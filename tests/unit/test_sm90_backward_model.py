@@ -629,6 +629,19 @@ FAULTS = [
         "                pass_turn(turns, earlier[config.IN_FLIGHT])\n",
         "                pass_turn(turns, earlier[0])\n",
     ),
+    Fault(
+        "a turn is peeked at behind the fence that makes it seen",
+        PLANS["d64 group ordered"],
+        "                pass_turn(turns, earlier[config.IN_FLIGHT])\n",
+        "                pass_turn(turns, earlier[config.IN_FLIGHT])\n"
+        "                seen = peek(turns + next_sum // ROWS)\n",
+    ),
+    Fault(
+        "TMA is not behind the turn",
+        PLANS["d128 ordered"],
+        "            fence_async()  # also behind what was only peeked at\n",
+        "",
+    ),
     *(
         Fault(f"{what}, {name}", PLANS[name], old, new)
         for name in ("d64 group, first stores", "d128, first stores")
@@ -637,6 +650,11 @@ FAULTS = [
                 "nobody waits for the first one's tiles",
                 "            wait_until(counter, 2)\n",
                 "            pass\n",
+            ),
+            (
+                "TMA is not behind the claim",
+                "        fence_async()\n        for tile",
+                "        for tile",
             ),
             (
                 "all store",

@@ -164,6 +164,7 @@ FAULTS = [
           "        shared.ds.wait_empty(work.steps - 1 + shared.ds.SLOTS)", "        pass"),
     Fault("the buffer of dq is overwritten while TMA reads it", D256,
           "tma.store_wait(shared.DQ_SLOTS - 1)", "tma.store_wait(shared.DQ_SLOTS)"),
+    Fault("TMA is not behind the turn", D192, "                fence_peeked()\n", ""),
     Fault("nobody passes its turn", D256, "            count_up(turns + before // ROWS)\n\n",
           "\n"),
     Fault("a program waits for a later one", D256, "turn = 4 * turn_of(work, row)",

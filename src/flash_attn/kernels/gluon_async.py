@@ -12,9 +12,9 @@ from triton.experimental.gluon.language.nvidia.hopper import tma
 from triton.language.core import _aggregate as aggregate
 
 __all__ = [
-    "aggregate", "allow_dependents", "claim", "count_up", "fence_async", "meet", "opaque_zero",
-    "peek", "tma_add", "tma_complete", "tma_load", "tma_store", "wait_for_dependencies",
-    "wait_until",
+    "aggregate", "allow_dependents", "claim", "count_up", "fence_async", "fence_peeked", "meet",
+    "opaque_zero", "peek", "tma_add", "tma_complete", "tma_load", "tma_store",
+    "wait_for_dependencies", "wait_until",
 ]  # fmt: skip
 
 # (descriptor, coordinates, barrier, shared memory) and (descriptor, coordinates, shared memory)
@@ -69,8 +69,12 @@ def opaque_zero():
 
 @gluon.jit
 def fence_async():
-    """Order what this thread wrote or saw in any memory before what TMA does from here on."""
-    _instruction("fence.proxy.async;")
+    """Order what this thread wrote or saw in global memory before what TMA does there from here on.
+
+    Of all memory (without ``.global``) it would be a fence of the whole GPU too, which waits until
+    all that the thread asked of memory before is done.
+    """
+    _instruction("fence.proxy.async.global;")
 
 
 @gluon.constexpr_function
@@ -95,7 +99,7 @@ _COUNT_UP = gl.constexpr(
 def count_up(counter):
     """Each warp adds 1 to a counter in global memory, behind all that it wrote.
 
-    What it does from here on is behind all that it has peeked at.
+    What it does from here on is behind all that it has peeked at; for TMA that takes fence_async.
     """
     gl.inline_asm_elementwise(_COUNT_UP, "=r,l", [counter], dtype=gl.int32, is_pure=False, pack=1)
 
@@ -132,6 +136,12 @@ def peek(counter):
         "ld.relaxed.gpu.global.b32 $0, [$1];", "=r,l", [counter], dtype=gl.int32, is_pure=False,
         pack=1,
     )  # fmt: skip
+
+
+@gluon.jit
+def fence_peeked():
+    """Order all that this thread has peeked at before what it does or asks of TMA from here on."""
+    _instruction("fence.acq_rel.gpu; fence.proxy.async.global;")
 
 
 @gluon.jit

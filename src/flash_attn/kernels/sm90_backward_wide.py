@@ -34,6 +34,7 @@ from .gluon_async import (
     allow_dependents,
     count_up,
     fence_async,
+    fence_peeked,
     meet,
     opaque_zero,
     peek,
@@ -401,6 +402,7 @@ def dq_group(work, shared, turns, dq_desc):
                 turn = 4 * turn_of(work, row)
                 if seen < turn:
                     wait_until(turns + sum_row // ROWS, turn)
+                fence_peeked()
             tma_add(dq_desc, [tile_of(work, sum_row, tile) * 64, 0], buffer)
             if work.config.DETERMINISTIC and tile == 1:
                 # All but this step's tiles are in memory; by now that is no wait.
