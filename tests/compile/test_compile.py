@@ -171,6 +171,7 @@ def test_where_dk_and_dv_are_apart() -> None:
         ({"padded": True, "masked": False}, (128, 32, 8, 2), (128, 32, 8, 2)),
         ({"padded": True, "masked": False, "alignment": 8}, (128, 16, 8, 2), (128, 32, 8, 2)),
         ({"padded": True, "masked": False, "alignment": 2}, (32, 32, 8, 2), (32, 32, 8, 2)),
+        ({"padded": True, "heavy": True, "alignment": 8}, (32, 64, 8, 1), (32, 32, 8, 2)),
         ({"windowed": True}, (32, 32, 8, 2), (32, 32, 8, 2)),
     ],
     ids=str,
