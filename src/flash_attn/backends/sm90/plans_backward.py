@@ -111,20 +111,27 @@ def plan_backward(
     if headdim > MAX_HEADDIM_NARROW:
         plan = _D192 if headdim <= 192 else _D256_IN_USE
         return plan._replace(section_bytes=section)
-    least = MULTIPROCESSORS if is_masked else 0
-    if headdim <= 64:
-        return _D64._replace(eager_dv=is_masked, section_bytes=section, least_programs=least)
-    # First stores pay where the programs of a head come to different blocks of queries, which with
-    # more keys than queries they do not, and while zeros cost more than the first ones' delay.
-    differ = seqlen_k is None or seqlen_k <= seqlen_q
-    stores = differ and (not is_masked or seqlen_q <= 2048)
-    return _D128._replace(
-        eager_dv=not is_masked,
-        first_stores=stores,
-        rotates=stores and not is_masked,
-        section_bytes=4 << 20 if stores else section,
-        least_programs=least,
+    base = _D64 if headdim <= 64 else _D128
+    plan = base._replace(
+        eager_dv=is_masked == (headdim <= 64),
+        section_bytes=section,
+        least_programs=MULTIPROCESSORS if is_masked else 0,
     )
+    # First stores pay where the programs of a head come to different blocks of queries, which with
+    # more keys than queries they do not.
+    if seqlen_k is not None and seqlen_k > seqlen_q:
+        return plan
+    if headdim <= 64:
+        # Full, 512 1024 2048 4096 16384: 284 376 427 476 502 become 295 393 443 495 512 TFLOP/s;
+        # causal, 512 1024 2048: 174 271 365 become 183 279 370, and 4096 431 would become 422.
+        if is_masked and seqlen_q > 2048:
+            return plan
+        return plan._replace(
+            adder=True, dq_slots=4, registers=200, first_stores=True, rotates=not is_masked
+        )
+    # Full 328 422 504 558 597 and causal 187 312 410 499 576 become 357 450 520 570 600 and
+    # 222 335 429 508 575.
+    return plan._replace(first_stores=True, dq_slots=4 if is_masked else 2)
 
 
 def plan_ordered(
