@@ -79,7 +79,11 @@ def run_and_check(call: Call, float8_cuts: int = 1) -> dict[str, Tensor]:
     got = {"out": result.out, "lse": result.softmax_lse, "rng_state": result.rng_state}
     check(call, got, float8_cuts=float8_cuts)
     want = reference.attention(call.problem, torch.float64).out
-    assert float((got["out"].double() - want).norm()) <= ERROR * float(want.norm())
+    # Where cuts add up, every score is off by a part of one: a quarter of the largest that one can
+    # be is allowed, 0.002 to 0.006 at these head dims.
+    cut = support.float8_score_error(call.problem) if float8_cuts > 1 else 0.0
+    error = float((got["out"].double() - want).norm())
+    assert error <= (ERROR + cut / 4.0) * float(want.norm())
     return got
 
 
@@ -149,7 +153,8 @@ def test_from_the_helper(device: str, headdim: int, hadamard: bool, per_head: bo
 
     Outlier channels make scores so large (up to 350) that what is cut off of every product shows in
     the log-sum-exp: on an H100 up to 20 single cuts at these head dims; and in single elements of
-    the output, for which four cuts times the largest value are allowed (2.7 were seen).
+    the output, for which four cuts times the largest value are allowed (2.7 were seen). The whole
+    output was off by up to 0.64 % there.
     """
     seqlens = pick(device, (40, 72), (300, 1100))
     given = dense(device, torch.float32, seqlens, headdim=headdim, family="outlier_channels")
