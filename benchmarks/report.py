@@ -111,12 +111,17 @@ def rival_sentence(data: dict[str, Any], which: str, rival: str | None = None) -
 
 
 def failure_lines(data: dict[str, Any]) -> list[str]:
-    """Everything that was not timed, and why."""
-    lines = [
-        f"{cell['name']}, {LABELS.get(name, name)}: {text}"
-        for cell in data["cells"]
-        for name, text in cell["failures"].items()
-    ]
+    """Everything that was not timed, and why; what failed alike in all cells once."""
+    where: dict[tuple[str, str], list[str]] = {}
+    for cell in data["cells"]:
+        for name, text in cell["failures"].items():
+            where.setdefault((LABELS.get(name, name), text), []).append(cell["name"])
+    count = len(data["cells"])
+    lines = []
+    for (name, text), cells in where.items():
+        everywhere = count > 1 and len(cells) == count
+        places = [f"all {count} cells"] if everywhere else cells
+        lines += [f"{place}, {name}: {text}" for place in places]
     if data["left_out"]:
         lines.append("not run: " + ", ".join(data["left_out"]))
     return lines

@@ -536,3 +536,11 @@ def test_an_interrupted_session_is_incomplete(
 
 def test_slug() -> None:
     assert gpu_tests.slug("NVIDIA H200") == "nvidia-h200"
+
+
+def test_what_fails_alike_everywhere_is_said_once() -> None:
+    cells = [{"name": name, "failures": {"fa4": "not there"}} for name in ("a", "b")]
+    data = {"cells": cells, "left_out": []}
+    assert report.failure_lines(data) == ["all 2 cells, FA4: not there"]
+    cells[0]["failures"] = {"fa4": "wrong"}
+    assert report.failure_lines(data) == ["a, FA4: wrong", "b, FA4: not there"]
