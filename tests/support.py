@@ -8,9 +8,10 @@ plus the rounding of the exact answer itself. The log-sum-exp is float32 everywh
 
 from __future__ import annotations
 
+import itertools
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -671,3 +672,18 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "last_stride_2": lambda x: _inside((*x.shape, 2), (..., 0), x),
     "last_dim_outermost": _permuted(3, 0, 1, 2),
 }
+
+
+def thinned(
+    *choices: Iterable[Any], keep_each: int, always: Callable[[Any], bool] = lambda first: False
+) -> list[tuple[Any, ...]]:
+    """Of all combinations one in ``keep_each``, so that every two choices still meet in some; all
+    of those whose first choice is to be kept ``always``, and with FLASH_ATTN_TEST_ALL=1 all."""
+    if os.environ.get("FLASH_ATTN_TEST_ALL") == "1":
+        keep_each = 1
+    numbered = itertools.product(*(enumerate(x) for x in choices))
+    return [
+        tuple(x for _, x in combination)
+        for combination in numbered
+        if sum(i for i, _ in combination) % keep_each == 0 or always(combination[0][1])
+    ]

@@ -174,13 +174,15 @@ class Compiled:
     def overlaps(self, case: Case) -> bool:
         """Whether all consumers compute the maxima of a thread's block_n / 2 scores under products
         and, where the loop has no mask, all but one most weights. The assembler of Triton 3.6 keeps
-        them behind the wait with a mask at head dim 256, and for the last of four consumers."""
+        them behind the wait with a mask or lengths of the device at head dim 256, and for the last
+        of four consumers."""
         scores, consumers = case.plan.block_n / 2, case.plan.consumers
         peeled = case.plan.peel and case.mask == "causal" and not case.pack
         if sum(maxima >= 0.9 * scores for maxima, _ in self.overlapped) < consumers:
             return False
         enough = sum(weights >= 0.75 * scores for _, weights in self.overlapped)
-        return enough >= consumers - 1 or not (case.mask == "full" or peeled)
+        full = case.mask == "full" and not (case.headdim == 256 and case.features)
+        return enough >= consumers - 1 or not (full or peeled)
 
 
 def arguments_of(case: Case) -> tuple[JITFunction, tuple[Any, ...], dict[str, Any]]:

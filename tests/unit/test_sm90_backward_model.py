@@ -23,6 +23,7 @@ from support import (
     extended,
     plain_answer,
     poisoned_like,
+    thinned,
     varlen,
 )
 
@@ -153,10 +154,9 @@ def _for_mask(plan: BackwardPlan, options: dict[str, Any]) -> BackwardPlan:
     return plan._replace(rotates=plan.rotates and not {"causal", "window_size"} & set(options))
 
 
-@pytest.mark.parametrize("name", PLANS)
 @pytest.mark.parametrize(
-    ("seqlens", "heads", "less", "options"),
-    [
+    ("name", "shape"),
+    thinned(PLANS, [
         ((128, 128), (1, 1), 0, {}),
         ((130, 200), (4, 2), 0, {"causal": True}),
         ((333, 100), (2, 1), 24, {"causal": True}),  # the first rows see no key
@@ -165,11 +165,10 @@ def _for_mask(plan: BackwardPlan, options: dict[str, Any]) -> BackwardPlan:
         ((1, 1), (1, 1), 0, {"causal": True}),
         ((200, 130), (2, 1), 0, {"softcap": 2.0, "causal": True}),
         ((333, 300), (4, 2), 8, {}),
-    ],
-)
-def test_gradients(
-    kernels: Any, name: str, seqlens: Any, heads: Any, less: int, options: dict[str, Any]
-) -> None:
+    ], keep_each=4, always=lambda name: name.startswith("in use")),
+)  # fmt: skip
+def test_gradients(kernels: Any, name: str, shape: tuple[Any, ...]) -> None:
+    seqlens, heads, less, options = shape
     plan = _for_mask(PLANS[name], options)
     dtype = torch.bfloat16 if seqlens == (130, 200) else FP16
     inputs = dense("cpu", dtype, 1, seqlens, heads, plan.block_d - less, **options)
@@ -348,9 +347,9 @@ def test_where_programs_begin(kernels: Any) -> None:
             assert len(set(found)) == len(found)
 
 
-@pytest.mark.parametrize("name", WITHOUT_MASKS)
-@pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize("mask", BATCH_MASKS)
+@pytest.mark.parametrize(
+    ("name", "batch", "mask"), thinned(WITHOUT_MASKS, BATCHES, BATCH_MASKS, keep_each=3)
+)
 def test_packed_sequences(kernels: Any, name: str, batch: str, mask: str) -> None:
     """Rows of no sequence lie behind the last one: they hold NaN and get zeros."""
     plan = _for_mask(PLANS[name], BATCH_MASKS[mask])
@@ -502,9 +501,15 @@ def test_head_dims_of_v(kernels: Any, headdims: tuple[int, int], packed: bool) -
     check(inputs, solve(kernels, inputs, plan))
 
 
-@pytest.mark.parametrize("name", RAGGED)
-@pytest.mark.parametrize("chunk", [1, 50, 128, 10000])
-@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window_size": (70, 10)}])
+@pytest.mark.parametrize(
+    ("name", "chunk", "options"),
+    thinned(
+        RAGGED,
+        [1, 50, 128, 10000],
+        [{}, {"causal": True}, {"window_size": (70, 10)}],
+        keep_each=3,
+    ),
+)
 def test_chunks(kernels: Any, name: str, chunk: int, options: dict[str, Any]) -> None:
     plan = PLANS[name]
     inputs = dense("cpu", FP16, 1, (150, 400), (2, 1), plan.block_d, **options)
@@ -522,9 +527,10 @@ def test_chunks(kernels: Any, name: str, chunk: int, options: dict[str, Any]) ->
     assert not got.dk[:unseen].any()
 
 
-@pytest.mark.parametrize("name", WITHOUT_MASKS)
-@pytest.mark.parametrize("mask", ["full", "causal", "left"])
-@pytest.mark.parametrize("chunk", [0, 50])
+@pytest.mark.parametrize(
+    ("name", "mask", "chunk"),
+    thinned(WITHOUT_MASKS, ["full", "causal", "left"], [0, 50], keep_each=2),
+)
 def test_alibi(kernels: Any, name: str, mask: str, chunk: int) -> None:
     options = BATCH_MASKS[mask]
     plan = _for_mask(PLANS[name], options)

@@ -12,7 +12,16 @@ import torch
 pytest.importorskip("triton", reason="Triton exists on Linux only")
 
 import gluon_model
-from support import alibi_slopes, assert_same_bits, check, dense, extended, poisoned_like, varlen
+from support import (
+    alibi_slopes,
+    assert_same_bits,
+    check,
+    dense,
+    extended,
+    poisoned_like,
+    thinned,
+    varlen,
+)
 from test_sm90_backward_model import (
     BATCH_MASKS,
     BATCHES,
@@ -60,27 +69,19 @@ def kernels() -> Any:
     return load()
 
 
-@pytest.mark.parametrize("name", PLANS)
 @pytest.mark.parametrize(
-    ("seqlens", "heads", "splits", "less", "options"),
-    [
+    ("name", "shape"),
+    thinned(PLANS, [
         ((70, 150), (2, 1), 2, 0, {"causal": True}),
         ((130, 200), (8, 2), 4, 0, {}),
         ((100, 300), (7, 1), 2, 8, {"window_size": (64, 0)}),  # parts of 3 and of 4 heads
         ((150, 90), (5, 1), 5, 0, {"window_size": (30, 20)}),
         ((1, 1), (6, 2), 3, 0, {}),
         ((90, 130), (6, 2), 2, 0, {"softcap": 2.0, "causal": True}),
-    ],
-)
-def test_gradients(
-    kernels: Any,
-    name: str,
-    seqlens: Any,
-    heads: Any,
-    splits: int,
-    less: int,
-    options: dict[str, Any],
-) -> None:
+    ], keep_each=2),
+)  # fmt: skip
+def test_gradients(kernels: Any, name: str, shape: tuple[Any, ...]) -> None:
+    seqlens, heads, splits, less, options = shape
     plan = _for_mask(PLANS[name], options)._replace(splits=splits)
     dtype = torch.bfloat16 if seqlens == (130, 200) else FP16
     inputs = dense("cpu", dtype, 2, seqlens, heads, plan.block_d - less, **options)
@@ -114,9 +115,9 @@ def test_dq_does_not_depend_on_splits(kernels: Any) -> None:
 RAGGED = ["in use, d64", "in use, d128 ordered causal", "d64, first stores"]
 
 
-@pytest.mark.parametrize("name", RAGGED)
-@pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize("mask", BATCH_MASKS)
+@pytest.mark.parametrize(
+    ("name", "batch", "mask"), thinned(RAGGED, BATCHES, BATCH_MASKS, keep_each=3)
+)
 def test_packed_sequences(kernels: Any, name: str, batch: str, mask: str) -> None:
     """Rows of no sequence lie behind the last one: they hold NaN and get zeros."""
     plan = _for_mask(PLANS[name], BATCH_MASKS[mask])._replace(splits=2)
