@@ -165,7 +165,7 @@ def _for_mask(plan: BackwardPlan, options: dict[str, Any]) -> BackwardPlan:
         ((1, 1), (1, 1), 0, {"causal": True}),
         ((200, 130), (2, 1), 0, {"softcap": 2.0, "causal": True}),
         ((333, 300), (4, 2), 8, {}),
-    ], keep_each=4, always=lambda name: name.startswith("in use")),
+    ], keep_each=8, always=lambda name: name.startswith("in use")),
 )  # fmt: skip
 def test_gradients(kernels: Any, name: str, shape: tuple[Any, ...]) -> None:
     seqlens, heads, less, options = shape
@@ -181,7 +181,10 @@ def test_both_infinities_stand_for_rows_without_keys(kernels: Any) -> None:
         check(inputs, solve(kernels, inputs, D64, empty_lse=infinity))
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize(
+    "name",
+    [name for (name,) in thinned(PLANS, keep_each=2, always=lambda x: x.startswith("in use"))],
+)
 def test_every_interleaving_gives_the_same(kernels: Any, name: str) -> None:
     mask = {} if PLANS[name].rotates else {"causal": True}
     inputs = dense("cpu", FP16, 1, (200, 300), (2, 1), PLANS[name].block_d, **mask)
