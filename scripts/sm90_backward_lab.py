@@ -59,21 +59,27 @@ def variants() -> list[Variant]:
     """What is compared."""
     d64 = {
         "block_m": 64, "block_d": 64, "q_slots": 3, "do_slots": 3, "ds_slots": 3, "ahead": 1,
-        "dq_group": True, "registers": 208, "dq_registers": 72,
+        "dq_group": True, "registers": 208, "dq_registers": 64,
     }  # fmt: skip
-    eager = {**d64, "eager_dv": True}
+    kept = {**d64, "keeps_keys": True}
+    stores = {"adder": True, "dq_slots": 4, "first_stores": True, "rotates": True}
     d128 = {"block_m": 64, "block_d": 128, "eager_dv": True, "ahead": 2, "adder": True}
-    ordered = {"deterministic": True, "adder": True, "dq_slots": 4}
-    ordered128 = {**ordered, "in_flight": 1}
-    ordered64 = {**ordered, "in_flight": 2}
+    ordered = {"deterministic": True, "adder": True, "dq_slots": 4, "in_flight": 1}
     last_first = {"is_reversed": True}
     return [
-        Variant("d128 ordered", 128, {**d128, **ordered128}),
-        Variant("d64 ordered", 64, {**d64, **ordered64}),
-        Variant("d128 reversed", 128, {**d128, **ordered128, **last_first}),
-        Variant("d64 eager reversed", 64, {**eager, **ordered64, **last_first}),
+        Variant("d128 ordered", 128, {**d128, **ordered}),
+        Variant("d64 ordered", 64, {**kept, **ordered}),
+        Variant("d128 reversed", 128, {**d128, **ordered, **last_first}),
+        Variant("d64 reversed", 64, {**kept, **ordered, **last_first}),
         Variant("d128", 128, d128),
+        Variant("d128 stores", 128, {**d128, **stores}),
         Variant("d64", 64, d64),
+        Variant("d64 eager", 64, {**d64, "eager_dv": True}),
+        Variant("d64 kept", 64, kept),
+        Variant("d64 kept eager", 64, {**kept, "eager_dv": True}),
+        Variant("d64 stores", 64, {**d64, **stores, "registers": 200}),
+        Variant("d64 kept stores", 64, {**kept, **stores}),
+        Variant("d64 kept stores 1", 64, {**kept, **stores, "in_flight": 1}),
         *wide_variants(),
     ]
 
@@ -293,7 +299,7 @@ def compile_worker() -> None:
         lse = torch.empty(2, 4, 256, device="meta")
         state = torch.empty(2, dtype=torch.int64, device="meta")
         inputs = BackwardInputs(x, x, lse, x, x, x, state)
-        plan = variant.make()
+        plan = fitting(variant.make(), problem)
         launches = aot.record(
             lambda p=problem, i=inputs, plan=plan: launch_backward.backward(p, i, plan), "sm90"
         )
@@ -356,7 +362,7 @@ def run_check(job: dict[str, Any]) -> None:
         emit(event="stage", at=f"check {tuple(shape)}")
 
         def run(problem: Any, inputs: Any) -> None:
-            launch_backward.backward(problem, inputs, plan)
+            launch_backward.backward(problem, inputs, fitting(plan, problem))
             torch.cuda.synchronize()
 
         found, ratio = Case(shape, "cuda").complaints(run, plan.deterministic)
@@ -375,7 +381,7 @@ def run_check(job: dict[str, Any]) -> None:
             for i in range(0, count, 20):
                 emit(event="stage", at=f"stress {seqlen} causal {is_causal} launch {i} of {count}")
                 for _ in range(20):
-                    launch_backward.backward(cell.problem, cell.inputs, plan)
+                    launch_backward.backward(cell.problem, cell.inputs, fitting(plan, cell.problem))
                 torch.cuda.synchronize()
             emit(event="stress", seqlen=seqlen, causal=is_causal, launches=count,
                  seconds=round(time.monotonic() - began, 2))  # fmt: skip
@@ -470,11 +476,19 @@ def run_time(job: dict[str, Any]) -> None:
                      flops=cell.flops)  # fmt: skip
 
 
+def fitting(plan: Any, problem: Any) -> Any:
+    """The plan, rotated only where it may be."""
+    from flash_attn.core.problem import Visibility
+
+    return plan._replace(rotates=plan.rotates and problem.visibility == Visibility())
+
+
 def parts_of(
     launch_backward: Any, cell: Cell, plan: Any, name: str, megabytes: int
 ) -> dict[str, Callable[[], object]]:
     """The whole backward, its main kernel alone, and what comes before and after."""
     problem, inputs = cell.problem, cell.inputs
+    plan = fitting(plan, problem)
     packing = launch_backward.locate(problem)
     workspace = launch_backward.allocate(problem, packing, plan)
     arguments = (problem, inputs, packing, workspace, plan)

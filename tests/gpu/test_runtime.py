@@ -216,6 +216,9 @@ def capture(call: Call) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         results = call()
+    # PyTorch writes the generator's state on the capturing stream when a capture begins and on the
+    # current one before a replay; on a busy GPU the first can come after the second.
+    torch.cuda.synchronize()
     return graph, results
 
 

@@ -39,6 +39,7 @@ D128 = BackwardPlan(64, 128, eager_dv=True, ahead=2, adder=True)
 PLANS = {
     "d64 group ahead": D64_GROUP,
     "d64 group eager": D64_GROUP._replace(eager_dv=True, ahead=0, q_slots=2, ds_slots=1),
+    "d64 group, keys kept": D64_GROUP._replace(keeps_keys=True),
     "d64 ahead 2": D64,
     "d64": D64._replace(ahead=0),
     "d128 eager ahead 2": D128,

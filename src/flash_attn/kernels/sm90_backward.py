@@ -33,6 +33,9 @@ float32 in global memory.
 DETERMINISTIC: the programs add to each block of dq in the order of their keys, REVERSED from the
 last to the first. A program waits only for programs with smaller numbers, which started before it.
 
+KEEPS_KEYS: a consumer holds its rows of k and v in registers and computes S and dP from there. That
+is half of what these read of shared memory, whose bandwidth limits small head dims.
+
 AHEAD starts the next step's S before dQ leaves the registers (1) or after (2; with DQ_GROUP there
 is no difference). EAGER_DV queues dV behind dP instead of waiting for dP first.
 
@@ -223,11 +226,13 @@ class Config:
     HAS_ALIBI: gl.constexpr
     RAGGED: gl.constexpr
     SPLIT: gl.constexpr
+    KEEPS_KEYS: gl.constexpr
 
     @gluon.constexpr_function
     def __init__(self, BLOCK_M, BLOCK_D, EAGER_DV, AHEAD, DQ_GROUP, FIRST_STORES, ADDER,
                  IN_FLIGHT, DETERMINISTIC, SOFTCAP, HAS_LEFT, HAS_RIGHT, HAS_CHUNK, HAS_ALIBI,
-                 RAGGED, BLOCK_N=128, ROTATE=False, SPLIT=False):  # fmt: skip
+                 RAGGED, BLOCK_N=128, ROTATE=False, SPLIT=False,
+                 KEEPS_KEYS=False):  # fmt: skip
         self.BLOCK_M = gl.constexpr(BLOCK_M)
         self.BLOCK_N = gl.constexpr(BLOCK_N)
         self.BLOCK_D = gl.constexpr(BLOCK_D)
@@ -246,6 +251,7 @@ class Config:
         self.HAS_ALIBI = gl.constexpr(HAS_ALIBI)
         self.RAGGED = gl.constexpr(RAGGED)
         self.SPLIT = gl.constexpr(SPLIT)
+        self.KEEPS_KEYS = gl.constexpr(KEEPS_KEYS)
 
 
 @aggregate
@@ -731,6 +737,14 @@ def keys_of(ring, LANE: gl.constexpr, work):
 
 
 @gluon.jit
+def left_operand(keys, SCORES: gl.constexpr, KEEPS: gl.constexpr):
+    """k or v as what S or dP are computed from: in registers or in shared memory."""
+    if KEEPS:
+        keys = keys.load(gl.DotOperandLayout(0, SCORES, 2))
+    return keys
+
+
+@gluon.jit
 def rows_of(ring, use, work):
     """The block of q or do in use."""
     return ring.slot(use).reshape([work.config.BLOCK_M, work.config.BLOCK_D])
@@ -894,16 +908,19 @@ def consumer(LANE: gl.constexpr, work, shared, group, dk_target, dv_target):
     first_key = work.first_key + LANE * ROWS
     row = work.first_row
     shared.k.wait_full(0)
+    k = left_operand(keys_of(shared.k, LANE, work), SCORES, config.KEEPS_KEYS)
     s = zeros
     if AHEAD > 0:
         if work.steps > 0:  # otherwise it multiplies what lies in shared memory, for nobody
             shared.q.wait_full(0)
-        s = keys_by_rows(keys_of(shared.k, LANE, work), rows_of(shared.q, 0, work), zeros)
+        s = keys_by_rows(k, rows_of(shared.q, 0, work), zeros)
         s = warpgroup_mma_wait(0, deps=[s])
     shared.v.wait_full(0)
+    v = left_operand(keys_of(shared.v, LANE, work), SCORES, config.KEEPS_KEYS)
     for i in range(work.steps):
-        k = keys_of(shared.k, LANE, work)
-        v = keys_of(shared.v, LANE, work)
+        if not config.KEEPS_KEYS:
+            k = keys_of(shared.k, LANE, work)
+            v = keys_of(shared.v, LANE, work)
         q = rows_of(shared.q, i, work)
         do = rows_of(shared.do, i, work)
         # The last step has no next one and starts its own S again, for nobody.
@@ -1178,7 +1195,7 @@ def attention_backward_sm90(
     ROTATE: gl.constexpr, SOFTCAP: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, CU_Q: gl.constexpr, CU_K: gl.constexpr,
     USED_Q: gl.constexpr, USED_K: gl.constexpr, HAS_CHUNK: gl.constexpr, HAS_ALIBI: gl.constexpr,
-    SPLIT: gl.constexpr,
+    SPLIT: gl.constexpr, KEEPS_KEYS: gl.constexpr,
 ):  # fmt: skip
     """See the module's docstring; launched with 4 warps, those of one consumer.
 
@@ -1232,7 +1249,7 @@ def attention_backward_sm90(
     gl.static_assert(not (HAS_ALIBI and SOFTCAP))
     config = Config(BLOCK_M, BLOCK_D, EAGER_DV, AHEAD, DQ_GROUP, FIRST_STORES, ADDER,
                     IN_FLIGHT, DETERMINISTIC, SOFTCAP, HAS_LEFT, HAS_RIGHT, HAS_CHUNK, HAS_ALIBI,
-                    RAGGED, 128, ROTATE, SPLIT)  # fmt: skip
+                    RAGGED, 128, ROTATE, SPLIT, KEEPS_KEYS)  # fmt: skip
     q = ring_for(q_desc, Q_SLOTS, 2)
     do = ring_for(do_desc, DO_SLOTS, 2)
     k = ring_for(k_desc, 1, 0)

@@ -443,8 +443,15 @@ def launch_main(
         CU_Q=packing.q is not None, CU_K=packing.k is not None,
         USED_Q=layout.seqused_q is not None, USED_K=layout.seqused_k is not None,
         HAS_CHUNK=chunk > 0, HAS_ALIBI=slopes is not None, SPLIT=plan.splits > 1,
+        KEEPS_KEYS=_keeps_keys(problem, plan),
         num_warps=4, launch_pdl=True,
     )  # fmt: skip
+
+
+def _keeps_keys(problem: AttentionProblem, plan: BackwardPlan) -> bool:
+    """Whether the plan's ``keeps_keys`` is served: chunks and ALiBi need these registers."""
+    is_simple = not problem.visibility.attention_chunk
+    return plan.keeps_keys and is_simple and problem.transform.alibi_slopes is None
 
 
 def launch_finish_keys(

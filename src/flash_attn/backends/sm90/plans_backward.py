@@ -10,8 +10,8 @@ import triton
 class BackwardPlan(NamedTuple):
     """How ``attention_backward_sm90`` is compiled; see its docstring.
 
-    With ``piece`` it is ``attention_backward_wide_sm90``, which has neither eager_dv, rotates
-    nor first_stores, always 64 queries in a block and always a dq group.
+    With ``piece`` it is ``attention_backward_wide_sm90``, which has neither eager_dv, rotates,
+    keeps_keys nor first_stores, always 64 queries in a block and always a dq group.
 
     Attributes:
         registers: of the second consumer; the first one gets what is left.
@@ -25,6 +25,8 @@ class BackwardPlan(NamedTuple):
         first_stores: whoever comes first to a block of dq stores it, so that the sums need no
             zeros; needs an adder, whose ``in_flight`` it uses.
         rotates: see ROTATE; without a mask and in any order only.
+        keeps_keys: see KEEPS_KEYS; for head dims up to 64, and neither chunks nor ALiBi, for which
+            the registers do not suffice.
         splits: programs that the query heads of a key head are divided among, see SPLIT.
     """
 
@@ -49,6 +51,7 @@ class BackwardPlan(NamedTuple):
     first_stores: bool = False
     rotates: bool = False
     splits: int = 1
+    keeps_keys: bool = False
     # Of head dims above 128: columns of a buffer, and slots for P.
     piece: int = 0
     p_slots: int = 0
@@ -81,9 +84,12 @@ MAX_HEADDIM_CHUNK = 64
 MAX_HEADDIM_SOFTCAP = 192
 
 
+# Newer compilers spill 24 to 96 bytes for it. The main kernel alone, full, 512 1024 2048 4096 8192
+# 16384: 387 441 465 493 509 521 become 404 475 500 518 525 519 TFLOP/s.
+_KEEPS_KEYS = TRITON <= (3, 6)
 _D64 = BackwardPlan(
     64, 64, q_slots=3, do_slots=3, ds_slots=3, ahead=1, dq_group=True,
-    registers=208, dq_registers=72,
+    registers=208 if _KEEPS_KEYS else 200, dq_registers=64, keeps_keys=_KEEPS_KEYS,
 )  # fmt: skip
 _D128 = BackwardPlan(64, 128, ahead=2, adder=True)
 _D192 = BackwardPlan(
@@ -113,7 +119,7 @@ def plan_backward(
         return plan._replace(section_bytes=section)
     base = _D64 if headdim <= 64 else _D128
     plan = base._replace(
-        eager_dv=is_masked == (headdim <= 64),
+        eager_dv=not base.keeps_keys and is_masked == (headdim <= 64),
         section_bytes=section,
         least_programs=MULTIPROCESSORS if is_masked else 0,
     )
@@ -122,13 +128,12 @@ def plan_backward(
     if seqlen_k is not None and seqlen_k > seqlen_q:
         return plan
     if headdim <= 64:
-        # Full, 512 1024 2048 4096 16384: 284 376 427 476 502 become 295 393 443 495 512 TFLOP/s;
-        # causal, 512 1024 2048: 174 271 365 become 183 279 370, and 4096 431 would become 422.
-        if is_masked and seqlen_q > 2048:
+        # Full, 4096 8192 16384: 484 512 525, with first stores 482 495 501; causal 431 480 512,
+        # with first stores 446 499 515. Where keys are read from shared memory, first stores lose
+        # with a mask (431 and 422 at 4096) and win without (476 and 495).
+        if seqlen_q > 2048 and is_masked != base.keeps_keys:
             return plan
-        return plan._replace(
-            adder=True, dq_slots=4, registers=200, first_stores=True, rotates=not is_masked
-        )
+        return plan._replace(adder=True, dq_slots=4, first_stores=True, rotates=not is_masked)
     # Full 328 422 504 558 597 and causal 187 312 410 499 576 become 357 450 520 570 600 and
     # 222 335 429 508 575.
     return plan._replace(first_stores=True, dq_slots=4 if is_masked else 2)
@@ -148,8 +153,7 @@ def plan_ordered(
     if headdim > MAX_HEADDIM_NARROW:
         return plan if headdim <= 192 else plan._replace(do_slots=2, dq_slots=1)
     # Measured with 0 to 4 in flight and with 2 and 4 buffers, at 1k to 16k keys.
-    plan = plan._replace(adder=True, dq_slots=4, in_flight=1, first_stores=True, rotates=False)
-    return plan._replace(registers=200) if headdim <= 64 else plan
+    return plan._replace(adder=True, dq_slots=4, in_flight=1, first_stores=True, rotates=False)
 
 
 # How far the number of parts that is taken may be from the one that is wanted.
