@@ -128,12 +128,15 @@ def plan_backward(
     if seqlen_k is not None and seqlen_k > seqlen_q:
         return plan
     if headdim <= 64:
-        # Full, 4096 8192 16384: 484 512 525, with first stores 482 495 501; causal 431 480 512,
-        # with first stores 446 499 515. Where keys are read from shared memory, first stores lose
-        # with a mask (431 and 422 at 4096) and win without (476 and 495).
+        # Full, 4096 8192 16384: 484 512 525, with first stores 482 495 501; causal, 2048 4096 8192
+        # 16384: 375 431 480 512, with first stores 384 446 499 515, and 354 407 438 436 with 32 MB
+        # of heads together. Where keys are read from shared memory, first stores lose with a mask
+        # (431 and 422 at 4096) and win without (476 and 495).
         if seqlen_q > 2048 and is_masked != base.keeps_keys:
             return plan
-        return plan._replace(adder=True, dq_slots=4, first_stores=True, rotates=not is_masked)
+        return plan._replace(
+            adder=True, dq_slots=4, first_stores=True, rotates=not is_masked, section_bytes=4 << 20
+        )
     # Full 328 422 504 558 597 and causal 187 312 410 499 576 become 357 450 520 570 600 and
     # 222 335 429 508 575.
     return plan._replace(first_stores=True, dq_slots=4 if is_masked else 2)
