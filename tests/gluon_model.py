@@ -818,22 +818,40 @@ def _stand_ins() -> dict[str, types.ModuleType]:
     }
 
 
-def load_kernels(name: str, change: tuple[str, str] | None = None) -> types.ModuleType:
-    """The module ``flash_attn.kernels.<name>`` with the model in Triton's place.
+_AROUND = ("sm90_backward_work", "sm90_backward_dq", "sm90_backward_around")
+# Modules that a module takes names from, or whose kernels run around its own.
+_BEFORE = {
+    "sm90_backward": _AROUND,
+    "sm90_backward_wide": (*_AROUND, "sm90_backward"),
+}
 
-    ``change`` replaces one piece of its source by another, to see whether the model notices.
+
+def load_kernels(name: str, change: tuple[str, str] | None = None) -> types.ModuleType:
+    """The module ``flash_attn.kernels.<name>`` and those of _BEFORE, as one, with the model in
+    Triton's place.
+
+    ``change`` replaces one piece of their source by another, to see whether the model notices.
     """
+    sources = {
+        each: (KERNELS / f"{each}.py").read_text() for each in (*_BEFORE.get(name, ()), name)
+    }
+    if change is not None:
+        counts = {each: source.count(change[0]) for each, source in sources.items()}
+        changed = [name] if counts[name] else [each for each in counts if counts[each]]
+        found = sum(counts[each] for each in changed)
+        assert found == 1, f"{found} times {change[0]!r}"
+        sources[changed[0]] = sources[changed[0]].replace(*change)
     package = types.ModuleType("modelled_kernels")
     package.__path__ = [str(KERNELS)]
-    source = (KERNELS / f"{name}.py").read_text()
-    if change is not None:
-        assert source.count(change[0]) == 1, f"{source.count(change[0])} times {change[0]!r}"
-        source = source.replace(*change)
-    loaded = types.ModuleType(f"modelled_kernels.{name}")
-    loaded.__package__ = "modelled_kernels"
+    together = types.ModuleType(name)
     with mock.patch.dict(sys.modules, {**_stand_ins(), "modelled_kernels": package}):
-        exec(compile(source, f"{name}.py", "exec"), loaded.__dict__)
-    return loaded
+        for each, source in sources.items():
+            loaded = types.ModuleType(f"modelled_kernels.{each}")
+            loaded.__package__ = "modelled_kernels"
+            sys.modules[loaded.__name__] = loaded
+            exec(compile(source, f"{each}.py", "exec"), loaded.__dict__)
+            together.__dict__.update(loaded.__dict__)
+    return together
 
 
 def argument(module: str, kernel: str, name: str) -> int:

@@ -100,7 +100,7 @@ ROTATED = {
 }
 PLANS |= ROTATED
 FP16 = torch.float16
-SUMS = gluon_model.argument("sm90_backward", "row_statistics_sm90", "dq_sums")
+SUMS = gluon_model.argument("sm90_backward_around", "row_statistics_sm90", "dq_sums")
 KERNELS = ["row_statistics_sm90", "attention_backward_sm90", "finish_dq_sm90"]
 SPLIT_KERNELS = [*KERNELS[:2], "finish_keys_sm90", KERNELS[2]]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -36,20 +35,9 @@ PLANS = {
 FP16 = torch.float16
 
 
-def load(change: tuple[str, str] | None = None) -> Any:
-    """The modelled kernels that a backward pass launches; ``change`` as in the model."""
-    wide = gluon_model.load_kernels("sm90_backward_wide", change)
-    others = gluon_model.load_kernels("sm90_backward")
-    return SimpleNamespace(
-        attention_backward_wide_sm90=wide.attention_backward_wide_sm90,
-        row_statistics_sm90=others.row_statistics_sm90,
-        finish_dq_sm90=others.finish_dq_sm90,
-    )
-
-
 @pytest.fixture(scope="module")
 def kernels() -> Any:
-    return load()
+    return gluon_model.load_kernels("sm90_backward_wide")
 
 
 @pytest.mark.parametrize("name", PLANS)
@@ -178,7 +166,7 @@ FAULTS = [
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.what)
 def test_faults_are_noticed(fault: Fault) -> None:
-    changed = load((fault.old, fault.new))
+    changed = gluon_model.load_kernels("sm90_backward_wide", (fault.old, fault.new))
     softcap = {"softcap": 1.0} if "softcap" in fault.what else {}
     inputs = dense("cpu", FP16, 1, (400, 200), (1, 1), fault.plan.block_d, causal=True, **softcap)
 

@@ -45,8 +45,9 @@ from .gluon_async import (
     wait_for_dependencies,
     wait_until,
 )
-from .sm90_backward import (
-    CONSUMERS_MEET,
+from .sm90_backward import CONSUMERS_MEET, leave_sums, mask_if_needed
+from .sm90_backward_dq import register_order, tile_of, turn_of
+from .sm90_backward_work import (
     ROWS,
     Config,
     Grid,
@@ -55,15 +56,10 @@ from .sm90_backward import (
     Work,
     buffers_for,
     bytes_of,
-    leave_sums,
-    mask_if_needed,
     new_ring,
-    register_order,
     rows_of_queries,
     share_of,
     step_after,
-    tile_of,
-    turn_of,
     whole_sequence,
 )
 

@@ -13,7 +13,7 @@ from ...core.device import guard, multiprocessors_of
 from ...core.outputs import round_multiple, softmax_d_shape
 from ...core.plan import report
 from ...core.problem import FULL, AttentionProblem, BackwardInputs, is_half
-from ...kernels import sm90_backward
+from ...kernels import sm90_backward, sm90_backward_around
 from .._launcher import Launcher, scratch
 from .plans_backward import (
     MAX_HEADDIM,
@@ -27,10 +27,10 @@ from .plans_backward import (
 )
 
 attention_backward_sm90 = Launcher(sm90_backward.attention_backward_sm90)
-finish_dq_sm90 = Launcher(sm90_backward.finish_dq_sm90)
-finish_keys_sm90 = Launcher(sm90_backward.finish_keys_sm90)
-row_statistics_sm90 = Launcher(sm90_backward.row_statistics_sm90)
-tiles_sm90 = Launcher(sm90_backward.tiles_sm90)
+finish_dq_sm90 = Launcher(sm90_backward_around.finish_dq_sm90)
+finish_keys_sm90 = Launcher(sm90_backward_around.finish_keys_sm90)
+row_statistics_sm90 = Launcher(sm90_backward_around.row_statistics_sm90)
+tiles_sm90 = Launcher(sm90_backward_around.tiles_sm90)
 
 # Keys of a program, and rows in which packed sequences are divided and padded.
 _BLOCK_N, _TILE = 128, 128
