@@ -11,6 +11,7 @@ pytest.importorskip("triton", reason="Triton exists on Linux only")
 
 from flash_attn.backends import sm90
 from flash_attn.backends.sm90 import launch_backward
+from flash_attn.backends.sm90.plans_backward import TRITON, plan_backward, plan_ordered
 from flash_attn.core.problem import (
     AttentionProblem,
     BackwardInputs,
@@ -147,3 +148,32 @@ def test_the_backend_hands_the_gradients_on(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(launch_backward, "backward", lambda *given: called.append(given))
     sm90.BACKEND.backward(problem, inputs)
     assert called == [(problem, inputs)]
+
+
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [
+        ("plain", True),
+        ("causal", True),
+        ("softcap", True),
+        ("seqused_k", True),
+        ("ALiBi", False),
+        ("attention_chunk", False),
+    ],
+)
+def test_where_the_registers_suffice_for_k_and_v(name: str, kept: bool) -> None:
+    problem = problem_of(**SERVED[name])
+    plan = plan_backward(64, True, 10)
+    assert launch_backward._keeps_keys(problem, plan._replace(keeps_keys=True)) is kept
+    assert not launch_backward._keeps_keys(problem, plan._replace(keeps_keys=False))
+
+
+@pytest.mark.parametrize("headdim", [64, 128, 256])
+@pytest.mark.parametrize("is_masked", [False, True])
+def test_plans_that_keep_k_and_v_leave_registers_for_it(headdim: int, is_masked: bool) -> None:
+    """With 200 the assembler makes all products wait for each other, which nothing else tells."""
+    for seqlen in (64, 512, 2048, 4096, 16384):
+        for choose in (plan_backward, plan_ordered):
+            plan = choose(headdim, is_masked, seqlen)
+            assert plan.keeps_keys == (headdim == 64 and TRITON <= (3, 6))
+            assert not plan.keeps_keys or plan.registers >= 208
