@@ -818,11 +818,11 @@ def _stand_ins() -> dict[str, types.ModuleType]:
     }
 
 
-_AROUND = ("sm90_backward_work", "sm90_backward_dq", "sm90_backward_around")
+_PARTS = ("sm90_backward_work", "sm90_backward_dq", "sm90_backward_around")
 # Modules that a module takes names from, or whose kernels run around its own.
 _BEFORE = {
-    "sm90_backward": _AROUND,
-    "sm90_backward_wide": (*_AROUND, "sm90_backward"),
+    "sm90_backward": _PARTS,
+    "sm90_backward_wide": (*_PARTS, "sm90_backward"),
 }
 
 

@@ -13,6 +13,9 @@
 * ``finish_dq_sm90``: rounds the sums of dq to the result's type.
 * ``finish_keys_sm90``: with SPLIT dk and dv from their sums.
 
+All but the second are in ``sm90_backward_around``; how dq is computed and added is in
+``sm90_backward_dq``, and what a program works on in ``sm90_backward_work``.
+
 The main kernel has a producer warpgroup, whose only task is to ask for tiles, and two consumer
 warpgroups with 64 keys each. They compute transposed tiles, keys x queries, because then p and ds
 are already in the registers that the next products read them from. A consumer's step:

@@ -146,6 +146,11 @@ def is_ragged(problem: AttentionProblem) -> bool:
     return any(x is not None for x in tensors)
 
 
+def _can_keep_keys(problem: AttentionProblem) -> bool:
+    """Whether a consumer has registers for k and v: chunks and ALiBi need them themselves."""
+    return not problem.visibility.attention_chunk and problem.transform.alibi_slopes is None
+
+
 def backward(
     problem: AttentionProblem, inputs: BackwardInputs, plan: BackwardPlan | None = None
 ) -> Tensor:
@@ -171,6 +176,7 @@ def backward(
     group = problem.nheads // problem.nheads_k
     if not 1 <= plan.splits <= group:
         raise ValueError(f"no plan for {group} query heads to a key head: {plan}")
+    plan = plan._replace(keeps_keys=plan.keeps_keys and _can_keep_keys(problem))
     report(("sm90 backward", *problem.q.shape, *problem.k.shape, visibility), plan)
     fits, fit = (is_for_ragged_tma, for_ragged_tma) if ragged else (is_for_tma, for_tma)
     if plan.splits > 1:
@@ -443,15 +449,9 @@ def launch_main(
         CU_Q=packing.q is not None, CU_K=packing.k is not None,
         USED_Q=layout.seqused_q is not None, USED_K=layout.seqused_k is not None,
         HAS_CHUNK=chunk > 0, HAS_ALIBI=slopes is not None, SPLIT=plan.splits > 1,
-        KEEPS_KEYS=_keeps_keys(problem, plan),
+        KEEPS_KEYS=plan.keeps_keys,
         num_warps=4, launch_pdl=True,
     )  # fmt: skip
-
-
-def _keeps_keys(problem: AttentionProblem, plan: BackwardPlan) -> bool:
-    """Whether the plan's ``keeps_keys`` is served: chunks and ALiBi need these registers."""
-    is_simple = not problem.visibility.attention_chunk
-    return plan.keeps_keys and is_simple and problem.transform.alibi_slopes is None
 
 
 def launch_finish_keys(
