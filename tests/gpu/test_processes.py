@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,8 @@ pytestmark = pytest.mark.gpu
 
 _HERE = Path(__file__).resolve().parent
 _SRC = _HERE.parents[1] / "src"
+_COMPLETED = "everything is done"
+_TORN_DOWN = "terminate called without an active exception"
 _START = """
 import hashlib, torch
 import test_runtime as runtime
@@ -23,19 +27,30 @@ from flash_attn import flash_attn_func
 
 
 def child(code: str, **environment: str | None) -> str:
-    """Standard output of ``code`` in a new interpreter, with ``runtime`` for test_runtime."""
+    """Standard output of ``code`` in a new interpreter, with ``runtime`` for test_runtime.
+
+    A thread of PyTorch's autograd that wants Python's lock while the interpreter is being torn down
+    ends a process that has done everything (pytorch issues 38228 and 190489). That alone is no
+    failure, but is warned of.
+    """
     paths = [str(_HERE), str(_HERE.parent), str(_SRC), os.environ.get("PYTHONPATH", "")]
-    changed = {"PYTHONPATH": os.pathsep.join(paths), **environment}
+    changed = {"PYTHONPATH": os.pathsep.join(paths), "PYTHONFAULTHANDLER": "1", **environment}
     kept = {name: text for name, text in os.environ.items() if name not in changed}
     done = subprocess.run(
-        [sys.executable, "-c", _START + code],
+        [sys.executable, "-c", f"{_START}{code}\nprint({_COMPLETED!r}, flush=True)"],
         env=kept | {name: text for name, text in changed.items() if text is not None},
         capture_output=True,
         text=True,
         timeout=280,
     )
-    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
-    return done.stdout.strip()
+    said = done.stdout[-1000:] + done.stderr[-3000:]
+    output = done.stdout.strip()
+    assert output.endswith(_COMPLETED), said
+    if done.returncode == -signal.SIGABRT and _TORN_DOWN in done.stderr:
+        warnings.warn(f"aborted after its end: {said}", stacklevel=2)
+    else:
+        assert done.returncode == 0, said
+    return output.removesuffix(_COMPLETED).strip()
 
 
 # Streams ------------------------------------------------------------------------------------------

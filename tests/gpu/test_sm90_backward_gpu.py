@@ -91,14 +91,14 @@ def test_gradients(dtype: torch.dtype, headdim: int, mask: str, seqlens: tuple[i
 
 
 @pytest.mark.parametrize("family", ["large_logits", "outlier_channels", "offset", "activations"])
-@pytest.mark.parametrize("headdim", [64, 128])
+@pytest.mark.parametrize("headdim", [64, 96, 128])
 def test_input_families(family: str, headdim: int) -> None:
     inputs = dense("cuda", BF16, 2, (300, 300), (4, 4), headdim, family=family, causal=True)
     check(inputs, solve(inputs))
 
 
 @pytest.mark.parametrize("heads", [(8, 1), (6, 2), (16, 16)])
-@pytest.mark.parametrize("headdim", [64, 128])
+@pytest.mark.parametrize("headdim", [64, 96, 128])
 def test_many_programs(heads: tuple[int, int], headdim: int) -> None:
     """Several times what a GPU runs at a time."""
     inputs = dense("cuda", BF16, 8, (1024, 1100), heads, headdim, causal=True)
@@ -106,7 +106,7 @@ def test_many_programs(heads: tuple[int, int], headdim: int) -> None:
         check(inputs, solve(inputs, plan))
 
 
-@pytest.mark.parametrize("headdim", [64, 128])
+@pytest.mark.parametrize("headdim", [64, 96, 128])
 def test_unseen_keys_may_be_nan(headdim: int) -> None:
     inputs = dense("cuda", FP16, 2, (100, 400), (4, 2), headdim, window_size=(64, 0))
     want = solve(inputs)
@@ -128,7 +128,7 @@ def _inside_nan(x: torch.Tensor, columns: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("columns", [8, 3])  # the latter is nothing that TMA can address
-@pytest.mark.parametrize("headdim", [64, 128])
+@pytest.mark.parametrize("headdim", [64, 96, 128])
 def test_nothing_outside_is_read_or_written(headdim: int, columns: int) -> None:
     inputs = dense("cuda", FP16, 2, (170, 250), (2, 1), headdim, causal=True)
     names = ("q", "k", "v", "dout")
@@ -163,7 +163,7 @@ def test_strides(layout: str) -> None:
     assert_same_bits(solve(inputs, None, results), want, layout)
 
 
-@pytest.mark.parametrize("headdim", [64, 128])
+@pytest.mark.parametrize("headdim", [64, 96, 128])
 @pytest.mark.parametrize("mask", ["full", "causal", "both"])
 def test_a_thousand_repeats_have_the_same_bits(headdim: int, mask: str) -> None:
     inputs = dense("cuda", BF16, 2, (700, 700), (8, 4), headdim, **MASKS[mask])
@@ -185,7 +185,7 @@ def test_ten_thousand_launches_over_random_shapes() -> None:
     """None hangs, and the last of each shape is right."""
     chosen = random.Random(0)
     for _ in range(100):
-        headdim = chosen.choice([64, 128])
+        headdim = chosen.choice([64, 96, 128])
         seqlens = (chosen.randint(1, 1500), chosen.randint(1, 1500))
         nheads_k = chosen.choice([1, 2, 4])
         heads = (nheads_k * chosen.choice([1, 2, 3]), nheads_k)
@@ -246,7 +246,7 @@ def test_packed_sequences(headdim: int, mask: str, batch: str) -> None:
             assert not grad[int(inputs.lengths[rows][-1]) :].any()
 
 
-@pytest.mark.parametrize("headdim", [64, 128])
+@pytest.mark.parametrize("headdim", [64, 96, 128])
 @pytest.mark.parametrize("mask", ["full", "causal", "both"])
 def test_nan_stays_in_its_sequence(headdim: int, mask: str) -> None:
     lengths = ([170, 33, 90, 300], [150, 161, 140, 300])
@@ -286,7 +286,7 @@ def _packed_inside_nan(x: torch.Tensor) -> torch.Tensor:
     return view
 
 
-@pytest.mark.parametrize("headdim", [64, 128])
+@pytest.mark.parametrize("headdim", [64, 96, 128])
 @pytest.mark.parametrize("bounds", HOSTILE)
 def test_bounds_that_lie(headdim: int, bounds: str) -> None:
     """Nothing outside is read or written, nobody waits for ever, and gradients are numbers."""
@@ -309,7 +309,7 @@ def test_bounds_that_lie(headdim: int, bounds: str) -> None:
                 assert int(buffer.isnan().sum()) == buffer.numel() - view.numel()
 
 
-@pytest.mark.parametrize("headdim", [64, 128])
+@pytest.mark.parametrize("headdim", [64, 96, 128])
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("mask", ["full", "causal", "left", "softcap"])
 def test_rows_in_use(headdim: int, packed: bool, mask: str) -> None:
@@ -371,7 +371,7 @@ def test_chunks(headdim: int, chunk: int, mask: str, packed: bool) -> None:
         assert registry.select(inputs.problem(), backward=True).name == "sm90"
 
 
-@pytest.mark.parametrize("headdim", [40, 64, 128])
+@pytest.mark.parametrize("headdim", [40, 64, 96, 128])
 @pytest.mark.parametrize("mask", ["full", "causal", "left", "both"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_alibi(headdim: int, mask: str, packed: bool) -> None:
@@ -403,7 +403,7 @@ def test_the_gradient_of_the_log_sum_exp(packed: bool) -> None:
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("headdim", [64, 128])
+@pytest.mark.parametrize("headdim", [64, 96, 128])
 def test_the_public_functions(packed: bool, headdim: int) -> None:
     """Forward and backward by the same kernels, which never wait for the GPU."""
     make: Any = varlen if packed else dense
@@ -436,7 +436,7 @@ def test_sinks(packed: bool) -> None:
         check_error(name, got, true[name], same[name], 3.0, 1e-5, owed.get(name))
 
 
-@pytest.mark.parametrize("headdim", [64, 128])
+@pytest.mark.parametrize("headdim", [64, 96, 128])
 @pytest.mark.parametrize("mask", ["full", "causal"])
 def test_packed_sequences_repeat_their_bits(headdim: int, mask: str) -> None:
     lengths = [700, 1, 300, 0, 1500, 64] * 3
@@ -454,7 +454,7 @@ def test_thousands_of_launches_over_random_batches() -> None:
     """None hangs, and the last of each is right."""
     chosen = random.Random(1)
     for _ in range(60):
-        headdim = chosen.choice([64, 128])
+        headdim = chosen.choice([64, 96, 128])
         count = chosen.choice([1, 2, 5, 30])
         lengths = [
             [chosen.choice([0, 1, 100, chosen.randint(1, 1200)]) for _ in range(count)]

@@ -32,7 +32,7 @@ def plans(headdim: int, is_masked: bool, splits: int) -> list[BackwardPlan]:
 
 
 @pytest.mark.parametrize("heads", HEADS)
-@pytest.mark.parametrize("headdim", [40, 64, 128, 192, 256])
+@pytest.mark.parametrize("headdim", [40, 64, 96, 128, 192, 256])
 @pytest.mark.parametrize("mask", ["full", "causal", "left", "both"])
 @pytest.mark.parametrize("seqlens", [(1, 1), (113, 203), (400, 250)])
 def test_gradients(
@@ -44,14 +44,14 @@ def test_gradients(
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16])
-@pytest.mark.parametrize("headdim", [61, 64, 128, 136, 192])
+@pytest.mark.parametrize("headdim", [61, 64, 80, 128, 136, 192])
 def test_softcap_and_odd_head_dims(dtype: torch.dtype, headdim: int) -> None:
     inputs = dense("cuda", dtype, 2, (230, 190), (6, 2), headdim, **MASKS["softcap"])
     for plan in plans(headdim, True, 2):
         check(inputs, solve(inputs, plan))
 
 
-@pytest.mark.parametrize("headdim", [64, 128])
+@pytest.mark.parametrize("headdim", [64, 96, 128])
 @pytest.mark.parametrize("packed", [False, True])
 def test_alibi(headdim: int, packed: bool) -> None:
     if packed and headdim > 64:
@@ -64,7 +64,7 @@ def test_alibi(headdim: int, packed: bool) -> None:
 
 
 @pytest.mark.parametrize("heads", HEADS)
-@pytest.mark.parametrize("headdim", [64, 128])
+@pytest.mark.parametrize("headdim", [64, 96, 128])
 @pytest.mark.parametrize("mask", ["full", "causal", "left"])
 @pytest.mark.parametrize("batch", BATCHES)
 def test_packed_sequences(heads: tuple[int, int, int], headdim: int, mask: str, batch: str) -> None:
@@ -92,7 +92,7 @@ def test_packed_sequences(heads: tuple[int, int, int], headdim: int, mask: str, 
             assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("headdim", [64, 128])
+@pytest.mark.parametrize("headdim", [64, 96, 128])
 @pytest.mark.parametrize("packed", [False, True])
 def test_rows_in_use_and_chunks(headdim: int, packed: bool) -> None:
     used = {
@@ -111,7 +111,7 @@ def test_rows_in_use_and_chunks(headdim: int, packed: bool) -> None:
 
 
 @pytest.mark.parametrize("columns", [8, 3])
-@pytest.mark.parametrize("headdim", [64, 128, 192])
+@pytest.mark.parametrize("headdim", [64, 96, 128, 192])
 def test_nothing_outside_is_written(headdim: int, columns: int) -> None:
     """Results of the caller's, in the midst of NaN, also where TMA cannot address them."""
     inputs = dense("cuda", FP16, 2, (170, 250), (8, 2), headdim, causal=True)
@@ -151,7 +151,7 @@ def _repeats(inputs: Inputs, plan: BackwardPlan | None, is_ordered: bool) -> Non
 
 
 @pytest.mark.parametrize("heads", HEADS)
-@pytest.mark.parametrize("headdim", [64, 128, 192])
+@pytest.mark.parametrize("headdim", [64, 96, 128, 192])
 @pytest.mark.parametrize("mask", ["full", "causal"])
 def test_fifty_repeats_have_the_same_bits(
     heads: tuple[int, int, int], headdim: int, mask: str
@@ -167,7 +167,7 @@ def test_fifty_repeats_have_the_same_bits(
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("headdim", [64, 128, 256])
+@pytest.mark.parametrize("headdim", [64, 96, 128, 256])
 def test_the_public_functions_split(packed: bool, headdim: int) -> None:
     """Few programs: the rule splits, and the call repeated gives the same dk and dv."""
     if packed and headdim > 128:

@@ -36,7 +36,12 @@ from flash_attn.core.sequences import sequences
 D64_GROUP = BackwardPlan(64, 64, 3, 3, 3, ahead=1, dq_group=True, registers=208, dq_registers=72)
 D64 = BackwardPlan(128, 64, ahead=2, adder=True)
 D128 = BackwardPlan(64, 128, eager_dv=True, ahead=2, adder=True)
+D96 = D128._replace(multiplied=96)
 PLANS = {
+    "d96": D96,
+    "d96 ahead 1": D96._replace(eager_dv=False, ahead=1, do_slots=1),
+    "d96 at once": D96._replace(ahead=0),
+    "d96 group": D96._replace(ahead=1, dq_group=True, registers=208, dq_registers=64),
     "d64 group ahead": D64_GROUP,
     "d64 group eager": D64_GROUP._replace(eager_dv=True, ahead=0, q_slots=2, ds_slots=1),
     "d64 group, keys kept": D64_GROUP._replace(keeps_keys=True),
@@ -52,6 +57,9 @@ IN_USE = {
     "d64": plan_backward(64, True, 512),
     "d128": plan_backward(128, False, 512),
     "d128 causal": plan_backward(128, True, 512),
+    "d96": plan_backward(96, False, 512),
+    "d96 causal": plan_backward(96, True, 512),
+    "d96 ordered causal": plan_ordered(96, True, 512),
     "d64 ordered": plan_ordered(64, True, 512),
     "d128 ordered": plan_ordered(128, False, 512),
     "d128 ordered causal": plan_ordered(128, True, 512),
@@ -172,7 +180,7 @@ def test_gradients(kernels: Any, name: str, shape: tuple[Any, ...]) -> None:
     seqlens, heads, less, options = shape
     plan = _for_mask(PLANS[name], options)
     dtype = torch.bfloat16 if seqlens == (130, 200) else FP16
-    inputs = dense("cpu", dtype, 1, seqlens, heads, plan.block_d - less, **options)
+    inputs = dense("cpu", dtype, 1, seqlens, heads, plan.width - less, **options)
     check(inputs, solve(kernels, inputs, plan))
 
 
@@ -188,7 +196,7 @@ def test_both_infinities_stand_for_rows_without_keys(kernels: Any) -> None:
 )
 def test_every_interleaving_gives_the_same(kernels: Any, name: str) -> None:
     mask = {} if PLANS[name].rotates else {"causal": True}
-    inputs = dense("cpu", FP16, 1, (200, 300), (2, 1), PLANS[name].block_d, **mask)
+    inputs = dense("cpu", FP16, 1, (200, 300), (2, 1), PLANS[name].width, **mask)
     first = solve(kernels, inputs, PLANS[name])
     for seed in range(1, 12):
         again = solve(kernels, inputs, PLANS[name], seed)
@@ -214,7 +222,7 @@ def _inside_nan(x: torch.Tensor) -> torch.Tensor:
 )  # fmt: skip
 def test_nothing_outside_is_read_or_written(kernels: Any, name: str) -> None:
     plan = PLANS[name]
-    inputs = dense("cpu", FP16, 2, (70, 150), (2, 1), plan.block_d, causal=True)
+    inputs = dense("cpu", FP16, 2, (70, 150), (2, 1), plan.width, causal=True)
     inputs = inputs.but(**{n: _inside_nan(getattr(inputs, n)) for n in ("q", "k", "v", "dout")})
     results = tuple(_inside_nan(x) for x in (inputs.q, inputs.k, inputs.v))
     check(inputs, solve(kernels, inputs, plan, results=results))
@@ -241,7 +249,7 @@ def test_unseen_keys_may_be_nan(kernels: Any) -> None:
 def test_a_key_block_without_queries(kernels: Any) -> None:
     """Steps: none. Barriers must not be left waiting, and the gradients are zeros."""
     for plan in (D64_GROUP, D128):
-        inputs = dense("cpu", FP16, 1, (10, 400), (1, 1), plan.block_d, window_size=(5, 0))
+        inputs = dense("cpu", FP16, 1, (10, 400), (1, 1), plan.width, window_size=(5, 0))
         got = solve(kernels, inputs, plan)
         assert not got.dk[:, :256].any()
         assert not got.dv[:, :256].any()
@@ -256,9 +264,11 @@ def test_inputs_that_tma_cannot_address_are_copied(kernels: Any) -> None:
     check(inputs, solve(kernels, inputs, D64))
 
 
-IN_ORDER = ["d64 group reversed", "d64 ordered", "d128 ordered", "d128 reversed"]
+IN_ORDER = ["d64 group reversed", "d64 ordered", "d128 ordered", "d128 reversed",
+            "in use, d96 ordered causal"]  # fmt: skip
 FIRST_STORES = ["d64 group, first stores", "d64, first stores", "d128, first stores reversed",
-                "d64 group, first stores in order", "in use, d128 causal"]  # fmt: skip
+                "d64 group, first stores in order", "in use, d128 causal",
+                "in use, d96 causal"]  # fmt: skip
 RAGGED = [*IN_ORDER, *FIRST_STORES]
 WITHOUT_MASKS = [*RAGGED, "d128, rotated first stores", "d64 group, rotated"]
 BATCHES = {
@@ -307,7 +317,7 @@ def test_sections(seqlens: Any, heads: Any, causal: bool, heads_in_section: int)
 def test_rotation(kernels: Any, name: str, seqlens: tuple[int, int]) -> None:
     """More, as many and fewer blocks of queries than of keys, all programs of a head at a time."""
     plan = PLANS[name]
-    inputs = dense("cpu", FP16, 1, seqlens, (3, 1), plan.block_d)
+    inputs = dense("cpu", FP16, 1, seqlens, (3, 1), plan.width)
     known = None
     for seed in range(3):
         got = solve(kernels, inputs, plan, seed, known=known, resident=8)
@@ -322,7 +332,7 @@ def test_programs_that_begin_at_every_block_could_wait_in_a_circle() -> None:
     changed = gluon_model.load_kernels("sm90_backward", ("PAIR: gl.constexpr = 2 * ",
                                                          "PAIR: gl.constexpr = "))  # fmt: skip
     plan = ROTATED["d64 group, rotated first stores"]
-    inputs = dense("cpu", FP16, 1, (128, 384), (1, 1), plan.block_d)
+    inputs = dense("cpu", FP16, 1, (128, 384), (1, 1), plan.width)
 
     def run_all() -> None:
         for seed in range(20):
@@ -357,7 +367,7 @@ def test_where_programs_begin(kernels: Any) -> None:
 def test_packed_sequences(kernels: Any, name: str, batch: str, mask: str) -> None:
     """Rows of no sequence lie behind the last one: they hold NaN and get zeros."""
     plan = _for_mask(PLANS[name], BATCH_MASKS[mask])
-    inputs = varlen("cpu", FP16, *BATCHES[batch], (2, 1), plan.block_d, 9, **BATCH_MASKS[mask])
+    inputs = varlen("cpu", FP16, *BATCHES[batch], (2, 1), plan.width, 9, **BATCH_MASKS[mask])
     for tensor, rows in zip(inputs.tensors, (0, 1, 1, 0), strict=True):
         tensor[int(inputs.lengths[rows][-1]) :] = float("nan")
     got = solve(kernels, inputs, plan)
@@ -377,7 +387,7 @@ def test_packed_sequences_give_the_same_in_every_interleaving(
     """With chunks more than one program adds to a row only if they cross blocks of keys."""
     plan = PLANS[name]
     lengths = ([70, 133], [190, 600])
-    inputs = varlen("cpu", FP16, *lengths, (2, 1), plan.block_d, window_size=(-1, 30))
+    inputs = varlen("cpu", FP16, *lengths, (2, 1), plan.width, window_size=(-1, 30))
     inputs = extended(
         inputs, seqused_q=int32(60, 130), seqused_k=int32(150, 370), attention_chunk=chunk
     )
@@ -390,7 +400,7 @@ def test_packed_sequences_give_the_same_in_every_interleaving(
 def test_nan_stays_in_its_sequence(kernels: Any, name: str) -> None:
     plan = PLANS[name]
     lengths = ([70, 33, 90], [150, 61, 40])
-    inputs = varlen("cpu", FP16, *lengths, (2, 1), plan.block_d, causal=True)
+    inputs = varlen("cpu", FP16, *lengths, (2, 1), plan.width, causal=True)
     want = solve(kernels, inputs, plan)
     for tensor, rows in zip(inputs.tensors, (0, 1, 1, 0), strict=True):
         begin, end = inputs.lengths[rows][1:3].tolist()
@@ -422,7 +432,7 @@ def test_bounds_that_lie(kernels: Any, name: str, bounds: str) -> None:
     lies = torch.tensor(HOSTILE[bounds], dtype=torch.int32)
     honest = torch.tensor([0, 40, 41, 250], dtype=torch.int32)
     for cu_q, cu_k in ((lies, honest), (honest, lies), (lies, lies)):
-        inputs = dense("cpu", FP16, 1, (250, 250), (2, 1), plan.block_d, window_size=(100, 0))
+        inputs = dense("cpu", FP16, 1, (250, 250), (2, 1), plan.width, window_size=(100, 0))
         inputs = inputs.but(
             **{n: _packed_inside_nan(getattr(inputs, n)) for n in ("q", "k", "v", "dout")},
             lengths=(cu_q, cu_k, 250, 250),
@@ -457,10 +467,10 @@ def test_rows_in_use(kernels: Any, name: str, packed: bool, mask: str) -> None:
     used_q, used_k = int32(70, 0, 33, 200), int32(0, 20, 150, -3)
     options = BATCH_MASKS[mask]
     if packed:
-        inputs = varlen("cpu", FP16, [80, 20, 40, 5], [9, 140, 150, 30], (2, 1), plan.block_d,
+        inputs = varlen("cpu", FP16, [80, 20, 40, 5], [9, 140, 150, 30], (2, 1), plan.width,
                         **options)  # fmt: skip
     else:
-        inputs = dense("cpu", FP16, 4, (90, 150), (2, 1), plan.block_d, **options)
+        inputs = dense("cpu", FP16, 4, (90, 150), (2, 1), plan.width, **options)
     inputs = extended(inputs, seqused_q=used_q, seqused_k=used_k)
     got = solve(kernels, inputs, plan)
     check(inputs, got)
@@ -516,10 +526,10 @@ def test_head_dims_of_v(kernels: Any, headdims: tuple[int, int], packed: bool) -
 )
 def test_chunks(kernels: Any, name: str, chunk: int, options: dict[str, Any]) -> None:
     plan = PLANS[name]
-    inputs = dense("cpu", FP16, 1, (150, 400), (2, 1), plan.block_d, **options)
+    inputs = dense("cpu", FP16, 1, (150, 400), (2, 1), plan.width, **options)
     inputs = extended(inputs, attention_chunk=chunk)
     check(inputs, solve(kernels, inputs, plan))
-    inputs = varlen("cpu", FP16, [90, 130], [300, 70], (2, 1), plan.block_d, **options)
+    inputs = varlen("cpu", FP16, [90, 130], [300, 70], (2, 1), plan.width, **options)
     inputs = extended(inputs, attention_chunk=chunk, seqused_k=int32(290, 66))
     got = solve(kernels, inputs, plan)
     check(inputs, got)
@@ -539,12 +549,12 @@ def test_alibi(kernels: Any, name: str, mask: str, chunk: int) -> None:
     options = BATCH_MASKS[mask]
     plan = _for_mask(PLANS[name], options)
     plan = plan._replace(rotates=plan.rotates and not chunk)
-    inputs = dense("cpu", FP16, 2, (150, 200), (4, 2), plan.block_d, **options)
+    inputs = dense("cpu", FP16, 2, (150, 200), (4, 2), plan.width, **options)
     inputs = extended(inputs.but(alibi_slopes=alibi_slopes("cpu", 4)), attention_chunk=chunk)
     if chunk and plan.block_d > 64:
         assert launch_backward.unsupported_backward(inputs.problem()) != []
     check(inputs, solve(kernels, inputs, plan))
-    inputs = varlen("cpu", FP16, [90, 0, 130], [70, 10, 200], (4, 2), plan.block_d, 20, **options)
+    inputs = varlen("cpu", FP16, [90, 0, 130], [70, 10, 200], (4, 2), plan.width, 20, **options)
     slopes = alibi_slopes("cpu", 4, 3)
     inputs = extended(inputs.but(alibi_slopes=slopes), attention_chunk=chunk)
     check(inputs, solve(kernels, inputs, plan))
@@ -617,13 +627,13 @@ FAULTS = [
         Fault(
             f"a turn passes before the addition is in memory, {name}: {new}",
             PLANS[name],
-            "                tma_complete(config.IN_FLIGHT * TILES)\n",
+            "                tma_complete(config.IN_FLIGHT * BOXES)\n",
             f"                {new}\n",
         )
         for name in ("d64 group ordered", "d128 ordered")
         for new in (
-            "tma_complete(config.IN_FLIGHT * TILES + 1)",
-            "tma.store_wait(config.IN_FLIGHT * TILES)",
+            "tma_complete(config.IN_FLIGHT * BOXES + 1)",
+            "tma.store_wait(config.IN_FLIGHT * BOXES)",
             "pass",
         )
     ),
@@ -668,17 +678,17 @@ FAULTS = [
             ),
             (
                 "all store",
-                "            store_or_add(dq_desc, at, shared.dq.slot(use), state == 0)\n",
-                "            store_or_add(dq_desc, at, shared.dq.slot(use), state >= 0)\n",
+                "shared.dq.slot(use), state == 0, tile)",
+                "shared.dq.slot(use), state >= 0, tile)",
             ),
             (
                 "nobody stores",
-                "            store_or_add(dq_desc, at, shared.dq.slot(use), state == 0)\n",
-                "            store_or_add(dq_desc, at, shared.dq.slot(use), state < 0)\n",
+                "shared.dq.slot(use), state == 0, tile)",
+                "shared.dq.slot(use), state < 0, tile)",
             ),
             (
                 "the first one's tiles count before they are in memory",
-                "            tma_complete(config.IN_FLIGHT * TILES)\n            pass_turn",
+                "            tma_complete(config.IN_FLIGHT * BOXES)\n            pass_turn",
                 "            pass_turn",
             ),
             (
@@ -694,22 +704,34 @@ FAULTS = [
             ),
             (
                 "rows without keys are not zeroed",
-                "        if FIRST_STORES:\n            parts",
-                "        if False:\n            parts",
+                "        has_any = peek(turns + turn) > 0\n",
+                "        has_any = peek(turns + turn) > -1\n",
             ),
         )
     ),
     Fault(
+        "the last columns of a tile of dq are not added",
+        PLANS["in use, d96 causal"],
+        "    for j in gl.static_range(BOXES):\n        source",
+        "    for j in gl.static_range(1):\n        source",
+    ),
+    Fault(
+        "the last columns are left out of a product",
+        PLANS["in use, d96"],
+        "for j in gl.static_range(pieces_of(config.WIDTH)):\n            left = piece_of(keys",
+        "for j in gl.static_range(1):\n            left = piece_of(keys",
+    ),
+    Fault(
         "the first in order adds",
         PLANS["d128, first stores reversed"],
-        "shared.dq.slot(use), turn == 0)",
-        "shared.dq.slot(use), turn < 0)",
+        "shared.dq.slot(use), turn == 0, tile)",
+        "shared.dq.slot(use), turn < 0, tile)",
     ),
     Fault(
         "the second in order stores too",
         PLANS["d64 group, first stores in order"],
-        "shared.dq.slot(use), turn == 0)",
-        "shared.dq.slot(use), turn <= 1)",
+        "shared.dq.slot(use), turn == 0, tile)",
+        "shared.dq.slot(use), turn <= 1, tile)",
     ),
     Fault(
         "the adder gives a buffer back while TMA reads it",
@@ -774,8 +796,8 @@ FAULTS = [
     Fault(
         "dv may still be summed",
         D128,
-        "warpgroup_mma_wait(2 + EARLY",
-        "warpgroup_mma_wait(3 + EARLY",
+        "dv = wait_for_sums(dv, 1 + ONE + EARLY",
+        "dv = wait_for_sums(dv, 2 + ONE + EARLY",
     ),
     Fault("q is overwritten", D128, "        shared.q.wait_empty(i)\n", ""),
     Fault(
@@ -793,8 +815,8 @@ FAULTS = [
     Fault(
         "a program leaves while TMA reads its memory",
         D64,
-        "shared.k, dk * work.scale, LANE)\n        tma.store_wait(0)\n",
-        "shared.k, dk * work.scale, LANE)\n",
+        "shared.k, dk, work.scale, LANE)\n        tma.store_wait(0)\n",
+        "shared.k, dk, work.scale, LANE)\n",
     ),
     Fault(
         "a mask is off by one",
@@ -842,10 +864,8 @@ RAGGED_FAULTS = [
     Fault(
         "dq of the next sequence is overwritten",
         PLANS["d128 ordered"],
-        "        mask = gl.expand_dims(rows < count, 1)\n        if BLOCK_D != HEAD_DIM:\n"
-        "            mask = mask & gl.expand_dims(j",
-        "        mask = gl.expand_dims(rows < count + 64, 1)\n        if BLOCK_D != HEAD_DIM:\n"
-        "            mask = mask & gl.expand_dims(j",
+        "    mask = gl.expand_dims(rows < count, 1)\n    if HEAD_DIM is not None:\n",
+        "    mask = gl.expand_dims(rows < count + 64, 1)\n    if HEAD_DIM is not None:\n",
     ),
 ]
 

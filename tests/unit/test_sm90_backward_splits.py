@@ -45,6 +45,8 @@ NARROW = [
     "in use, d64",
     "in use, d128",
     "in use, d128 causal",
+    "in use, d96",
+    "in use, d96 ordered causal",
     "in use, d128 ordered causal",
     "d64 group reversed",
     "d64 ahead 2",
@@ -84,14 +86,14 @@ def test_gradients(kernels: Any, name: str, shape: tuple[Any, ...]) -> None:
     seqlens, heads, splits, less, options = shape
     plan = _for_mask(PLANS[name], options)._replace(splits=splits)
     dtype = torch.bfloat16 if seqlens == (130, 200) else FP16
-    inputs = dense("cpu", dtype, 2, seqlens, heads, plan.block_d - less, **options)
+    inputs = dense("cpu", dtype, 2, seqlens, heads, plan.width - less, **options)
     check(inputs, solve(kernels, inputs, plan))
 
 
 @pytest.mark.parametrize("name", PLANS)
 def test_every_interleaving_gives_the_same(kernels: Any, name: str) -> None:
     options = {} if PLANS[name].rotates else {"causal": True}
-    inputs = dense("cpu", FP16, 1, (100, 200), (3, 1), PLANS[name].block_d, **options)
+    inputs = dense("cpu", FP16, 1, (100, 200), (3, 1), PLANS[name].width, **options)
     for splits in (2, 3):
         plan = PLANS[name]._replace(splits=splits)
         first = solve(kernels, inputs, plan)
@@ -112,7 +114,12 @@ def test_dq_does_not_depend_on_splits(kernels: Any) -> None:
         assert torch.equal(got.dq, whole.dq)
 
 
-RAGGED = ["in use, d64", "in use, d128 ordered causal", "d64, first stores"]
+RAGGED = [
+    "in use, d64",
+    "in use, d96 ordered causal",
+    "in use, d128 ordered causal",
+    "d64, first stores",
+]
 
 
 @pytest.mark.parametrize(
@@ -121,7 +128,7 @@ RAGGED = ["in use, d64", "in use, d128 ordered causal", "d64, first stores"]
 def test_packed_sequences(kernels: Any, name: str, batch: str, mask: str) -> None:
     """Rows of no sequence lie behind the last one: they hold NaN and get zeros."""
     plan = _for_mask(PLANS[name], BATCH_MASKS[mask])._replace(splits=2)
-    inputs = varlen("cpu", FP16, *BATCHES[batch], (3, 1), plan.block_d, 9, **BATCH_MASKS[mask])
+    inputs = varlen("cpu", FP16, *BATCHES[batch], (3, 1), plan.width, 9, **BATCH_MASKS[mask])
     for tensor, rows in zip(inputs.tensors, (0, 1, 1, 0), strict=True):
         tensor[int(inputs.lengths[rows][-1]) :] = float("nan")
     got = solve(kernels, inputs, plan)
@@ -139,10 +146,10 @@ def test_packed_sequences(kernels: Any, name: str, batch: str, mask: str) -> Non
 def test_rows_in_use_and_chunks(kernels: Any, name: str, packed: bool, chunk: int) -> None:
     plan = PLANS[name]._replace(splits=3)
     if packed:
-        inputs = varlen("cpu", FP16, [80, 20, 40, 5], [9, 140, 150, 30], (6, 2), plan.block_d,
+        inputs = varlen("cpu", FP16, [80, 20, 40, 5], [9, 140, 150, 30], (6, 2), plan.width,
                         window_size=(20, 10))  # fmt: skip
     else:
-        inputs = dense("cpu", FP16, 4, (90, 150), (6, 2), plan.block_d, window_size=(20, 10))
+        inputs = dense("cpu", FP16, 4, (90, 150), (6, 2), plan.width, window_size=(20, 10))
     inputs = extended(inputs, seqused_q=int32(70, 0, 33, 200), seqused_k=int32(0, 20, 150, -3),
                       attention_chunk=chunk)  # fmt: skip
     check(inputs, solve(kernels, inputs, plan))
@@ -160,10 +167,12 @@ def test_dense_rows_in_use_of_results_with_any_strides(kernels: Any) -> None:
         assert int(buffer.isnan().sum()) == buffer.numel() - view.numel()
 
 
-@pytest.mark.parametrize("name", ["in use, d64", "in use, d128", "d256", "d192 in any order"])
+@pytest.mark.parametrize(
+    "name", ["in use, d64", "in use, d96", "in use, d128", "d256", "d192 in any order"]
+)
 def test_nothing_outside_is_read_or_written(kernels: Any, name: str) -> None:
     plan = _for_mask(PLANS[name], {"causal": True})._replace(splits=2)
-    inputs = dense("cpu", FP16, 2, (70, 150), (4, 2), plan.block_d - 8, causal=True)
+    inputs = dense("cpu", FP16, 2, (70, 150), (4, 2), plan.width - 8, causal=True)
     inputs = inputs.but(**{n: _inside_nan(getattr(inputs, n)) for n in ("q", "k", "v", "dout")})
     results = tuple(_inside_nan(x) for x in (inputs.q, inputs.k, inputs.v))
     check(inputs, solve(kernels, inputs, plan, results=results))
@@ -208,8 +217,7 @@ FAULTS = [
           "        key_head, first_head, group = share_of(",
           "        _, first_head, group = share_of("),
     Fault("both consumers leave their sums in one place", PLANS["in use, d64"],
-          "dk_target, work.grid, program, dk, LANE, 2,",
-          "dk_target, work.grid, program, dk, 0, 2,"),
+          "number = LANE * TILES", "number = 0 * TILES"),
 ]  # fmt: skip
 
 
@@ -217,7 +225,7 @@ FAULTS = [
 def test_faults_are_noticed(fault: Fault) -> None:
     changed = load((fault.old, fault.new))
     plan = fault.plan._replace(splits=2, rotates=False)
-    inputs = dense("cpu", FP16, 1, (130, 130), (6, 2), plan.block_d)
+    inputs = dense("cpu", FP16, 1, (130, 130), (6, 2), plan.width)
     with pytest.raises((AssertionError, RuntimeWarning)):
         check(inputs, solve(changed, inputs, plan))
 

@@ -68,7 +68,15 @@ from .gluon_async import (
     tma_store,
     wait_for_dependencies,
 )
-from .sm90_backward_dq import adder, claiming_adder, dq_group, dq_operands, leave_to_adder
+from .sm90_backward_dq import (
+    adder,
+    claiming_adder,
+    columns_of_tile,
+    dq_group,
+    dq_operands,
+    leave_to_adder,
+    rows_of_box,
+)
 from .sm90_backward_work import (
     LOG2E,
     NO_ROW,
@@ -82,11 +90,16 @@ from .sm90_backward_work import (
     buffers_for,
     bytes_of,
     chunk_of,
+    columns_of,
     coordinates,
     first_of_rotation,
     first_query_head,
+    layout_of_sums,
     new_ring,
+    no_sums,
     padded_start,
+    piece_of,
+    pieces_of,
     ring_for,
     row_after,
     rows_from,
@@ -245,9 +258,51 @@ def rows_of(ring, use, work):
 
 
 @gluon.jit
-def keys_by_rows(keys, rows, zeros):
-    """Start keys rows^T: (ROWS, BLOCK_M)."""
-    return warpgroup_mma(keys, rows.permute([1, 0]), zeros, use_acc=False, is_async=True)
+def keys_by_rows(keys, rows, zeros, config):
+    """Start keys rows^T, (ROWS, BLOCK_M): as many products as there are pieces."""
+    if config.KEEPS_KEYS:
+        product = warpgroup_mma(keys, rows.permute([1, 0]), zeros, use_acc=False, is_async=True)
+    else:
+        product = zeros
+        for j in gl.static_range(pieces_of(config.WIDTH)):
+            left = piece_of(keys, j, config)
+            right = piece_of(rows, j, config).permute([1, 0])
+            product = warpgroup_mma(left, right, product, use_acc=j > 0, is_async=True)
+    return product
+
+
+@gluon.jit
+def no_sums_of_pieces(config):
+    """Zeros for dk or dv."""
+    sums = ()
+    for j in gl.static_range(pieces_of(config.WIDTH)):
+        sums += (no_sums(columns_of(config.WIDTH, j)),)
+    return sums
+
+
+@gluon.jit
+def left_of_sums(weights, COLUMNS: gl.constexpr):
+    """Weights as what sums of so many columns are added up from."""
+    return gl.convert_layout(weights, gl.DotOperandLayout(0, layout_of_sums(COLUMNS), 2))
+
+
+@gluon.jit
+def add_by_rows(sums, weights, rows, config):
+    """Start sums += weights rows, piece by piece."""
+    added = ()
+    for j in gl.static_range(pieces_of(config.WIDTH)):
+        left = left_of_sums(weights, columns_of(config.WIDTH, j))
+        added += (warpgroup_mma(left, piece_of(rows, j, config), sums[j], is_async=True),)
+    return added
+
+
+@gluon.jit
+def wait_for_sums(sums, PENDING: gl.constexpr, config):
+    """The sums, when at most PENDING later products run."""
+    done = warpgroup_mma_wait(PENDING, deps=sums)
+    if pieces_of(config.WIDTH) == 1:
+        done = (done,)
+    return done
 
 
 @gluon.jit
@@ -269,8 +324,8 @@ def softcap_slope(work, p, lse):
 
 
 @gluon.jit
-def store_keys(desc, work, ring, values, LANE: gl.constexpr):
-    """Write a consumer's rows of dk or dv by TMA, through the rows of k or v that it owns.
+def store_keys(desc, work, ring, sums, factor, LANE: gl.constexpr):
+    """Write ``factor`` times a consumer's rows of dv or dk by TMA, through those of v or k.
 
     Where they go is computed again: held through the loop, it would cost registers.
     """
@@ -282,29 +337,47 @@ def store_keys(desc, work, ring, values, LANE: gl.constexpr):
         batch, key_head, key_block = work.grid.place(program)
         first_key = key_block * work.config.BLOCK_N
         span = whole_sequence(batch)
-    keys_of(ring, LANE, work).store(values.to(desc.dtype))
+    rows = keys_of(ring, LANE, work)
+    for j in gl.static_range(pieces_of(work.config.WIDTH)):
+        piece_of(rows, j, work.config).store((sums[j] * factor).to(desc.dtype))
     fence_async_shared()
     source = ring.data.index(0).slice(LANE * ROWS, ROWS, 3 if work.config.RAGGED else 2)
     tma_store(desc, coordinates(span, key_head, first_key + LANE * ROWS), source)
 
 
 @gluon.jit
-def flat_register_order(tile, COLUMNS: gl.constexpr):
-    """register_order for any number of columns, flat: each warp's 16 rows follow each other."""
-    parts = tile.reshape([4, 2, 8, COLUMNS // 8, 4, 2]).permute([0, 3, 2, 4, 1, 5])
-    return parts.reshape([ROWS * COLUMNS])
+def flat_register_order(tile, PIECE: gl.constexpr):
+    """register_order, flat, of PIECE columns after the other: of each of these every warp's 16 rows
+    follow each other."""
+    COLUMNS: gl.constexpr = tile.shape[1]
+    parts = tile.reshape([4, 2, 8, COLUMNS // PIECE, PIECE // 8, 4, 2])
+    return parts.permute([3, 0, 4, 2, 5, 1, 6]).reshape([ROWS * COLUMNS])
 
 
 @gluon.jit
 def leave_sums(sums, grid, program, values, NUMBER: gl.constexpr, COUNT: gl.constexpr,
-               COLUMNS: gl.constexpr):  # fmt: skip
-    """Write the NUMBER-th of the COUNT tiles, ROWS keys and COLUMNS each, that a program has of
-    the sums of dk, or of dv: with SPLIT, for finish_keys_sm90."""
+               PIECE: gl.constexpr):  # fmt: skip
+    """Write the NUMBER-th of the COUNT tiles, ROWS keys and PIECE columns each, that a program has
+    of the sums of dk, or of dv, and those after it, if there are more columns: with SPLIT, for
+    finish_keys_sm90."""
+    COLUMNS: gl.constexpr = values.shape[1]
     batch, part, key_block = grid.place(program)
     block = (batch * grid.nheads_k + part) * grid.key_blocks + key_block
-    flat = flat_register_order(values, COLUMNS)
-    sums += (block.to(gl.int64) * COUNT + NUMBER) * (ROWS * COLUMNS)
+    flat = flat_register_order(values, PIECE)
+    sums += (block.to(gl.int64) * COUNT + NUMBER) * (ROWS * PIECE)
     gl.store(sums + gl.arange(0, ROWS * COLUMNS, layout=flat.type.layout), flat)
+
+
+@gluon.jit
+def leave_pieces(target, work, values, LANE: gl.constexpr):
+    """Write a consumer's sums of dk or dv for finish_keys_sm90."""
+    config = work.config
+    LAST: gl.constexpr = columns_of(config.WIDTH, pieces_of(config.WIDTH) - 1)
+    TILES: gl.constexpr = config.WIDTH // LAST
+    program = gl.program_id(0) + opaque_zero()
+    for j in gl.static_range(pieces_of(config.WIDTH)):
+        number = LANE * TILES + j * 64 // LAST
+        leave_sums(target, work.grid, program, values[j], number, 2 * TILES, LAST)
 
 
 @gluon.jit
@@ -312,21 +385,20 @@ def consumer(LANE: gl.constexpr, work, shared, group, dk_target, dv_target):
     """dk and dv of keys [64 * LANE, 64 * LANE + 64) of the program's, and dS for dq."""
     config = work.config
     BLOCK_M: gl.constexpr = config.BLOCK_M
-    BLOCK_D: gl.constexpr = config.BLOCK_D
     AHEAD: gl.constexpr = config.AHEAD
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
-    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
-    DQ: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
-    OPERAND: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
     COLUMN: gl.constexpr = gl.SliceLayout(0, SCORES)
-    # How many products may be in flight behind those waited for: the next step's S is one.
-    EARLY: gl.constexpr = 1 if AHEAD == 1 else 0
+    FIRST: gl.constexpr = columns_of(config.WIDTH, 0)
+    # How many products may be in flight behind those waited for: those of one tensor, and of the
+    # next step's S.
+    ONE: gl.constexpr = pieces_of(config.WIDTH)
+    EARLY: gl.constexpr = ONE if AHEAD == 1 else 0
     dtype: gl.constexpr = shared.q.data.dtype
 
-    dk = gl.zeros([ROWS, BLOCK_D], gl.float32, SUMS)
-    dv = gl.zeros([ROWS, BLOCK_D], gl.float32, SUMS)
+    dk = no_sums_of_pieces(config)
+    dv = no_sums_of_pieces(config)
     zeros = gl.zeros([ROWS, BLOCK_M], gl.float32, SCORES)
-    dq_zeros = gl.zeros([ROWS, 64], gl.float32, DQ)
+    dq_zeros = no_sums(columns_of_tile(config.WIDTH, config.BLOCK_D, LANE))
     first_key = work.first_key + LANE * ROWS
     row = work.first_row
     shared.k.wait_full(0)
@@ -335,7 +407,7 @@ def consumer(LANE: gl.constexpr, work, shared, group, dk_target, dv_target):
     if AHEAD > 0:
         if work.steps > 0:  # otherwise it multiplies what lies in shared memory, for nobody
             shared.q.wait_full(0)
-        s = keys_by_rows(k, rows_of(shared.q, 0, work), zeros)
+        s = keys_by_rows(k, rows_of(shared.q, 0, work), zeros, config)
         s = warpgroup_mma_wait(0, deps=[s])
     shared.v.wait_full(0)
     v = left_operand(keys_of(shared.v, LANE, work), SCORES, config.KEEPS_KEYS)
@@ -351,11 +423,11 @@ def consumer(LANE: gl.constexpr, work, shared, group, dk_target, dv_target):
         # P, dV, dS.
         if AHEAD == 0:
             shared.q.wait_full(i)
-            s = keys_by_rows(k, q, zeros)
+            s = keys_by_rows(k, q, zeros, config)
         shared.do.wait_full(i)
-        dp = keys_by_rows(v, do, zeros)
+        dp = keys_by_rows(v, do, zeros, config)
         if AHEAD == 0:
-            s = warpgroup_mma_wait(1, deps=[s])
+            s = warpgroup_mma_wait(ONE, deps=[s])
         lse = shared.lse.index(i % shared.q.SLOTS).load(COLUMN)
         exponent = exponents(work, s)
         if config.HAS_ALIBI:
@@ -363,13 +435,13 @@ def consumer(LANE: gl.constexpr, work, shared, group, dk_target, dv_target):
             exponent = subtract_alibi(work, exponent, first_key, row, head)
         p = gl.exp2(exponent - gl.expand_dims(lse, 0))
         p = mask_if_needed(work, p, first_key, row)
-        weights = gl.convert_layout(p.to(dtype), OPERAND)
+        weights = left_of_sums(p.to(dtype), FIRST)
         if config.EAGER_DV:
-            dv = warpgroup_mma(weights, do, dv, is_async=True)
-            dp = warpgroup_mma_wait(1, deps=[dp])
+            dv = add_by_rows(dv, weights, do, config)
+            dp = warpgroup_mma_wait(ONE, deps=[dp])
         else:
             dp = warpgroup_mma_wait(0, deps=[dp])
-            dv = warpgroup_mma(weights, do, dv, is_async=True)
+            dv = add_by_rows(dv, weights, do, config)
         delta = shared.delta.index(i % shared.do.SLOTS).load(COLUMN)
         ds = p * (dp - gl.expand_dims(delta, 0))
         if config.SOFTCAP:
@@ -380,58 +452,57 @@ def consumer(LANE: gl.constexpr, work, shared, group, dk_target, dv_target):
             shared.ds.wait_empty(i)
         shared.ds.slot(i).slice(LANE * ROWS, ROWS, 0).store(ds)
         fence_async_shared()
-        ds = gl.convert_layout(ds, OPERAND)
+        ds = left_of_sums(ds, FIRST)
 
         # dK, and dQ or its share.
         if config.DQ_GROUP:
             shared.ds.announce(i)
-            dk = warpgroup_mma(ds, q, dk, is_async=True)
+            dk = add_by_rows(dk, ds, q, config)
             if AHEAD > 0:
                 shared.q.wait_full(following)
-                s = keys_by_rows(k, rows_of(shared.q, following, work), zeros)
-                dv = warpgroup_mma_wait(2, deps=[dv])
+                s = keys_by_rows(k, rows_of(shared.q, following, work), zeros, config)
+                dv = wait_for_sums(dv, 2 * ONE, config)
                 shared.do.release(i)
-                dk = warpgroup_mma_wait(1, deps=[dk])
+                dk = wait_for_sums(dk, ONE, config)
                 shared.q.release(i)
                 s = warpgroup_mma_wait(0, deps=[s])
             else:
-                dv = warpgroup_mma_wait(1, deps=[dv])
+                dv = wait_for_sums(dv, ONE, config)
                 shared.do.release(i)
-                dk = warpgroup_mma_wait(0, deps=[dk])
+                dk = wait_for_sums(dk, 0, config)
                 shared.q.release(i)
         else:
             meet(CONSUMERS_MEET, 256)
             ds_turned, k_columns = dq_operands(work, shared, i, LANE)
             dq = warpgroup_mma(ds_turned, k_columns, dq_zeros, use_acc=False, is_async=True)
-            dk = warpgroup_mma(ds, q, dk, is_async=True)
+            dk = add_by_rows(dk, ds, q, config)
             if AHEAD == 1:
                 shared.q.wait_full(following)
-                s = keys_by_rows(k, rows_of(shared.q, following, work), zeros)
-            dv = warpgroup_mma_wait(2 + EARLY, deps=[dv])
+                s = keys_by_rows(k, rows_of(shared.q, following, work), zeros, config)
+            dv = wait_for_sums(dv, 1 + ONE + EARLY, config)  # and dq
             shared.do.release(i)
-            dq = warpgroup_mma_wait(1 + EARLY, deps=[dq])
+            dq = warpgroup_mma_wait(ONE + EARLY, deps=[dq])
             leave_to_adder(shared, dq, i * 2 + LANE)
             if AHEAD == 2:
                 shared.q.wait_full(following)
-                s = keys_by_rows(k, rows_of(shared.q, following, work), zeros)
-            dk = warpgroup_mma_wait(1 if AHEAD > 0 else 0, deps=[dk])
+                s = keys_by_rows(k, rows_of(shared.q, following, work), zeros, config)
+            dk = wait_for_sums(dk, ONE if AHEAD > 0 else 0, config)
             shared.q.release(i)
             if AHEAD > 0:
                 s = warpgroup_mma_wait(0, deps=[s])
         row = row_after(work, row)
 
     if config.SPLIT:
-        program = gl.program_id(0) + opaque_zero()
-        leave_sums(dv_target, work.grid, program, dv, LANE, 2, BLOCK_D)
-        leave_sums(dk_target, work.grid, program, dk, LANE, 2, BLOCK_D)
+        leave_pieces(dv_target, work, dv, LANE)
+        leave_pieces(dk_target, work, dk, LANE)
     else:
         # dk and dv leave through k and v; the other groups must be done with k.
         if config.DQ_GROUP:  # noqa: SIM102 -- one condition is a constant, the other is not
             if work.steps > 0:
                 shared.ds.wait_empty(work.steps - 1 + shared.ds.SLOTS)
         meet(CONSUMERS_MEET, 256)
-        store_keys(dv_target, work, shared.v, dv, LANE)
-        store_keys(dk_target, work, shared.k, dk * work.scale, LANE)
+        store_keys(dv_target, work, shared.v, dv, 1.0, LANE)
+        store_keys(dk_target, work, shared.k, dk, work.scale, LANE)
         tma.store_wait(0)
 
 
@@ -459,7 +530,7 @@ def attention_backward_sm90(
     ROTATE: gl.constexpr, SOFTCAP: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, CU_Q: gl.constexpr, CU_K: gl.constexpr,
     USED_Q: gl.constexpr, USED_K: gl.constexpr, HAS_CHUNK: gl.constexpr, HAS_ALIBI: gl.constexpr,
-    SPLIT: gl.constexpr, KEEPS_KEYS: gl.constexpr,
+    SPLIT: gl.constexpr, KEEPS_KEYS: gl.constexpr, WIDTH: gl.constexpr,
 ):  # fmt: skip
     """See the module's docstring; launched with 4 warps, those of one consumer.
 
@@ -468,10 +539,10 @@ def attention_backward_sm90(
             (1, 1, BLOCK_M, BLOCK_D); columns past headdim are read as 0.
         k_desc, v_desc: of (batch, nheads_k, seqlen_k, headdim) with blocks (1, 1, 128, BLOCK_D).
         lse_desc, delta_desc: of (batch * nheads * padded_rows,) float32 with blocks (BLOCK_M,).
-        dq_desc: of the sums of dq, (batch * nheads * padded_rows * BLOCK_D / 64, 64) float32 with
-            blocks (64, 64).
+        dq_desc: of the sums of dq, (batch * nheads * padded_rows * WIDTH / 64, 64) float32 with
+            blocks (64, 64), or (32, 64) where WIDTH is 96.
         dk_target, dv_target: descriptors like k's with blocks (1, 1, 64, BLOCK_D); columns past
-            headdim are not written. With SPLIT pointers to sequences * key_blocks * 128 * BLOCK_D
+            headdim are not written. With SPLIT pointers to sequences * key_blocks * 128 * WIDTH
             float32, which finish_keys_sm90 reads.
         scale: softmax_scale; scale_log2: softmax_scale * log2(e), with SOFTCAP
             2 * softmax_scale / softcap * log2(e); cap_log2: softcap * log2(e).
@@ -495,6 +566,8 @@ def attention_backward_sm90(
         ADDER: needed without DQ_GROUP, and by DETERMINISTIC and FIRST_STORES, for which IN_FLIGHT
             says of how many steps the additions may be on their way before the oldest one's are
             waited for.
+        WIDTH: columns that are multiplied, BLOCK_D, or 96 of 128 with ADDER; head dims are no
+            larger.
         ROTATE: not with DETERMINISTIC, nor windows, causality and chunks; with FIRST_STORES not
             with more than 1 IN_FLIGHT.
         REGISTERS, DQ_REGISTERS, OTHER_REGISTERS: of a thread of the consumers (the first one gets
@@ -511,9 +584,11 @@ def attention_backward_sm90(
     RAGGED: gl.constexpr = CU_Q or CU_K or USED_Q or USED_K
     gl.static_assert(not HAS_CHUNK or (HAS_LEFT and HAS_RIGHT))
     gl.static_assert(not (HAS_ALIBI and SOFTCAP))
+    gl.static_assert(WIDTH == BLOCK_D or (WIDTH == 96 and BLOCK_D == 128))
+    gl.static_assert(WIDTH == BLOCK_D or (ADDER and not KEEPS_KEYS))
     config = Config(BLOCK_M, BLOCK_D, EAGER_DV, AHEAD, DQ_GROUP, FIRST_STORES, ADDER,
                     IN_FLIGHT, DETERMINISTIC, SOFTCAP, HAS_LEFT, HAS_RIGHT, HAS_CHUNK, HAS_ALIBI,
-                    RAGGED, 128, ROTATE, SPLIT, KEEPS_KEYS)  # fmt: skip
+                    RAGGED, 128, ROTATE, SPLIT, KEEPS_KEYS, WIDTH)  # fmt: skip
     q = ring_for(q_desc, Q_SLOTS, 2)
     do = ring_for(do_desc, DO_SLOTS, 2)
     k = ring_for(k_desc, 1, 0)
@@ -524,10 +599,12 @@ def attention_backward_sm90(
         ds = new_ring(ds_data, DS_SLOTS, 2, 1)
     else:
         ds = Ring(ds_data, k.full, k.full, DS_SLOTS)  # the consumers meet: nobody asks its barriers
+    gl.static_assert(dq_desc.block_type.shape[0] == rows_of_box(WIDTH))
+    dq_data = gl.allocate_shared_memory(gl.float32, [DQ_SLOTS, ROWS, 64], dq_desc.layout)
     if ADDER:
-        dq_ring = ring_for(dq_desc, DQ_SLOTS, 1)
+        dq_ring = new_ring(dq_data, DQ_SLOTS, 1, 1)
     else:
-        dq_ring = Ring(buffers_for(dq_desc, DQ_SLOTS), k.full, k.full, DQ_SLOTS)
+        dq_ring = Ring(dq_data, k.full, k.full, DQ_SLOTS)
     shared = Shared(q, do, k, v, ds, buffers_for(lse_desc, Q_SLOTS),
                     buffers_for(delta_desc, DO_SLOTS), dq_ring)  # fmt: skip
     fence_async_shared()

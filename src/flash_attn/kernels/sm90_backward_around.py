@@ -88,8 +88,9 @@ def row_statistics_sm90(
     The last rows come first, so that the first ones are still in the L2 cache after it.
     """
     allow_dependents()
-    # 192 columns are no tensor's.
-    WIDTH: gl.constexpr = 256 if BLOCK_D > 128 else BLOCK_D
+    # 96 and 192 columns are no tensor's.
+    WIDTH: gl.constexpr = 256 if BLOCK_D > 128 else 128 if BLOCK_D > 64 else 64
+    STEP: gl.constexpr = 64 if BLOCK_D % 64 == 0 else 32
     THREADS: gl.constexpr = WIDTH // 8
     ROWS_OF_OUT: gl.constexpr = gl.BlockedLayout([1, 8], [32 // THREADS, THREADS], [4, 1], [1, 0])
     FLAT: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
@@ -138,9 +139,9 @@ def row_statistics_sm90(
     row_lse = gl.load(lse + b64 * stride_lb + h.to(gl.int64) * stride_lh + rows, mask=inside,
                       other=float("inf"))  # fmt: skip
     if ZEROES:
-        sums = dq_sums + first * BLOCK_D + gl.arange(0, BLOCK_M * 64, layout=FLAT)
-        for j in gl.static_range(BLOCK_D // 64):
-            gl.store(sums + j * BLOCK_M * 64, gl.zeros([BLOCK_M * 64], gl.float32, FLAT))
+        sums = dq_sums + first * BLOCK_D + gl.arange(0, BLOCK_M * STEP, layout=FLAT)
+        for j in gl.static_range(BLOCK_D // STEP):
+            gl.store(sums + j * BLOCK_M * STEP, gl.zeros([BLOCK_M * STEP], gl.float32, FLAT))
     row_delta = gl.sum(o.to(gl.float32) * do.to(gl.float32), 1)
     if HAS_DLSE:
         row_delta -= gl.load(dlse + head_batch.to(gl.int64) * seqlen_q + rows, mask=inside,
@@ -154,7 +155,34 @@ def row_statistics_sm90(
 @gluon.jit
 def matrix_order(parts):
     """Undo register_order."""
-    return parts.reshape([4, 8, 8, 4, 2, 2]).permute([0, 4, 2, 1, 3, 5]).reshape([ROWS, 64])
+    COLUMNS: gl.constexpr = parts.shape[0]
+    tile = parts.reshape([4, COLUMNS // 8, 8, 4, 2, 2]).permute([0, 4, 2, 1, 3, 5])
+    return tile.reshape([ROWS, COLUMNS])
+
+
+@gluon.jit
+def finish_columns(sums, dq, stride_m, scale, first_row, count, has_any, HEAD_DIM: gl.constexpr,
+                   NUMBER: gl.constexpr, COLUMNS: gl.constexpr):  # fmt: skip
+    """COLUMNS columns of dq from the 64 * NUMBER-th on; zeros unless ``has_any``, which may be None
+    where there are sums always, as HEAD_DIM may where it is a multiple of COLUMNS."""
+    FLAT: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])
+    STORED: gl.constexpr = gl.BlockedLayout([1, 8], [256 // COLUMNS, COLUMNS // 8], [4, 1], [1, 0])
+    flat_rows = gl.arange(0, COLUMNS, layout=gl.SliceLayout(1, FLAT)) * 64
+    flat_cols = gl.arange(0, 64, layout=gl.SliceLayout(0, FLAT))
+    sums += NUMBER * 4096 + gl.expand_dims(flat_rows, 1) + gl.expand_dims(flat_cols, 0)
+    if has_any is None:
+        parts = gl.load(sums)
+    else:
+        parts = gl.load(sums, mask=has_any, other=0.0)
+    values = (matrix_order(parts) * scale).to(dq.dtype.element_ty)
+    values = gl.convert_layout(values, STORED)
+    rows = first_row + gl.arange(0, 64, layout=gl.SliceLayout(1, STORED))
+    cols = NUMBER * 64 + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, STORED))
+    mask = gl.expand_dims(rows < count, 1)
+    if HEAD_DIM is not None:
+        mask = mask & gl.expand_dims(cols < HEAD_DIM, 0)
+    at = gl.expand_dims(rows.to(gl.int64) * stride_m, 1) + gl.expand_dims(cols, 0)
+    gl.store(dq + at, values, mask=mask)
 
 
 @gluon.jit(
@@ -175,9 +203,6 @@ def finish_dq_sm90(
     those to whose block of BLOCK_M nobody came, whose turn is 0.
     The last rows come first, whose sums are still in the L2 cache.
     """
-    FLAT: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])
-    STORED: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    COLUMNS: gl.constexpr = BLOCK_D // 64
     pid = gl.num_programs(0) - 1 - gl.program_id(0)
     head_batch = pid // tiles
     tile = pid - head_batch * tiles
@@ -192,34 +217,25 @@ def finish_dq_sm90(
         has_sums = (first_row < count) & (sequence >= 0) & (sequence < batch_size)
         first = head_batch.to(gl.int64) * padded_rows + padded_start(start, sequence) + first_row
         dq += start.to(gl.int64) * stride_m
-    rows = first_row + gl.arange(0, 64, layout=gl.SliceLayout(1, STORED))
-    cols = gl.arange(0, 64, layout=gl.SliceLayout(0, STORED))
-    flat_rows = gl.arange(0, 64, layout=gl.SliceLayout(1, FLAT)) * 64
-    flat = gl.expand_dims(flat_rows, 1) + gl.expand_dims(
-        gl.arange(0, 64, layout=gl.SliceLayout(0, FLAT)), 0
-    )
     turn = first // BLOCK_M * (BLOCK_M // ROWS)
     if CU_Q:  # rows of no sequence have no turn
         turn = gl.where(has_sums, turn, 0)
     first *= BLOCK_D
     dq += b.to(gl.int64) * stride_b + h.to(gl.int64) * stride_h
-    target = dq + gl.expand_dims(rows.to(gl.int64) * stride_m, 1) + gl.expand_dims(cols, 0)
     wait_for_dependencies()
+    has_any = None
     if FIRST_STORES:
-        was_added_to = peek(turns + turn) > 0
-    for j in gl.static_range(COLUMNS):
+        has_any = peek(turns + turn) > 0
         if CU_Q:
-            parts = gl.load(dq_sums + first + j * 4096 + flat, mask=has_sums, other=0.0)
-        else:
-            parts = gl.load(dq_sums + first + j * 4096 + flat)
-        if FIRST_STORES:
-            parts = gl.where(was_added_to, parts, 0.0)
-        values = (matrix_order(parts) * scale).to(dq.dtype.element_ty)
-        values = gl.convert_layout(values, STORED)
-        mask = gl.expand_dims(rows < count, 1)
-        if BLOCK_D != HEAD_DIM:
-            mask = mask & gl.expand_dims(j * 64 + cols < HEAD_DIM, 0)
-        gl.store(target + j * 64, values, mask=mask)
+            has_any = has_any & has_sums
+    elif CU_Q:
+        has_any = has_sums
+    left: gl.constexpr = HEAD_DIM if BLOCK_D != HEAD_DIM else None
+    for j in gl.static_range(BLOCK_D // 64):
+        finish_columns(dq_sums + first, dq, stride_m, scale, first_row, count, has_any, left, j, 64)
+    if BLOCK_D % 64 != 0:
+        finish_columns(dq_sums + first, dq, stride_m, scale, first_row, count, has_any, left,
+                       BLOCK_D // 64, BLOCK_D % 64)  # fmt: skip
 
 
 @gluon.jit

@@ -22,19 +22,22 @@ from .gluon_async import (
     wait_for_dependencies,
     wait_until,
 )
-from .sm90_backward_work import ROWS, chunk_of, step_after
+from .sm90_backward_work import ROWS, chunk_of, no_sums, step_after
 
 
 @gluon.jit
 def register_order(tile):
-    """A 64 x 64 tile of sums with its elements in the order that the threads hold them: the four
-    neighbours in a row are one thread's."""
-    return tile.reshape([4, 2, 8, 8, 4, 2]).permute([0, 3, 2, 4, 1, 5]).reshape([ROWS, 64])
+    """A tile of 64 rows of sums with its elements in the order that the threads hold them, 64 in a
+    row: the four neighbours in a row are one thread's."""
+    COLUMNS: gl.constexpr = tile.shape[1]
+    parts = tile.reshape([4, 2, 8, COLUMNS // 8, 4, 2]).permute([0, 3, 2, 4, 1, 5])
+    return parts.reshape([COLUMNS, 64])
 
 
 @gluon.jit
 def dq_operands(work, shared, use, TILE: gl.constexpr):
-    """(dS^T, k) whose product is the TILE-th 64 x 64 tile of the block's dq."""
+    """(dS^T, k) whose product is the TILE-th tile, 64 rows and at most 64 columns, of the block's
+    dq."""
     config = work.config
     COLUMNS: gl.constexpr = config.BLOCK_D // 64
     ds = shared.ds.slot(use)
@@ -42,21 +45,40 @@ def dq_operands(work, shared, use, TILE: gl.constexpr):
         ds = ds.slice((TILE // COLUMNS) * ROWS, ROWS, 1)
     k = shared.k.data.index(opaque_zero()).reshape([config.BLOCK_N, config.BLOCK_D])
     if COLUMNS > 1:
-        k = k.slice((TILE % COLUMNS) * 64, 64, 1)
+        k = k.slice((TILE % COLUMNS) * 64, columns_of_tile(config.WIDTH, config.BLOCK_D, TILE), 1)
     return ds.permute([1, 0]), k
 
 
 @gluon.constexpr_function
 def tiles_in_block(config):
-    """64 x 64 tiles of a block's dq."""
+    """Tiles of a block's dq, of 64 rows and at most 64 columns."""
     return (config.BLOCK_M // 64) * (config.BLOCK_D // 64)
 
 
+@gluon.constexpr_function
+def columns_of_tile(width, block_d, tile):
+    """Columns of a tile of dq."""
+    return min(64, width - tile % (block_d // 64) * 64)
+
+
+@gluon.constexpr_function
+def rows_of_box(width):
+    """Rows of 64 numbers that TMA adds at a time: all tiles are whole boxes."""
+    return 64 if width % 64 == 0 else width % 64
+
+
+@gluon.constexpr_function
+def boxes_in_block(block_m, width):
+    """How often TMA is asked to add a block's dq."""
+    return block_m * width // (64 * 64 if width % 64 == 0 else 64 * (width % 64))
+
+
 @gluon.jit
-def tile_of(work, sum_row, TILE: gl.constexpr):
-    """The number of a 64 x 64 tile of the sums of dq: the TILE-th of a block's."""
+def sums_of_tile(work, sum_row, TILE: gl.constexpr):
+    """Where the sums of a tile of dq, the TILE-th of a block's, begin: a row of 64 numbers."""
     COLUMNS: gl.constexpr = work.config.BLOCK_D // 64
-    return (sum_row // ROWS + TILE // COLUMNS) * COLUMNS + TILE % COLUMNS
+    WIDTH: gl.constexpr = work.config.WIDTH
+    return (sum_row // ROWS + TILE // COLUMNS) * WIDTH + TILE % COLUMNS * 64
 
 
 @gluon.jit
@@ -85,14 +107,18 @@ def add_to_dq(dq_desc, work, sum_row, dq, buffer, TILE: gl.constexpr):
     """Add a tile to the sums of dq through a buffer that no TMA reads any more."""
     buffer.store(register_order(dq))
     fence_async_shared()
-    tma_add(dq_desc, [tile_of(work, sum_row, TILE) * 64, 0], buffer)
+    tma_add(dq_desc, [sums_of_tile(work, sum_row, TILE), 0], buffer)
 
 
 @gluon.jit
 def leave_to_adder(shared, dq, use):
     """Hand a tile of dq to the adder as soon as there is room for it."""
+    COLUMNS: gl.constexpr = dq.shape[1]
     shared.dq.wait_empty(use)
-    shared.dq.slot(use).store(register_order(dq))
+    buffer = shared.dq.slot(use)
+    if COLUMNS != 64:
+        buffer = buffer.slice(0, COLUMNS, 0)
+    buffer.store(register_order(dq))
     fence_async_shared()
     shared.dq.announce(use)
 
@@ -102,8 +128,6 @@ def dq_group(work, shared, dq_desc):
     """dq of every step, from the dS of both consumers."""
     config = work.config
     TILES: gl.constexpr = tiles_in_block(config)
-    DQ: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
-    zeros = gl.zeros([ROWS, 64], gl.float32, DQ)
     row = work.first_row
     sum_row = work.first_sum
     shared.k.wait_full(0)
@@ -112,6 +136,7 @@ def dq_group(work, shared, dq_desc):
         for tile in gl.static_range(TILES):
             use = i * TILES + tile
             ds_turned, k_columns = dq_operands(work, shared, i, tile)
+            zeros = no_sums(columns_of_tile(config.WIDTH, config.BLOCK_D, tile))
             dq = warpgroup_mma(ds_turned, k_columns, zeros, use_acc=False, is_async=True)
             if not config.ADDER:
                 tma.store_wait(1)  # of two buffers in turn, the older one is free
@@ -135,6 +160,7 @@ def adder(work, shared, turns, dq_desc):
     """
     config = work.config
     TILES: gl.constexpr = tiles_in_block(config)
+    BOXES: gl.constexpr = boxes_in_block(config.BLOCK_M, config.WIDTH)
     wait_for_dependencies()  # that the turns are zeroed
     row = work.first_row
     sum_row = work.first_sum
@@ -149,11 +175,10 @@ def adder(work, shared, turns, dq_desc):
         for tile in gl.static_range(TILES):
             use = i * TILES + tile
             shared.dq.wait_full(use)
-            at = [tile_of(work, sum_row, tile) * 64, 0]
             if config.FIRST_STORES:
-                store_or_add(dq_desc, at, shared.dq.slot(use), turn == 0)
+                send_tile(dq_desc, work, sum_row, shared.dq.slot(use), turn == 0, tile)
             else:
-                tma_add(dq_desc, at, shared.dq.slot(use))
+                send_tile(dq_desc, work, sum_row, shared.dq.slot(use), False, tile)
         earlier = (sum_row,) + earlier
         row, sum_row = step_after(work, row, sum_row)
         if config.DETERMINISTIC:
@@ -162,7 +187,7 @@ def adder(work, shared, turns, dq_desc):
                 # The fence of count_up, between this and its use, makes it as good as wait_until.
                 next_sum = gl.where(i + 1 < work.steps, sum_row, earlier[0])  # there may be no next
                 seen = peek(turns + next_sum // ROWS)
-                tma_complete(config.IN_FLIGHT * TILES)
+                tma_complete(config.IN_FLIGHT * BOXES)
                 pass_turn(turns, earlier[config.IN_FLIGHT])
         earlier = earlier[: config.IN_FLIGHT]
         tma.store_wait(0)
@@ -190,6 +215,7 @@ def claiming_adder(work, shared, turns, dq_desc):
     """
     config = work.config
     TILES: gl.constexpr = tiles_in_block(config)
+    BOXES: gl.constexpr = boxes_in_block(config.BLOCK_M, config.WIDTH)
     wait_for_dependencies()  # that the turns are zeroed
     row = work.first_row
     sum_row = work.first_sum
@@ -203,12 +229,11 @@ def claiming_adder(work, shared, turns, dq_desc):
         for tile in gl.static_range(TILES):
             use = i * TILES + tile
             shared.dq.wait_full(use)
-            at = [tile_of(work, sum_row, tile) * 64, 0]
-            store_or_add(dq_desc, at, shared.dq.slot(use), state == 0)
+            send_tile(dq_desc, work, sum_row, shared.dq.slot(use), state == 0, tile)
         owed = (gl.where(state == 0, sum_row, -1),) + owed
         row, sum_row = step_after(work, row, sum_row)
         if owed[config.IN_FLIGHT] >= 0:
-            tma_complete(config.IN_FLIGHT * TILES)
+            tma_complete(config.IN_FLIGHT * BOXES)
             pass_turn(turns, owed[config.IN_FLIGHT])
         owed = owed[: config.IN_FLIGHT]
         tma.store_wait(0)
@@ -221,12 +246,20 @@ def claiming_adder(work, shared, turns, dq_desc):
 
 
 @gluon.jit
-def store_or_add(desc, at, buffer, is_first):
-    """Store a tile of the sums of dq if nobody did before, else add to it."""
-    if is_first:
-        tma_store(desc, at, buffer)
-    else:
-        tma_add(desc, at, buffer)
+def send_tile(desc, work, sum_row, buffer, is_first, TILE: gl.constexpr):
+    """Add a tile to the sums of dq, or store it if nobody did before."""
+    config = work.config
+    BOX: gl.constexpr = rows_of_box(config.WIDTH)
+    BOXES: gl.constexpr = columns_of_tile(config.WIDTH, config.BLOCK_D, TILE) // BOX
+    at = sums_of_tile(work, sum_row, TILE)
+    for j in gl.static_range(BOXES):
+        source = buffer
+        if BOX != 64:
+            source = buffer.slice(j * BOX, BOX, 0)
+        if is_first:
+            tma_store(desc, [at + j * BOX, 0], source)
+        else:
+            tma_add(desc, [at + j * BOX, 0], source)
 
 
 @gluon.jit

@@ -46,7 +46,7 @@ from .gluon_async import (
     wait_until,
 )
 from .sm90_backward import CONSUMERS_MEET, leave_sums, mask_if_needed
-from .sm90_backward_dq import register_order, tile_of, turn_of
+from .sm90_backward_dq import register_order, sums_of_tile, turn_of
 from .sm90_backward_work import (
     ROWS,
     Config,
@@ -399,7 +399,7 @@ def dq_group(work, shared, turns, dq_desc):
                 if seen < turn:
                     wait_until(turns + sum_row // ROWS, turn)
                 fence_peeked()
-            tma_add(dq_desc, [tile_of(work, sum_row, tile) * 64, 0], buffer)
+            tma_add(dq_desc, [sums_of_tile(work, sum_row, tile), 0], buffer)
             if work.config.DETERMINISTIC and tile == 1:
                 # All but this step's tiles are in memory; by now that is no wait.
                 if i > 0:

@@ -158,12 +158,13 @@ class Config:
     RAGGED: gl.constexpr
     SPLIT: gl.constexpr
     KEEPS_KEYS: gl.constexpr
+    WIDTH: gl.constexpr
 
     @gluon.constexpr_function
     def __init__(self, BLOCK_M, BLOCK_D, EAGER_DV, AHEAD, DQ_GROUP, FIRST_STORES, ADDER,
                  IN_FLIGHT, DETERMINISTIC, SOFTCAP, HAS_LEFT, HAS_RIGHT, HAS_CHUNK, HAS_ALIBI,
-                 RAGGED, BLOCK_N=128, ROTATE=False, SPLIT=False,
-                 KEEPS_KEYS=False):  # fmt: skip
+                 RAGGED, BLOCK_N=128, ROTATE=False, SPLIT=False, KEEPS_KEYS=False,
+                 WIDTH=None):  # fmt: skip
         self.BLOCK_M = gl.constexpr(BLOCK_M)
         self.BLOCK_N = gl.constexpr(BLOCK_N)
         self.BLOCK_D = gl.constexpr(BLOCK_D)
@@ -183,6 +184,42 @@ class Config:
         self.RAGGED = gl.constexpr(RAGGED)
         self.SPLIT = gl.constexpr(SPLIT)
         self.KEEPS_KEYS = gl.constexpr(KEEPS_KEYS)
+        self.WIDTH = gl.constexpr(BLOCK_D if WIDTH is None else WIDTH)
+
+
+@gluon.constexpr_function
+def pieces_of(width):
+    """Into how many pieces so many columns are divided: 64 or 128 are one, 96 are 64 and 32."""
+    return 1 if width % 64 == 0 else 2
+
+
+@gluon.constexpr_function
+def columns_of(width, number):
+    """Columns of a piece."""
+    if width % 64 == 0:
+        return width
+    return 64 if number == 0 else width - 64
+
+
+@gluon.jit
+def piece_of(tile, NUMBER: gl.constexpr, config):
+    """Some columns of a tile in shared memory."""
+    COLUMNS: gl.constexpr = columns_of(config.WIDTH, NUMBER)
+    if config.WIDTH != config.BLOCK_D:
+        tile = tile.slice(NUMBER * 64, COLUMNS, 1)
+    return tile
+
+
+@gluon.constexpr_function
+def layout_of_sums(columns):
+    """Of 64 rows of sums."""
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
+
+
+@gluon.jit
+def no_sums(COLUMNS: gl.constexpr):
+    """Zeros."""
+    return gl.zeros([ROWS, COLUMNS], gl.float32, layout_of_sums(COLUMNS))
 
 
 @aggregate

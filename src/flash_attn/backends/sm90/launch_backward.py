@@ -69,7 +69,7 @@ class Workspace(NamedTuple):
     Attributes:
         lse_log2: (batch, nheads, padded rows) float32; ``delta`` likewise. Packed sequences are
             one, in which each begins where softmax_d_shape says.
-        dq_sums: (batch * nheads * padded rows * headdim / 64, 64) float32, the head dim padded.
+        dq_sums: (batch * nheads * padded rows * width / 64, 64) float32, see BackwardPlan.width.
         turns: one for each 64 padded rows, of which deterministic and first_stores alone make use;
             int32.
         dk_sums, dv_sums: float32 for each key, padded, and column, padded, of each of ``splits``
@@ -291,11 +291,11 @@ def allocate(problem: AttentionProblem, packing: Packing, plan: BackwardPlan) ->
         delta = torch.empty(statistics, dtype=torch.float32, device=device)  # a result, softmax_d
     else:
         lse_log2, delta = torch.zeros((2, *statistics), dtype=torch.float32, device=device)
-    sums = (batch * nheads * rows * (plan.block_d // 64), 64)
+    sums = (batch * nheads * rows * plan.width // 64, 64)
     dk_sums = dv_sums = None
     if plan.splits > 1:
         blocks = _key_blocks(problem, plan) * _key_heads(problem) * plan.splits
-        size = (blocks * plan.block_n * plan.block_d,)
+        size = (blocks * plan.block_n * plan.width,)
         dk_sums, dv_sums = (scratch(size, torch.float32, device) for _ in range(2))
     return Workspace(
         lse_log2,
@@ -366,7 +366,7 @@ def launch_statistics(
         problem.nheads, problem.q.shape[-3], rows, parts,
         *_table(packing.q, workspace), workspace.turns if used is None else used,
         problem.batch_size,
-        HEAD_DIM=problem.headdim_v, BLOCK_D=plan.block_d, BLOCK_M=plan.statistics_rows,
+        HEAD_DIM=problem.headdim_v, BLOCK_D=plan.width, BLOCK_M=plan.statistics_rows,
         HAS_DLSE=dlse is not None, CU_Q=packing.q is not None, USED_Q=used is not None,
         ZEROES=not plan.first_stores,
         num_warps=4,
@@ -426,7 +426,7 @@ def launch_main(
         describe(inputs.dout, block_m, block_d),
         _numbers_descriptor(workspace.lse_log2, block_m),
         _numbers_descriptor(workspace.delta, block_m),
-        _sums_descriptor(workspace.dq_sums, 64),
+        _sums_descriptor(workspace.dq_sums, 64 if plan.width % 64 == 0 else 32),
         *targets,
         scale, factor * _LOG2E, softcap * _LOG2E,
         nheads_k * plan.splits, problem.nheads // nheads_k, plan.splits, seqlen_q, seqlen_k,
@@ -449,7 +449,7 @@ def launch_main(
         CU_Q=packing.q is not None, CU_K=packing.k is not None,
         USED_Q=layout.seqused_q is not None, USED_K=layout.seqused_k is not None,
         HAS_CHUNK=chunk > 0, HAS_ALIBI=slopes is not None, SPLIT=plan.splits > 1,
-        KEEPS_KEYS=plan.keeps_keys,
+        KEEPS_KEYS=plan.keeps_keys, WIDTH=plan.width,
         num_warps=4, launch_pdl=True,
     )  # fmt: skip
 
@@ -466,7 +466,7 @@ def launch_finish_keys(
         return
     layout, unread = problem.layout, workspace.turns
     key_blocks, key_heads = _key_blocks(problem, plan), _key_heads(problem)
-    strips = plan.block_n // 16 * (plan.block_d // plan.columns)
+    strips = plan.block_n // 16 * (plan.width // plan.columns)
     left, chunk = _window(problem)[0], problem.visibility.attention_chunk
     finish_keys_sm90[(key_blocks * key_heads * strips,)](
         workspace.dk_sums, workspace.dv_sums, inputs.dk, inputs.dv,
@@ -476,7 +476,7 @@ def launch_finish_keys(
         unread if packing.q is None else packing.q.bounds, _table(packing.k, workspace)[0],
         unread if layout.seqused_q is None else layout.seqused_q,
         unread if layout.seqused_k is None else layout.seqused_k, problem.batch_size,
-        HEAD_DIM=problem.headdim, HEAD_DIM_V=problem.headdim_v, BLOCK_D=plan.block_d,
+        HEAD_DIM=problem.headdim, HEAD_DIM_V=problem.headdim_v, BLOCK_D=plan.width,
         PIECE=plan.columns, BLOCK_N=plan.block_n,
         CU_Q=packing.q is not None, CU_K=packing.k is not None,
         USED_Q=layout.seqused_q is not None, USED_K=layout.seqused_k is not None,
@@ -499,7 +499,7 @@ def launch_finish(
         workspace.dq_sums, dq, *_strides(dq), problem.transform.softmax_scale,
         problem.nheads, dq.shape[-3], workspace.delta.shape[-1], parts,
         *_table(packing.q, workspace), problem.batch_size, workspace.turns,
-        HEAD_DIM=problem.headdim, BLOCK_D=plan.block_d, BLOCK_M=plan.block_m,
+        HEAD_DIM=problem.headdim, BLOCK_D=plan.width, BLOCK_M=plan.block_m,
         CU_Q=packing.q is not None, FIRST_STORES=plan.first_stores,
         num_warps=4, launch_pdl=True,
     )  # fmt: skip

@@ -27,6 +27,7 @@ class BackwardPlan(NamedTuple):
         rotates: see ROTATE; without a mask and in any order only.
         keeps_keys: see KEEPS_KEYS; for head dims up to 64, and neither chunks nor ALiBi, for which
             the registers do not suffice.
+        multiplied: columns that are multiplied, 96 of ``block_d``; 0 for all of them.
         splits: programs that the query heads of a key head are divided among, see SPLIT.
     """
 
@@ -51,6 +52,7 @@ class BackwardPlan(NamedTuple):
     first_stores: bool = False
     rotates: bool = False
     splits: int = 1
+    multiplied: int = 0
     keeps_keys: bool = False
     # Of head dims above 128: columns of a buffer, and slots for P.
     piece: int = 0
@@ -67,9 +69,14 @@ class BackwardPlan(NamedTuple):
         return 64 if self.piece else 128
 
     @property
+    def width(self) -> int:
+        """Columns of the sums of dq, dk and dv."""
+        return self.multiplied or self.block_d
+
+    @property
     def columns(self) -> int:
         """Columns of a tensor of the sums of dk and dv."""
-        return self.piece or self.block_d
+        return self.piece or (self.multiplied - 64 if self.multiplied else self.block_d)
 
 
 TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
@@ -92,6 +99,13 @@ _D64 = BackwardPlan(
     registers=208 if _KEEPS_KEYS else 200, dq_registers=64, keeps_keys=_KEEPS_KEYS,
 )  # fmt: skip
 _D128 = BackwardPlan(64, 128, ahead=2, adder=True)
+# 64 and 32 columns. A group for dq, for which newer compilers spill 32 to 40 bytes: full, 1024 4096
+# 16384, 374 471 491 become 405 503 537 TFLOP/s; all 128 columns multiplied 355 448 474.
+_D96 = _D128._replace(multiplied=96)
+if TRITON <= (3, 6):
+    _D96 = _D96._replace(
+        do_slots=3, ahead=1, dq_group=True, registers=208, dq_registers=64
+    )  # fmt: skip
 _D192 = BackwardPlan(
     64, 192, piece=64, p_slots=2, ds_slots=2, dq_slots=2, ahead=1, dq_group=True,
     registers=208, dq_registers=72,
@@ -117,7 +131,7 @@ def plan_backward(
     if headdim > MAX_HEADDIM_NARROW:
         plan = _D192 if headdim <= 192 else _D256_IN_USE
         return plan._replace(section_bytes=section)
-    base = _D64 if headdim <= 64 else _D128
+    base = _D64 if headdim <= 64 else _D96 if headdim <= 96 else _D128
     plan = base._replace(
         eager_dv=not base.keeps_keys and is_masked == (headdim <= 64),
         section_bytes=section,
@@ -137,6 +151,10 @@ def plan_backward(
         return plan._replace(
             adder=True, dq_slots=4, first_stores=True, rotates=not is_masked, section_bytes=4 << 20
         )
+    if base.multiplied and base.dq_group:
+        # Full 374 434 483 485 498 and causal 270 366 443 476 502 become 383 451 507 511 532 and
+        # 289 374 447 479 488.
+        return plan._replace(first_stores=True, rotates=not is_masked, eager_dv=False)
     # Full 328 422 504 558 597 and causal 187 312 410 499 576 become 357 450 520 570 600 and
     # 222 335 429 508 575.
     return plan._replace(first_stores=True, dq_slots=4 if is_masked else 2)
@@ -156,6 +174,8 @@ def plan_ordered(
     if headdim > MAX_HEADDIM_NARROW:
         return plan if headdim <= 192 else plan._replace(do_slots=2, dq_slots=1)
     # Measured with 0 to 4 in flight and with 2 and 4 buffers, at 1k to 16k keys.
+    if plan.do_slots > 2 and headdim > 64:  # as many buffers as there is room for
+        plan = plan._replace(do_slots=2)
     return plan._replace(adder=True, dq_slots=4, in_flight=1, first_stores=True, rotates=False)
 
 
