@@ -39,6 +39,9 @@ last to the first. A program waits only for programs with smaller numbers, which
 KEEPS_KEYS: a consumer holds its rows of k and v in registers and computes S and dP from there. That
 is half of what these read of shared memory, whose bandwidth limits small head dims.
 
+WIDTH: of 128 columns in shared memory 96 are multiplied, as 64 and 32: for head dims up to 96. TMA
+fills the others with zeros. The sums of dq have WIDTH columns, those of dk and dv are two tensors.
+
 AHEAD starts the next step's S before dQ leaves the registers (1) or after (2; with DQ_GROUP there
 is no difference). EAGER_DV queues dV behind dP instead of waiting for dP first.
 
@@ -46,8 +49,8 @@ Rows past a sequence's end are read as 0 by TMA, with lse +inf, which makes p 0;
 are masked. Where the sequences' lengths are on the device (RAGGED), TMA is told each sequence's end
 too, see ``Span``: a tile never holds, and never writes, anything of the next sequence.
 
-The sums of dq are kept in tiles of 64 x 64 in the order of the registers that hold them, so that
-every thread moves whole 16 bytes and no bank conflicts arise.
+The sums of dq are kept in tiles of 64 rows and 64 columns, or 32, in the order of the registers
+that hold them, so that every thread moves whole 16 bytes and no bank conflicts arise.
 """
 
 from triton.experimental import gluon
