@@ -133,6 +133,14 @@ CASES = [
 ]
 
 
+# Of head dim 96.
+FULLEST = [
+    case
+    for case in CASES
+    if case.shape == "usual" and case.features in ("packed used softcap", "used", "alibi")
+] + [Case("causal", features="packed")]
+
+
 def specialised(x: Any) -> Any:
     """What a compiled kernel knows of an argument."""
     if isinstance(x, torch.Tensor):
@@ -153,8 +161,8 @@ def main() -> None:
         # Other head dims differ in the number of columns alone, and divided groups in where k and v
         # come from and dk and dv go.
         cases = CASES if headdim in (64, 128) else CASES[:5]
-        if headdim == 96:  # columns in pieces, of any shape
-            cases = [case for case in CASES if case.shape == "usual" and case.headdim_v is None]
+        if headdim == 96:  # in pieces, and a dq group with other registers: what takes the most
+            cases = [*CASES[:5], *FULLEST]
         if splits > 1:
             cases = [Case("full"), Case("causal"), Case("causal", features="packed")]
         known = set()
