@@ -103,9 +103,7 @@ _D128 = BackwardPlan(64, 128, ahead=2, adder=True)
 # 16384, 374 471 491 become 405 503 537 TFLOP/s; all 128 columns multiplied 355 448 474.
 _D96 = _D128._replace(multiplied=96)
 if TRITON <= (3, 6):
-    _D96 = _D96._replace(
-        do_slots=3, ahead=1, dq_group=True, registers=208, dq_registers=64
-    )  # fmt: skip
+    _D96 = _D96._replace(do_slots=3, ahead=1, dq_group=True, registers=208, dq_registers=64)
 _D192 = BackwardPlan(
     64, 192, piece=64, p_slots=2, ds_slots=2, dq_slots=2, ahead=1, dq_group=True,
     registers=208, dq_registers=72,
@@ -173,9 +171,9 @@ def plan_ordered(
     )
     if headdim > MAX_HEADDIM_NARROW:
         return plan if headdim <= 192 else plan._replace(do_slots=2, dq_slots=1)
-    # Measured with 0 to 4 in flight and with 2 and 4 buffers, at 1k to 16k keys.
-    if plan.do_slots > 2 and headdim > 64:  # as many buffers as there is room for
+    if plan.do_slots > 2 and headdim > 64:  # four buffers of dq need the room
         plan = plan._replace(do_slots=2)
+    # Measured with 0 to 4 in flight and with 2 and 4 buffers, at 1k to 16k keys.
     return plan._replace(adder=True, dq_slots=4, in_flight=1, first_stores=True, rotates=False)
 
 
