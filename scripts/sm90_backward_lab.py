@@ -58,12 +58,12 @@ class Variant(NamedTuple):
 def variants() -> list[Variant]:
     """What is compared."""
     d64 = {
-        "block_m": 64, "block_d": 64, "q_slots": 3, "do_slots": 3, "ds_slots": 3, "ahead": 1,
+        "block_m": 64, "block_d": 64, "q_slots": 3, "do_slots": 3, "ds_slots": 3,
         "dq_group": True, "registers": 208, "dq_registers": 64,
     }  # fmt: skip
     kept = {**d64, "keeps_keys": True}
     stores = {"adder": True, "dq_slots": 4, "first_stores": True, "rotates": True}
-    d128 = {"block_m": 64, "block_d": 128, "eager_dv": True, "ahead": 2, "adder": True}
+    d128 = {"block_m": 64, "block_d": 128, "eager_dv": True, "adder": True}
     ordered = {"deterministic": True, "adder": True, "dq_slots": 4, "in_flight": 1}
     last_first = {"is_reversed": True}
     return [
@@ -77,6 +77,7 @@ def variants() -> list[Variant]:
         Variant("d64 eager", 64, {**d64, "eager_dv": True}),
         Variant("d64 kept", 64, kept),
         Variant("d64 kept eager", 64, {**kept, "eager_dv": True}),
+        Variant("d64 kept early", 64, {**kept, "early_lse": True, "delta_first": True}),
         Variant("d64 stores", 64, {**d64, **stores, "registers": 200}),
         Variant("d64 kept stores", 64, {**kept, **stores}),
         Variant("d64 kept stores 1", 64, {**kept, **stores, "in_flight": 1}),

@@ -33,28 +33,31 @@ from flash_attn.core import reference
 from flash_attn.core.problem import AttentionProblem, BackwardInputs, Visibility, make_transform
 from flash_attn.core.sequences import sequences
 
-D64_GROUP = BackwardPlan(64, 64, 3, 3, 3, ahead=1, dq_group=True, registers=208, dq_registers=72)
-D64 = BackwardPlan(128, 64, ahead=2, adder=True)
-D128 = BackwardPlan(64, 128, eager_dv=True, ahead=2, adder=True)
+D64_GROUP = BackwardPlan(64, 64, 3, 3, 3, dq_group=True, registers=208, dq_registers=72)
+D64 = BackwardPlan(128, 64, adder=True)
+D128 = BackwardPlan(64, 128, eager_dv=True, adder=True)
 D96 = D128._replace(multiplied=96)
+EARLY = {"early_lse": True, "delta_first": True}
 PLANS = {
     "d96": D96,
-    "d96 ahead 1": D96._replace(eager_dv=False, ahead=1, do_slots=1),
-    "d96 at once": D96._replace(ahead=0),
-    "d96 group": D96._replace(ahead=1, dq_group=True, registers=208, dq_registers=64),
-    "d64 group ahead": D64_GROUP,
-    "d64 group eager": D64_GROUP._replace(eager_dv=True, ahead=0, q_slots=2, ds_slots=1),
-    "d64 group, keys kept": D64_GROUP._replace(keeps_keys=True),
-    "d64 ahead 2": D64,
-    "d64": D64._replace(ahead=0),
-    "d128 eager ahead 2": D128,
-    "d128 ahead 1": D128._replace(eager_dv=False, ahead=1, do_slots=1),
-    "d128": D128._replace(ahead=0),
+    "d96 early, one do": D96._replace(eager_dv=False, do_slots=1, **EARLY),
+    "d96 group": D96._replace(dq_group=True, registers=208, dq_registers=64),
+    "d64 group": D64_GROUP,
+    "d64 group eager": D64_GROUP._replace(eager_dv=True, q_slots=2, do_slots=2, ds_slots=1),
+    "d64 group early": D64_GROUP._replace(**EARLY),
+    "d64 group, keys kept": D64_GROUP._replace(keeps_keys=True, early_lse=True),
+    "d64": D64,
+    "d64 early": D64._replace(**EARLY),
+    "d128 eager": D128,
+    "d128, one do": D128._replace(eager_dv=False, do_slots=1),
+    "d128 delta first": D128._replace(delta_first=True, do_slots=1),
 }
 ADDER = {"adder": True, "dq_slots": 4}
 ORDERED = {**ADDER, "deterministic": True, "in_flight": 1}
 IN_USE = {
     "d64": plan_backward(64, True, 512),
+    "d64 long": plan_backward(64, True, 4096),
+    "d64 full": plan_backward(64, False, 512),
     "d128": plan_backward(128, False, 512),
     "d128 causal": plan_backward(128, True, 512),
     "d96": plan_backward(96, False, 512),
@@ -217,7 +220,7 @@ def _inside_nan(x: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     "name",
-    ["d64 group ahead", "d128 eager ahead 2", "in use, d128 causal", "in use, d64 ordered",
+    ["d64 group early", "d128 eager", "in use, d128 causal", "in use, d64 ordered",
      "in use, d128 ordered causal"],
 )  # fmt: skip
 def test_nothing_outside_is_read_or_written(kernels: Any, name: str) -> None:
@@ -759,8 +762,14 @@ FAULTS = [
     Fault(
         "dq without a fence",
         PLANS["d128 adder"],
-        "    fence_async_shared()\n    shared.dq.announce",
-        "    shared.dq.announce",
+        "            fence_async_shared()\n            shared.dq.announce(i",
+        "            shared.dq.announce(i",
+    ),
+    Fault(
+        "dq of the group without a fence",
+        PLANS["d64 group adder"],
+        "                fence_async_shared()\n                shared.dq.announce(use)",
+        "                shared.dq.announce(use)",
     ),
     Fault(
         "dS is read before the other consumer wrote it",
@@ -784,8 +793,38 @@ FAULTS = [
     Fault(
         "dS without a fence",
         D128,
-        "        fence_async_shared()\n        ds =",
-        "        ds =",
+        "            fence_async_shared()\n            meet",
+        "            meet",
+    ),
+    Fault(
+        "dS for the group without a fence",
+        D64_GROUP,
+        "            fence_async_shared()\n            shared.ds.announce",
+        "            shared.ds.announce",
+    ),
+    Fault(
+        "the next step's q and log-sum-exp are read before they are there",
+        PLANS["d64 group early"],
+        "            shared.q.wait_full(following)  # and do\n",
+        "",
+    ),
+    Fault(
+        "the next step's delta is read before it is there",
+        PLANS["d128 delta first"],
+        "            wait_for_do(shared, following, config)\n",
+        "",
+    ),
+    Fault(
+        "half of q and do is waited for",
+        PLANS["d64 group"],
+        "TOGETHER: gl.constexpr = 2 if",
+        "TOGETHER: gl.constexpr = 1 if",
+    ),
+    Fault(
+        "dP starts from the delta of the step before",
+        PLANS["d64 group early"],
+        "            start = zeros - gl.expand_dims(delta, 0)\n",
+        "            pass\n",
     ),
     Fault(
         "dS is overwritten while the dq group reads it",
@@ -796,15 +835,15 @@ FAULTS = [
     Fault(
         "dv may still be summed",
         D128,
-        "dv = wait_for_sums(dv, 1 + ONE + EARLY",
-        "dv = wait_for_sums(dv, 2 + ONE + EARLY",
+        "dv = wait_for_sums(dv, 1 + ONE",
+        "dv = wait_for_sums(dv, 2 + ONE",
     ),
     Fault("q is overwritten", D128, "        shared.q.wait_empty(i)\n", ""),
     Fault(
         "do is released too early",
         D128,
-        "        delta = shared.delta",
-        "        shared.do.release(i)\n        delta = shared.delta",
+        "        ds = p * dp\n",
+        "        shared.do.release(i)\n        ds = p * dp\n",
     ),
     Fault(
         "a release is missing",

@@ -49,7 +49,8 @@ NARROW = [
     "in use, d96 ordered causal",
     "in use, d128 ordered causal",
     "d64 group reversed",
-    "d64 ahead 2",
+    "in use, d64 long",
+    "d64",
     "d64, first stores",
     "d128, rotated first stores",
 ]

@@ -42,8 +42,12 @@ is half of what these read of shared memory, whose bandwidth limits small head d
 WIDTH: of 128 columns in shared memory 96 are multiplied, as 64 and 32: for head dims up to 96. TMA
 fills the others with zeros. The sums of dq have WIDTH columns, those of dk and dv are two tensors.
 
-AHEAD starts the next step's S before dQ leaves the registers (1) or after (2; with DQ_GROUP there
-is no difference). EAGER_DV queues dV behind dP instead of waiting for dP first.
+A consumer's step is one chain of waits, which is what limits it at head dims up to 96, more than
+any unit of the hardware. So whatever can wait for something else does: the next step's S and dK are
+started before what was written to shared memory is fenced for TMA and the tensor cores, with
+DQ_GROUP q and do come and go together, EARLY_LSE reads the next step's log-sum-exp while its S is
+computed, and DELTA_FIRST starts dP from -delta. EAGER_DV queues dV behind dP instead of waiting for
+dP first.
 
 Rows past a sequence's end are read as 0 by TMA, with lse +inf, which makes p 0; keys past the end
 are masked. Where the sequences' lengths are on the device (RAGGED), TMA is told each sequence's end
@@ -77,8 +81,8 @@ from .sm90_backward_dq import (
     columns_of_tile,
     dq_group,
     dq_operands,
-    leave_to_adder,
     rows_of_box,
+    store_for_adder,
 )
 from .sm90_backward_work import (
     LOG2E,
@@ -127,12 +131,11 @@ def ask_for(desc, at, ring, use):
 
 @gluon.jit
 def ask_with_row_values(desc, values_desc, head, row, sum_row, ring, values, use, work):
-    """Start loading a block of rows and one number for each row into the same slot.
+    """Start loading a block of rows and one number for each row, whose bytes are expected already.
 
     Only these numbers come from the launch before, so only they wait for it.
     """
     slot = ring.full.index(use % ring.SLOTS)
-    mbarrier.expect(slot, bytes_of(desc.block_type) + bytes_of(values_desc.block_type))
     tma_load(desc, coordinates(work.queries, head, row), slot, ring.slot(use))
     if use == 0:
         wait_for_dependencies()
@@ -142,6 +145,8 @@ def ask_with_row_values(desc, values_desc, head, row, sum_row, ring, values, use
 @gluon.jit
 def producer(work, shared, group, q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc):
     """Ask for everything that the consumers read, as slots become empty."""
+    TOGETHER: gl.constexpr = 2 if work.config.DQ_GROUP else 1
+    BYTES: gl.constexpr = bytes_of(q_desc.block_type) + bytes_of(lse_desc.block_type)
     at = coordinates(work.keys, work.key_head, work.first_key)
     ask_for(k_desc, at, shared.k, 0)
     ask_for(v_desc, at, shared.v, 0)
@@ -150,8 +155,11 @@ def producer(work, shared, group, q_desc, k_desc, v_desc, do_desc, lse_desc, del
     sum_row = work.first_sum
     for i in range(work.steps):
         shared.q.wait_empty(i)
+        mbarrier.expect(shared.q.full.index(i % shared.q.SLOTS), TOGETHER * BYTES)
         ask_with_row_values(q_desc, lse_desc, head, row, sum_row, shared.q, shared.lse, i, work)
-        shared.do.wait_empty(i)
+        if not work.config.DQ_GROUP:
+            shared.do.wait_empty(i)
+            mbarrier.expect(shared.do.full.index(i % shared.do.SLOTS), BYTES)
         ask_with_row_values(
             do_desc, delta_desc, head, row, sum_row, shared.do, shared.delta, i, work
         )
@@ -261,16 +269,17 @@ def rows_of(ring, use, work):
 
 
 @gluon.jit
-def keys_by_rows(keys, rows, zeros, config):
-    """Start keys rows^T, (ROWS, BLOCK_M): as many products as there are pieces."""
+def keys_by_rows(keys, rows, start, config, ADDS: gl.constexpr = False):
+    """Start keys rows^T, (ROWS, BLOCK_M), with ADDS added to ``start``: as many products as there
+    are pieces."""
     if config.KEEPS_KEYS:
-        product = warpgroup_mma(keys, rows.permute([1, 0]), zeros, use_acc=False, is_async=True)
+        product = warpgroup_mma(keys, rows.permute([1, 0]), start, use_acc=ADDS, is_async=True)
     else:
-        product = zeros
+        product = start
         for j in gl.static_range(pieces_of(config.WIDTH)):
             left = piece_of(keys, j, config)
             right = piece_of(rows, j, config).permute([1, 0])
-            product = warpgroup_mma(left, right, product, use_acc=j > 0, is_async=True)
+            product = warpgroup_mma(left, right, product, use_acc=ADDS or j > 0, is_async=True)
     return product
 
 
@@ -384,18 +393,22 @@ def leave_pieces(target, work, values, LANE: gl.constexpr):
 
 
 @gluon.jit
+def wait_for_do(shared, use, config):
+    """Wait for a block of do, which with DQ_GROUP comes with that of q."""
+    if not config.DQ_GROUP:
+        shared.do.wait_full(use)
+
+
+@gluon.jit
 def consumer(LANE: gl.constexpr, work, shared, group, dk_target, dv_target):
     """dk and dv of keys [64 * LANE, 64 * LANE + 64) of the program's, and dS for dq."""
     config = work.config
     BLOCK_M: gl.constexpr = config.BLOCK_M
-    AHEAD: gl.constexpr = config.AHEAD
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     COLUMN: gl.constexpr = gl.SliceLayout(0, SCORES)
     FIRST: gl.constexpr = columns_of(config.WIDTH, 0)
-    # How many products may be in flight behind those waited for: those of one tensor, and of the
-    # next step's S.
+    # How many products belong to one tensor: of those in flight behind what is waited for.
     ONE: gl.constexpr = pieces_of(config.WIDTH)
-    EARLY: gl.constexpr = ONE if AHEAD == 1 else 0
     dtype: gl.constexpr = shared.q.data.dtype
 
     dk = no_sums_of_pieces(config)
@@ -406,14 +419,19 @@ def consumer(LANE: gl.constexpr, work, shared, group, dk_target, dv_target):
     row = work.first_row
     shared.k.wait_full(0)
     k = left_operand(keys_of(shared.k, LANE, work), SCORES, config.KEEPS_KEYS)
-    s = zeros
-    if AHEAD > 0:
-        if work.steps > 0:  # otherwise it multiplies what lies in shared memory, for nobody
-            shared.q.wait_full(0)
-        s = keys_by_rows(k, rows_of(shared.q, 0, work), zeros, config)
-        s = warpgroup_mma_wait(0, deps=[s])
+    if work.steps > 0:  # otherwise it multiplies what lies in shared memory, for nobody
+        shared.q.wait_full(0)
+    s = keys_by_rows(k, rows_of(shared.q, 0, work), zeros, config)
+    s = warpgroup_mma_wait(0, deps=[s])
+    if config.EARLY_LSE:
+        lse = shared.lse.index(opaque_zero()).load(COLUMN)
     shared.v.wait_full(0)
     v = left_operand(keys_of(shared.v, LANE, work), SCORES, config.KEEPS_KEYS)
+    start = zeros
+    if config.DELTA_FIRST:
+        if work.steps > 0:
+            wait_for_do(shared, 0, config)
+        start = zeros - gl.expand_dims(shared.delta.index(opaque_zero()).load(COLUMN), 0)
     for i in range(work.steps):
         if not config.KEEPS_KEYS:
             k = keys_of(shared.k, LANE, work)
@@ -424,14 +442,11 @@ def consumer(LANE: gl.constexpr, work, shared, group, dk_target, dv_target):
         following = gl.minimum(i + 1, work.steps - 1)
 
         # P, dV, dS.
-        if AHEAD == 0:
-            shared.q.wait_full(i)
-            s = keys_by_rows(k, q, zeros, config)
-        shared.do.wait_full(i)
-        dp = keys_by_rows(v, do, zeros, config)
-        if AHEAD == 0:
-            s = warpgroup_mma_wait(ONE, deps=[s])
-        lse = shared.lse.index(i % shared.q.SLOTS).load(COLUMN)
+        if not config.DELTA_FIRST:
+            wait_for_do(shared, i, config)
+        dp = keys_by_rows(v, do, start, config, config.DELTA_FIRST)
+        if not config.EARLY_LSE:
+            lse = shared.lse.index(i % shared.q.SLOTS).load(COLUMN)
         exponent = exponents(work, s)
         if config.HAS_ALIBI:
             head = first_query_head(work, group) + i // (work.steps // group)
@@ -445,54 +460,51 @@ def consumer(LANE: gl.constexpr, work, shared, group, dk_target, dv_target):
         else:
             dp = warpgroup_mma_wait(0, deps=[dp])
             dv = add_by_rows(dv, weights, do, config)
-        delta = shared.delta.index(i % shared.do.SLOTS).load(COLUMN)
-        ds = p * (dp - gl.expand_dims(delta, 0))
+        if not config.DELTA_FIRST:
+            dp -= gl.expand_dims(shared.delta.index(i % shared.do.SLOTS).load(COLUMN), 0)
+        ds = p * dp
         if config.SOFTCAP:
-            lse = shared.lse.index(i % shared.q.SLOTS).load(COLUMN)
-            ds *= softcap_slope(work, p, gl.expand_dims(lse, 0))
+            lse_again = shared.lse.index(i % shared.q.SLOTS).load(COLUMN)
+            ds *= softcap_slope(work, p, gl.expand_dims(lse_again, 0))
         ds = ds.to(dtype)
         if config.DQ_GROUP:
             shared.ds.wait_empty(i)
         shared.ds.slot(i).slice(LANE * ROWS, ROWS, 0).store(ds)
-        fence_async_shared()
         ds = left_of_sums(ds, FIRST)
 
-        # dK, and dQ or its share.
+        # dK, the next S, and dQ or its share. Fences, which wait for all that was stored, come when
+        # the products are on their way.
         if config.DQ_GROUP:
-            shared.ds.announce(i)
             dk = add_by_rows(dk, ds, q, config)
-            if AHEAD > 0:
-                shared.q.wait_full(following)
-                s = keys_by_rows(k, rows_of(shared.q, following, work), zeros, config)
-                dv = wait_for_sums(dv, 2 * ONE, config)
-                shared.do.release(i)
-                dk = wait_for_sums(dk, ONE, config)
-                shared.q.release(i)
-                s = warpgroup_mma_wait(0, deps=[s])
-            else:
-                dv = wait_for_sums(dv, ONE, config)
-                shared.do.release(i)
-                dk = wait_for_sums(dk, 0, config)
-                shared.q.release(i)
+            shared.q.wait_full(following)  # and do
+            s = keys_by_rows(k, rows_of(shared.q, following, work), zeros, config)
+            fence_async_shared()
+            shared.ds.announce(i)
         else:
+            fence_async_shared()
             meet(CONSUMERS_MEET, 256)
             ds_turned, k_columns = dq_operands(work, shared, i, LANE)
             dq = warpgroup_mma(ds_turned, k_columns, dq_zeros, use_acc=False, is_async=True)
             dk = add_by_rows(dk, ds, q, config)
-            if AHEAD == 1:
-                shared.q.wait_full(following)
-                s = keys_by_rows(k, rows_of(shared.q, following, work), zeros, config)
-            dv = wait_for_sums(dv, 1 + ONE + EARLY, config)  # and dq
+            dv = wait_for_sums(dv, 1 + ONE, config)  # and dq
             shared.do.release(i)
-            dq = warpgroup_mma_wait(ONE + EARLY, deps=[dq])
-            leave_to_adder(shared, dq, i * 2 + LANE)
-            if AHEAD == 2:
-                shared.q.wait_full(following)
-                s = keys_by_rows(k, rows_of(shared.q, following, work), zeros, config)
-            dk = wait_for_sums(dk, ONE if AHEAD > 0 else 0, config)
-            shared.q.release(i)
-            if AHEAD > 0:
-                s = warpgroup_mma_wait(0, deps=[s])
+            dq = warpgroup_mma_wait(ONE, deps=[dq])
+            store_for_adder(shared, dq, i * 2 + LANE)
+            shared.q.wait_full(following)
+            s = keys_by_rows(k, rows_of(shared.q, following, work), zeros, config)
+            fence_async_shared()
+            shared.dq.announce(i * 2 + LANE)
+        if config.EARLY_LSE:
+            lse = shared.lse.index(following % shared.q.SLOTS).load(COLUMN)
+        if config.DELTA_FIRST:
+            wait_for_do(shared, following, config)
+            delta = shared.delta.index(following % shared.do.SLOTS).load(COLUMN)
+            start = zeros - gl.expand_dims(delta, 0)
+        dk = wait_for_sums(dk, ONE, config)
+        if config.DQ_GROUP:
+            dv = wait_for_sums(dv, ONE, config)
+        shared.q.release(i)
+        s = warpgroup_mma_wait(0, deps=[s])
         row = row_after(work, row)
 
     if config.SPLIT:
@@ -526,8 +538,8 @@ def attention_backward_sm90(
     bounds_q, table, used_q, used_k, batch_size, chunk, phase, slopes, stride_slope,
     BLOCK_M: gl.constexpr, BLOCK_D: gl.constexpr, Q_SLOTS: gl.constexpr, DO_SLOTS: gl.constexpr,
     DS_SLOTS: gl.constexpr, DQ_SLOTS: gl.constexpr,
-    EAGER_DV: gl.constexpr, AHEAD: gl.constexpr, DQ_GROUP: gl.constexpr,
-    ADDER: gl.constexpr, IN_FLIGHT: gl.constexpr,
+    EAGER_DV: gl.constexpr, EARLY_LSE: gl.constexpr, DELTA_FIRST: gl.constexpr,
+    DQ_GROUP: gl.constexpr, ADDER: gl.constexpr, IN_FLIGHT: gl.constexpr,
     REGISTERS: gl.constexpr, DQ_REGISTERS: gl.constexpr, OTHER_REGISTERS: gl.constexpr,
     DETERMINISTIC: gl.constexpr, REVERSED: gl.constexpr, FIRST_STORES: gl.constexpr,
     ROTATE: gl.constexpr, SOFTCAP: gl.constexpr,
@@ -564,6 +576,7 @@ def attention_backward_sm90(
         chunk, phase: with HAS_CHUNK, which needs HAS_LEFT and HAS_RIGHT, keys of a chunk and how
             many of the first one the descriptors leave out.
         slopes, stride_slope: ALiBi's (batch, nheads), with HAS_ALIBI and without SOFTCAP.
+        Q_SLOTS, DO_SLOTS: blocks of q and do; as many of each with DQ_GROUP.
         DS_SLOTS: buffers of dS; at least 2 without DQ_GROUP.
         DQ_SLOTS: buffers of 64 x 64 of dq; 2, or with ADDER more, even without DQ_GROUP.
         ADDER: needed without DQ_GROUP, and by DETERMINISTIC and FIRST_STORES, for which IN_FLIGHT
@@ -578,6 +591,7 @@ def attention_backward_sm90(
     """
     gl.static_assert(DQ_GROUP or (BLOCK_M // 64) * (BLOCK_D // 64) == 2)
     gl.static_assert(DQ_GROUP or DS_SLOTS >= 2)
+    gl.static_assert(not DQ_GROUP or Q_SLOTS == DO_SLOTS)
     gl.static_assert(DQ_SLOTS == 2 or (ADDER and DQ_SLOTS > 2))
     gl.static_assert(DQ_GROUP or DQ_SLOTS % 2 == 0)
     gl.static_assert(ADDER or not (DETERMINISTIC or FIRST_STORES))
@@ -589,11 +603,15 @@ def attention_backward_sm90(
     gl.static_assert(not (HAS_ALIBI and SOFTCAP))
     gl.static_assert(WIDTH == BLOCK_D or (WIDTH == 96 and BLOCK_D == 128))
     gl.static_assert(WIDTH == BLOCK_D or (ADDER and not KEEPS_KEYS))
-    config = Config(BLOCK_M, BLOCK_D, EAGER_DV, AHEAD, DQ_GROUP, FIRST_STORES, ADDER,
+    config = Config(BLOCK_M, BLOCK_D, EAGER_DV, DQ_GROUP, FIRST_STORES, ADDER,
                     IN_FLIGHT, DETERMINISTIC, SOFTCAP, HAS_LEFT, HAS_RIGHT, HAS_CHUNK, HAS_ALIBI,
-                    RAGGED, 128, ROTATE, SPLIT, KEEPS_KEYS, WIDTH)  # fmt: skip
+                    RAGGED, 128, ROTATE, SPLIT, KEEPS_KEYS, WIDTH, EARLY_LSE,
+                    DELTA_FIRST)  # fmt: skip
     q = ring_for(q_desc, Q_SLOTS, 2)
-    do = ring_for(do_desc, DO_SLOTS, 2)
+    if DQ_GROUP:
+        do = Ring(buffers_for(do_desc, DO_SLOTS), q.full, q.empty, DO_SLOTS)
+    else:
+        do = ring_for(do_desc, DO_SLOTS, 2)
     k = ring_for(k_desc, 1, 0)
     v = ring_for(v_desc, 1, 0)
     DS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([128, BLOCK_M], q_desc.dtype)

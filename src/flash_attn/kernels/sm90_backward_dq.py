@@ -111,16 +111,14 @@ def add_to_dq(dq_desc, work, sum_row, dq, buffer, TILE: gl.constexpr):
 
 
 @gluon.jit
-def leave_to_adder(shared, dq, use):
-    """Hand a tile of dq to the adder as soon as there is room for it."""
+def store_for_adder(shared, dq, use):
+    """Store a tile of dq for the adder as soon as there is room; to be fenced and announced."""
     COLUMNS: gl.constexpr = dq.shape[1]
     shared.dq.wait_empty(use)
     buffer = shared.dq.slot(use)
     if COLUMNS != 64:
         buffer = buffer.slice(0, COLUMNS, 0)
     buffer.store(register_order(dq))
-    fence_async_shared()
-    shared.dq.announce(use)
 
 
 @gluon.jit
@@ -144,7 +142,9 @@ def dq_group(work, shared, dq_desc):
             if tile == TILES - 1:
                 shared.ds.release(i)
             if config.ADDER:
-                leave_to_adder(shared, dq, use)
+                store_for_adder(shared, dq, use)
+                fence_async_shared()
+                shared.dq.announce(use)
             else:
                 add_to_dq(dq_desc, work, sum_row, dq, shared.dq.slot(use), tile)
         row, sum_row = step_after(work, row, sum_row)

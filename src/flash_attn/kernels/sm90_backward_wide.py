@@ -457,8 +457,8 @@ def attention_backward_wide_sm90(
     gl.static_assert(BLOCK_D % PIECE == 0)
     gl.static_assert(BLOCK_D > 64)  # the turns pass with a step's second tile
     PIECES: gl.constexpr = BLOCK_D // PIECE
-    config = Config(64, BLOCK_D, False, AHEAD, True, False, False, 0, DETERMINISTIC, SOFTCAP,
-                    HAS_LEFT, HAS_RIGHT, False, False, False, 64, SPLIT=SPLIT)  # fmt: skip
+    config = Config(64, BLOCK_D, False, True, False, False, 0, DETERMINISTIC, SOFTCAP, HAS_LEFT,
+                    HAS_RIGHT, False, False, False, 64, SPLIT=SPLIT, AHEAD=AHEAD)  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
     PLAIN: gl.constexpr = gl.NVMMASharedLayout(0, 16, 2)
     WEIGHTS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 64], dtype)

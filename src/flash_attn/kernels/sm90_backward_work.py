@@ -110,7 +110,8 @@ def buffers_for(desc, COUNT: gl.constexpr):
 class Shared:
     """All shared memory. ``lse`` comes with ``q`` and ``delta`` with ``do``, slot by slot.
 
-    Only with ADDER are the barriers of ``dq`` used.
+    With DQ_GROUP ``do`` comes and goes with ``q`` and has the same barriers. Only with ADDER are
+    those of ``dq`` used.
     """
 
     q: Ring
@@ -159,12 +160,14 @@ class Config:
     SPLIT: gl.constexpr
     KEEPS_KEYS: gl.constexpr
     WIDTH: gl.constexpr
+    EARLY_LSE: gl.constexpr
+    DELTA_FIRST: gl.constexpr
 
     @gluon.constexpr_function
-    def __init__(self, BLOCK_M, BLOCK_D, EAGER_DV, AHEAD, DQ_GROUP, FIRST_STORES, ADDER,
-                 IN_FLIGHT, DETERMINISTIC, SOFTCAP, HAS_LEFT, HAS_RIGHT, HAS_CHUNK, HAS_ALIBI,
-                 RAGGED, BLOCK_N=128, ROTATE=False, SPLIT=False, KEEPS_KEYS=False,
-                 WIDTH=None):  # fmt: skip
+    def __init__(self, BLOCK_M, BLOCK_D, EAGER_DV, DQ_GROUP, FIRST_STORES, ADDER, IN_FLIGHT,
+                 DETERMINISTIC, SOFTCAP, HAS_LEFT, HAS_RIGHT, HAS_CHUNK, HAS_ALIBI, RAGGED,
+                 BLOCK_N=128, ROTATE=False, SPLIT=False, KEEPS_KEYS=False, WIDTH=None,
+                 EARLY_LSE=False, DELTA_FIRST=False, AHEAD=0):  # fmt: skip
         self.BLOCK_M = gl.constexpr(BLOCK_M)
         self.BLOCK_N = gl.constexpr(BLOCK_N)
         self.BLOCK_D = gl.constexpr(BLOCK_D)
@@ -185,6 +188,8 @@ class Config:
         self.SPLIT = gl.constexpr(SPLIT)
         self.KEEPS_KEYS = gl.constexpr(KEEPS_KEYS)
         self.WIDTH = gl.constexpr(BLOCK_D if WIDTH is None else WIDTH)
+        self.EARLY_LSE = gl.constexpr(EARLY_LSE)
+        self.DELTA_FIRST = gl.constexpr(DELTA_FIRST)
 
 
 @gluon.constexpr_function

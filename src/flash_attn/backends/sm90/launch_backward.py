@@ -151,6 +151,12 @@ def _can_keep_keys(problem: AttentionProblem) -> bool:
     return not problem.visibility.attention_chunk and problem.transform.alibi_slopes is None
 
 
+def _can_be_early(problem: AttentionProblem) -> bool:
+    """Whether a consumer has registers for the next step's log-sum-exp and delta."""
+    has_left = problem.visibility.window_left is not None
+    return _can_keep_keys(problem) and not (has_left or is_ragged(problem) or problem.deterministic)
+
+
 def backward(
     problem: AttentionProblem, inputs: BackwardInputs, plan: BackwardPlan | None = None
 ) -> Tensor:
@@ -177,6 +183,8 @@ def backward(
     if not 1 <= plan.splits <= group:
         raise ValueError(f"no plan for {group} query heads to a key head: {plan}")
     plan = plan._replace(keeps_keys=plan.keeps_keys and _can_keep_keys(problem))
+    if plan.early_lse and not _can_be_early(problem):
+        plan = plan._replace(early_lse=False, delta_first=False, eager_dv=plan.width == 64)
     report(("sm90 backward", *problem.q.shape, *problem.k.shape, visibility), plan)
     fits, fit = (is_for_ragged_tma, for_ragged_tma) if ragged else (is_for_tma, for_tma)
     if plan.splits > 1:
@@ -439,7 +447,8 @@ def launch_main(
         unread if slopes is None else slopes,
         slopes.stride(0) if slopes is not None and slopes.dim() == 2 else 0,
         BLOCK_M=block_m, BLOCK_D=block_d, Q_SLOTS=plan.q_slots, DO_SLOTS=plan.do_slots,
-        DS_SLOTS=plan.ds_slots, DQ_SLOTS=plan.dq_slots, EAGER_DV=plan.eager_dv, AHEAD=plan.ahead,
+        DS_SLOTS=plan.ds_slots, DQ_SLOTS=plan.dq_slots, EAGER_DV=plan.eager_dv,
+        EARLY_LSE=plan.early_lse, DELTA_FIRST=plan.delta_first,
         DQ_GROUP=plan.dq_group, ADDER=plan.adder, IN_FLIGHT=plan.in_flight,
         REGISTERS=plan.registers, DQ_REGISTERS=plan.dq_registers,
         OTHER_REGISTERS=plan.other_registers, DETERMINISTIC=plan.deterministic,

@@ -10,8 +10,9 @@ import triton
 class BackwardPlan(NamedTuple):
     """How ``attention_backward_sm90`` is compiled; see its docstring.
 
-    With ``piece`` it is ``attention_backward_wide_sm90``, which has neither eager_dv, rotates,
-    keeps_keys nor first_stores, always 64 queries in a block and always a dq group.
+    With ``piece`` it is ``attention_backward_wide_sm90``, which has neither eager_dv, early_lse,
+    delta_first, rotates, keeps_keys nor first_stores, always 64 queries in a block and always a dq
+    group, and alone has ``ahead`` and ``p_slots``.
 
     Attributes:
         registers: of the second consumer; the first one gets what is left.
@@ -25,6 +26,7 @@ class BackwardPlan(NamedTuple):
         first_stores: whoever comes first to a block of dq stores it, so that the sums need no
             zeros; needs an adder, whose ``in_flight`` it uses.
         rotates: see ROTATE; without a mask and in any order only.
+        eager_dv, early_lse, delta_first: see EAGER_DV, EARLY_LSE and DELTA_FIRST.
         keeps_keys: see KEEPS_KEYS; for head dims up to 64, and neither chunks nor ALiBi, for which
             the registers do not suffice.
         multiplied: columns that are multiplied, 96 of ``block_d``; 0 for all of them.
@@ -37,7 +39,8 @@ class BackwardPlan(NamedTuple):
     do_slots: int = 2
     ds_slots: int = 2
     eager_dv: bool = False
-    ahead: int = 0
+    early_lse: bool = False
+    delta_first: bool = False
     dq_group: bool = False
     registers: int = 240
     dq_registers: int = 0
@@ -57,6 +60,7 @@ class BackwardPlan(NamedTuple):
     # Of head dims above 128: columns of a buffer, and slots for P.
     piece: int = 0
     p_slots: int = 0
+    ahead: int = 0
 
     @property
     def statistics_rows(self) -> int:
@@ -94,16 +98,25 @@ MAX_HEADDIM_SOFTCAP = 192
 # Newer compilers spill 24 to 96 bytes for it. The main kernel alone, full, 512 1024 2048 4096 8192
 # 16384: 387 441 465 493 509 521 become 404 475 500 518 525 519 TFLOP/s.
 _KEEPS_KEYS = TRITON <= (3, 6)
+# Four slots in place of three spare divisions by three: at 4096 and 16384 without a mask 518 and
+# 549 become 545 and 579, with delta first too 564 and 595.
 _D64 = BackwardPlan(
-    64, 64, q_slots=3, do_slots=3, ds_slots=3, ahead=1, dq_group=True,
-    registers=208 if _KEEPS_KEYS else 200, dq_registers=64, keeps_keys=_KEEPS_KEYS,
+    64, 64, q_slots=4, do_slots=4, ds_slots=4 if _KEEPS_KEYS else 3, early_lse=_KEEPS_KEYS,
+    delta_first=_KEEPS_KEYS, dq_group=True, registers=208 if _KEEPS_KEYS else 200,
+    dq_registers=64, keeps_keys=_KEEPS_KEYS,
 )  # fmt: skip
-_D128 = BackwardPlan(64, 128, ahead=2, adder=True)
+# Causal, 1024 4096 16384: 333 501 561 with neither of delta first and eager_dv, 341 523 596 with
+# both.
+_D128 = BackwardPlan(64, 128, adder=True)
 # 64 and 32 columns. A group for dq, for which newer compilers spill 32 to 40 bytes: full, 1024 4096
-# 16384, 374 471 491 become 405 503 537 TFLOP/s; all 128 columns multiplied 355 448 474.
+# 16384, 374 471 491 become 405 503 537 TFLOP/s; all 128 columns multiplied 355 448 474. Early and
+# with pairs of q and do 389 496 530 become 408 533 566.
 _D96 = _D128._replace(multiplied=96)
 if TRITON <= (3, 6):
-    _D96 = _D96._replace(do_slots=3, ahead=1, dq_group=True, registers=208, dq_registers=64)
+    _D96 = _D96._replace(
+        q_slots=3, do_slots=3, early_lse=True, delta_first=True, dq_group=True, registers=208,
+        dq_registers=64,
+    )  # fmt: skip
 _D192 = BackwardPlan(
     64, 192, piece=64, p_slots=2, ds_slots=2, dq_slots=2, ahead=1, dq_group=True,
     registers=208, dq_registers=72,
@@ -130,31 +143,38 @@ def plan_backward(
         plan = _D192 if headdim <= 192 else _D256_IN_USE
         return plan._replace(section_bytes=section)
     base = _D64 if headdim <= 64 else _D96 if headdim <= 96 else _D128
-    plan = base._replace(
-        eager_dv=not base.keeps_keys and is_masked == (headdim <= 64),
-        section_bytes=section,
-        least_programs=MULTIPROCESSORS if is_masked else 0,
-    )
+    plan = base._replace(section_bytes=section, least_programs=MULTIPROCESSORS if is_masked else 0)
+    if headdim <= 64:
+        is_short = is_masked and seqlen_q < 1024
+        if not base.keeps_keys:
+            plan = plan._replace(eager_dv=is_masked)
+        elif is_short:
+            plan = plan._replace(eager_dv=True, early_lse=False, delta_first=False)
+    elif not base.dq_group:
+        plan = plan._replace(delta_first=is_masked, eager_dv=True)
     # First stores pay where the programs of a head come to different blocks of queries, which with
     # more keys than queries they do not.
     if seqlen_k is not None and seqlen_k > seqlen_q:
         return plan
     if headdim <= 64:
-        # Full, 4096 8192 16384: 484 512 525, with first stores 482 495 501; causal, 2048 4096 8192
-        # 16384: 375 431 480 512, with first stores 384 446 499 515, and 354 407 438 436 with 32 MB
-        # of heads together. Where keys are read from shared memory, first stores lose with a mask
-        # (431 and 422 at 4096) and win without (476 and 495).
-        if seqlen_q > 2048 and is_masked != base.keeps_keys:
+        # Full, 512 1024 2048 4096 8192 16384: 305 414 488 545 556 574 without first stores, 303 403
+        # 473 525 523 539 with them; causal 179 283 397 471 545 587 and 184 279 390 451 515 543.
+        stores = is_short if base.keeps_keys else not is_masked or seqlen_q <= 2048
+        if not stores:
             return plan
         return plan._replace(
             adder=True, dq_slots=4, first_stores=True, rotates=not is_masked, section_bytes=4 << 20
         )
-    if base.multiplied and base.dq_group:
-        # Full 374 434 483 485 498 and causal 270 366 443 476 502 become 383 451 507 511 532 and
-        # 289 374 447 479 488.
-        return plan._replace(first_stores=True, rotates=not is_masked, eager_dv=False)
-    # Full 328 422 504 558 597 and causal 187 312 410 499 576 become 357 450 520 570 600 and
-    # 222 335 429 508 575.
+    if base.dq_group:
+        # Full 321 401 480 524 543 556 with first stores, 314 414 491 554 571 584 without; causal
+        # 199 305 381 465 510 539 and 183 297 392 476 527 566.
+        if seqlen_q >= (2048 if is_masked else 1024):
+            return plan
+        return plan._replace(first_stores=True, rotates=not is_masked)
+    # Full 354 459 490 565 583 592 with first stores, 326 442 486 572 591 599 without; causal
+    # 223 335 429 517 552 583 and 187 308 414 502 549 576.
+    if seqlen_q >= 4096 and not is_masked:
+        return plan
     return plan._replace(first_stores=True, dq_slots=4 if is_masked else 2)
 
 
@@ -172,7 +192,9 @@ def plan_ordered(
     if headdim > MAX_HEADDIM_NARROW:
         return plan if headdim <= 192 else plan._replace(do_slots=2, dq_slots=1)
     if plan.do_slots > 2 and headdim > 64:  # four buffers of dq need the room
-        plan = plan._replace(do_slots=2)
+        plan = plan._replace(q_slots=2, do_slots=2)
+    if plan.early_lse:
+        plan = plan._replace(early_lse=False, delta_first=False, eager_dv=headdim <= 64)
     # Measured with 0 to 4 in flight and with 2 and 4 buffers, at 1k to 16k keys.
     return plan._replace(adder=True, dq_slots=4, in_flight=1, first_stores=True, rotates=False)
 
