@@ -37,10 +37,9 @@ from triton import knobs
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-logger = logging.getLogger("flash_attn")
+from ._compiled import KNOWN_VERSION, look_up_first
 
-_major, _minor = triton.__version__.split(".")[:2]
-KNOWN_VERSION = (3, 6) <= (int(_major), int(_minor)) <= (3, 9)
+logger = logging.getLogger("flash_attn")
 
 _Grid = tuple[int, int, int]
 _Run = Callable[[_Grid, int, Sequence[Any]], object]
@@ -234,7 +233,7 @@ class Launcher:
     """A kernel: ``Launcher(kernel)[grid](*args, **keywords)`` is ``kernel[grid](...)``, noted."""
 
     def __init__(self, kernel: Any) -> None:
-        self.kernel = kernel
+        self.kernel = look_up_first(kernel)
         self.__name__ = kernel.__name__
 
     def __getitem__(self, grid: Sequence[int]) -> Callable[..., Any]:
