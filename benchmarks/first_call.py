@@ -1,14 +1,16 @@
-"""Times the first call of a new process, with a warm and with an empty Triton cache.
+"""Times the first calls of a new process, with an empty Triton cache and with a warm one.
 
 Every figure is of a process of its own, in seconds: importing torch and triton and creating the
-device's context (which other programs need, too), importing flash_attn, Triton's hash of its own
-files (once in every process that uses Triton), the first forward and the first backward call until
-the device is done, and each kernel's compilation as Triton reports it. What counts is all that a
-first forward call takes beyond torch, triton and the context.
+device's context (which other programs need, too), importing flash_attn, the first and the second
+forward and the first backward call until the device is done, and each kernel's compilation as
+Triton reports it. What counts is all that a first forward call takes beyond torch, triton and the
+context. With a warm cache no kernel is compiled, and Triton's hash of its own files, which
+``hashed`` tells of, is not computed.
 
     python benchmarks/first_call.py --out benchmarks/results/NAME.json
 
-Without a GPU launches end in a stub: compilation is the same, and nothing is loaded.
+takes about a minute. Without a GPU launches end in a stub: compilation is the same, and nothing is
+loaded.
 """
 
 from __future__ import annotations
@@ -34,12 +36,11 @@ import triton  # noqa: E402
 from options import names_among  # noqa: E402
 from recording import REPOSITORY, new_result, write_json  # noqa: E402
 
-CASES = ("d128-causal", "d64-full", "d256-causal")
-KINDS = ("warm", "cold")
+CASES = ("d128-causal", "d64-full")
 # Seconds beyond torch, triton and the context, and of one kernel's compilation.
 GOALS = {"warm": 0.5, "cold": 5.0}
 # Phases of a first forward call.
-BEYOND = ("import flash_attn", "Triton's hash", "forward")
+BEYOND = ("import flash_attn", "forward")
 
 
 # ------------------------------------------------------------------------------------- the child
@@ -72,11 +73,12 @@ def child(case: str) -> dict[str, Any]:
         else:
             from stub import install_stub
 
-            install_stub(stack)
+            marks[0] = time.perf_counter()
+            install_stub(stack, portable=False)
         from flash_attn import flash_attn_func
 
         mark()
-        getattr(triton.runtime.cache, "triton_key", lambda: None)()
+        flash_attn_func(*leaves, causal=is_causal)
         mark()
         out = flash_attn_func(*leaves, causal=is_causal)
         mark()
@@ -84,9 +86,15 @@ def child(case: str) -> dict[str, Any]:
         mark()
         if on_gpu:
             check(leaves, dout, out, grads, is_causal)
-    names = (*BEYOND, "backward")
+    names = (*BEYOND, "second forward", "backward")
     phases = dict(zip(names, (b - a for a, b in zip(marks, marks[1:], strict=False)), strict=True))
-    return {"torch, triton, context": marks[0] - STARTED, **phases, "kernels": kernels}
+    hashed = bool(triton.runtime.cache.triton_key.cache_info().currsize)
+    return {
+        "torch, triton, context": marks[0] - STARTED,
+        **phases,
+        "kernels": kernels,
+        "hashed": hashed,
+    }
 
 
 def check(leaves: Any, dout: Any, out: Any, grads: Any, is_causal: bool) -> None:
@@ -103,12 +111,12 @@ def check(leaves: Any, dout: Any, out: Any, grads: Any, is_causal: bool) -> None
 
 
 # ------------------------------------------------------------------------------------ the parent
-def start(case: str, cache: str | None, seconds: float) -> dict[str, Any]:
+def start(case: str, cache: str, seconds: float) -> dict[str, Any]:
     """What a new process measured; ``failure`` if it did not."""
     paths = [str(REPOSITORY / "src"), os.environ.get("PYTHONPATH", "")]
-    variables = {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    if cache is not None:
-        variables["TRITON_CACHE_DIR"] = cache
+    variables = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "TRITON_CACHE_DIR": cache}
+    # As an installed package our sources are compiled once, by a process that is not timed.
+    variables["PYTHONDONTWRITEBYTECODE"] = ""
     command = [sys.executable, str(Path(__file__).resolve()), "--child", case]
     try:
         done = subprocess.run(
@@ -134,6 +142,7 @@ def summarise(kind: str, case: str, runs: Sequence[dict[str, Any]]) -> dict[str,
         "kind": kind,
         "case": case,
         "processes": len(good),
+        "hashed": sum(run["hashed"] for run in good),
         "failures": [run["failure"] for run in runs if "failure" in run],
         "medians": {},
         "kernels": {},
@@ -141,7 +150,7 @@ def summarise(kind: str, case: str, runs: Sequence[dict[str, Any]]) -> dict[str,
     if not good:
         return row
     for name in good[0]:
-        if name != "kernels":
+        if name not in ("kernels", "hashed"):
             row["medians"][name] = round(statistics.median(run[name] for run in good), 4)
     row["beyond"] = round(statistics.median(map(beyond, good)), 4)
     seconds: dict[str, list[float]] = {}
@@ -153,20 +162,18 @@ def summarise(kind: str, case: str, runs: Sequence[dict[str, Any]]) -> dict[str,
     return row
 
 
-def measure(kind: str, case: str, args: argparse.Namespace, until: float) -> dict[str, Any]:
-    """Start the processes of a row; before warm ones one that warms the cache."""
-    runs: list[dict[str, Any]] = []
-    if kind == "warm":
-        start(case, None, args.patience)
-    for _ in range(args.processes if kind == "warm" else args.cold_processes):
-        if runs and time.monotonic() > until:
-            break
-        if kind == "warm":
-            runs.append(start(case, None, args.patience))
-            continue
-        with tempfile.TemporaryDirectory() as cache:
-            runs.append(start(case, cache, args.patience))
-    return summarise(kind, case, runs)
+def measure(case: str, args: argparse.Namespace, until: float) -> list[dict[str, Any]]:
+    """The rows of a case: the cache that a process found empty serves those with a warm one."""
+    cold: list[dict[str, Any]] = []
+    warm: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for runs, number in ((cold, args.cold_processes), (warm, args.processes)):
+            for index in range(number):
+                if cold and time.monotonic() > until:
+                    break
+                cache = os.path.join(folder, str(index if runs is cold else 0))
+                runs.append(start(case, cache, args.patience))
+    return [summarise("cold", case, cold), summarise("warm", case, warm)]
 
 
 def complaints(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -182,6 +189,10 @@ def complaints(rows: Sequence[dict[str, Any]]) -> list[str]:
                   if row["kind"] == "cold" and seconds > GOALS["cold"]]  # fmt: skip
         if row["kind"] == "warm" and row["kernels"]:
             found.append(f"{name}: the cache was not warm, compiled {', '.join(row['kernels'])}")
+        if row["kind"] == "warm" and row["hashed"]:
+            found.append(f"{name}: Triton hashed its files in {row['hashed']} processes")
+        if not row["processes"] and not row["failures"]:
+            found.append(f"{name}: not run")
     return found
 
 
@@ -189,10 +200,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print and write; 0 if all goals are reached."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--cases", default=",".join(CASES), type=names_among(CASES))
-    parser.add_argument("--kinds", default=",".join(KINDS), type=names_among(KINDS))
-    parser.add_argument("--processes", type=int, default=5, help="with a warm cache")
-    parser.add_argument("--cold-processes", type=int, default=2, help="with an empty one")
-    parser.add_argument("--patience", type=float, default=150.0, help="seconds for one process")
+    parser.add_argument("--processes", type=int, default=3, help="with a warm cache")
+    parser.add_argument("--cold-processes", type=int, default=1, help="with an empty one, before")
+    parser.add_argument("--patience", type=float, default=60.0, help="seconds for one process")
     parser.add_argument("--max-seconds", type=float, default=math.inf, help="no new process after")
     parser.add_argument("--out", type=Path, help="JSON file, written after every row")
     parser.add_argument("--commit", help="recorded instead of asking git")
@@ -205,16 +215,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     data = new_result("first_call", args.commit, {"stub": not torch.cuda.is_available()})
     data |= {"left_out": [], "rows": []}
     for case in args.cases:
-        for kind in args.kinds:
-            if time.monotonic() > until:
-                data["left_out"].append(f"{kind} {case}")
-                continue
-            row = measure(kind, case, args, until)
+        if time.monotonic() > until:
+            data["left_out"].append(case)
+            continue
+        for row in measure(case, args, until):
             data["rows"].append(row)
             figures = {**row["medians"], "beyond": row.get("beyond")}
-            print(kind, case, figures, row["kernels"], flush=True)
-            if args.out is not None:
-                write_json(args.out, data)
+            print(row["kind"], case, figures, row["kernels"], flush=True)
+        if args.out is not None:
+            write_json(args.out, data)
     if args.out is not None:
         write_json(args.out, data)
     found = complaints(data["rows"]) + [f"not run: {name}" for name in data["left_out"]]

@@ -89,8 +89,7 @@ def first_call_block(data: dict[str, Any]) -> list[str]:
     lines = heading("First call of a process", data)
     lines += [
         "Seconds, medians: what a first forward call takes beyond importing torch and triton and "
-        "creating the device's context: the import of flash_attn, Triton's hash of its own files, "
-        "which every process that uses Triton computes once, and the call.",
+        "creating the device's context, and its parts.",
         "",
         *markdown_table(["First call", *names, "beyond", "slowest kernel to compile"], table),
         "",

@@ -236,8 +236,9 @@ def a_run(**more: Any) -> dict[str, Any]:
         {"name": "a", "seconds": 2.0, "hit": False},
         {"name": "b", "seconds": 9.0, "hit": True},
     ]
-    run = {"torch, triton, context": 3.0, "import flash_attn": 0.125, "Triton's hash": 0.125,
-           "forward": 0.125, "backward": 0.5, "kernels": kernels}  # fmt: skip
+    run = {"torch, triton, context": 3.0, "import flash_attn": 0.25, "forward": 0.125,
+           "second forward": 0.0625, "backward": 0.5, "kernels": kernels,
+           "hashed": False}  # fmt: skip
     return run | more
 
 
@@ -251,7 +252,7 @@ def test_medians_of_first_calls() -> None:
     assert first_call.complaints([row]) == ["cold d64-full: exit code 1"]
     text = report.block([invented("first_call", {}, rows=[row])])
     assert (
-        "| d64-full, cold cache, 3 processes | 3.00 | 0.12 | 0.12 | 0.25 | 0.50 | 0.50 | 2.00 |"
+        "| d64-full, cold cache, 3 processes | 3.00 | 0.25 | 0.25 | 0.06 | 0.50 | 0.50 | 2.00 |"
         in text
     )
     assert "- d64-full, cold: exit code 1" in text
@@ -263,26 +264,30 @@ def test_goals_of_first_calls() -> None:
     assert found == "cold c: a compiles for 6.0 s"
     found = first_call.complaints([first_call.summarise("warm", "c", [slow])])
     assert [x.split(": ")[1][:9] for x in found] == ["0.75 s be", "the cache"]
+    (found,) = first_call.complaints(
+        [first_call.summarise("warm", "c", [a_run(hashed=True, kernels=[]), a_run(kernels=[])])]
+    )
+    assert found == "warm c: Triton hashed its files in 1 processes"
+    assert first_call.complaints([first_call.summarise("warm", "c", [])]) == ["warm c: not run"]
     assert first_call.summarise("warm", "c", [{"failure": "x"}])["medians"] == {}
 
 
 @needs_the_stub
 @pytest.mark.slow
 def test_first_calls_of_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     out = tmp_path / "f.json"
-    given = ["--cases", "d64-full", "--kinds", "warm", "--processes", "1", "--out", str(out)]
+    given = ["--cases", "d64-full", "--processes", "1", "--out", str(out)]
     assert first_call.main([*given, "--patience", "0.01"]) == 1
-    (failure,) = json.loads(out.read_text())["rows"][0]["failures"]
-    assert failure.startswith("no end after")
-    run = first_call.start("d64-full", None, 200.0)
-    names = {kernel["name"] for kernel in run["kernels"] if not kernel["hit"]}
-    assert {"attention_forward_sm90", "attention_backward_sm90"} <= names
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["failures"] for row in rows] == [["no end after 0 s"]] * 2
     monkeypatch.setattr(first_call, "GOALS", {"warm": 60.0, "cold": 60.0})
     assert first_call.main(given) == 0
-    (row,) = json.loads(out.read_text())["rows"]
-    assert row["kernels"] == {}
-    assert row["beyond"] > 0
+    cold, warm = json.loads(out.read_text())["rows"]
+    assert {"attention_forward_sm90", "attention_backward_sm90"} <= cold["kernels"].keys()
+    assert (cold["hashed"], warm["hashed"], warm["kernels"]) == (1, 0, {})
+    assert 0 < warm["beyond"] < cold["beyond"]
+    assert first_call.main([*given, "--max-seconds", "0"]) == 1
+    assert json.loads(out.read_text())["left_out"] == ["d64-full"]
 
 
 # ------------------------------------------------------------------------------------ extensions

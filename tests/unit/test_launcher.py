@@ -355,6 +355,13 @@ def test_memory_and_views_are_no_computation(driver):
     Repeat(tape, [x, y])
 
 
+def test_pytorchs_compiler_is_kept_out_of_recordings_where_it_is_loaded():
+    """Elsewhere keeping it out would load it, see the processes of test_compiled.py."""
+    watched, free = (launcher._operators(loaded) for loaded in (True, False))
+    assert hasattr(watched.__torch_dispatch__, "__wrapped__")
+    assert not hasattr(free.__torch_dispatch__, "__wrapped__")
+
+
 def test_nothing_launched_is_refused(driver, caplog):
     with recording() as tape:
         pass

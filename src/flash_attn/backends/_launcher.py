@@ -22,10 +22,12 @@ from __future__ import annotations
 
 import inspect
 import logging
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -37,10 +39,9 @@ from triton import knobs
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-logger = logging.getLogger("flash_attn")
+from ._compiled import KNOWN_VERSION, look_up_first
 
-_major, _minor = triton.__version__.split(".")[:2]
-KNOWN_VERSION = (3, 6) <= (int(_major), int(_minor)) <= (3, 9)
+logger = logging.getLogger("flash_attn")
 
 _Grid = tuple[int, int, int]
 _Run = Callable[[_Grid, int, Sequence[Any]], object]
@@ -108,21 +109,35 @@ class Tape:
         self.operators: list[str] = []
 
 
-class _Operators(TorchDispatchMode):
-    """Notes the operators that compute."""
+@cache
+def _operators(dynamo_is_loaded: bool) -> type[Any]:
+    """A mode that notes the operators that compute on the tape it is made with.
 
-    def __init__(self, tape: Tape) -> None:
-        super().__init__()
-        self.tape = tape
+    PyTorch keeps its compiler from looking into modes, and to do so loads it, which takes longer
+    than all the rest of a process's first calls. One that is not loaded looks into nothing.
+    """
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        name = func._schema.name.split("::")[-1]
-        allocates = name.startswith(("empty", "new_empty"))
-        is_nothing = isinstance(result, Tensor) and result.numel() == 0
-        if not (func.is_view or allocates or is_nothing):
-            self.tape.operators.append(name)
-        return result
+    class Operators(TorchDispatchMode):
+        def __init__(self, tape: Tape) -> None:
+            super().__init__()
+            self.tape = tape
+
+        @classmethod
+        def _should_skip_dynamo(cls) -> bool:
+            return dynamo_is_loaded
+
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            result = func(*args, **(kwargs or {}))
+            name = func._schema.name.split("::")[-1]
+            allocates = name.startswith(("empty", "new_empty"))
+            is_nothing = isinstance(result, Tensor) and result.numel() == 0
+            if not (func.is_view or allocates or is_nothing):
+                self.tape.operators.append(name)
+            return result
+
+    return Operators
 
 
 class _Recording(threading.local):
@@ -138,7 +153,7 @@ def recording() -> Iterator[Tape]:
     else it has the device do."""
     before, _recording.tape = _recording.tape, Tape()
     try:
-        with _Operators(_recording.tape):
+        with _operators("torch._dynamo" in sys.modules)(_recording.tape):
             yield _recording.tape
     finally:
         _recording.tape = before
@@ -234,7 +249,7 @@ class Launcher:
     """A kernel: ``Launcher(kernel)[grid](*args, **keywords)`` is ``kernel[grid](...)``, noted."""
 
     def __init__(self, kernel: Any) -> None:
-        self.kernel = kernel
+        self.kernel = look_up_first(kernel)
         self.__name__ = kernel.__name__
 
     def __getitem__(self, grid: Sequence[int]) -> Callable[..., Any]:

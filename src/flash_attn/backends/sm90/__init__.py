@@ -14,7 +14,8 @@ from ...core.device import arch_of
 from ...core.problem import AttentionProblem, AttentionResult, BackwardInputs, is_half
 from ...core.repeated import Solve
 from ...core.toolchain import explains_toolchain
-from .._launcher import KNOWN_VERSION, undisturbed
+from .._compiled import KNOWN_VERSION
+from .._launcher import undisturbed
 
 if not KNOWN_VERSION:
     raise ImportError(f"is written for Triton 3.6 to 3.9, found {triton.__version__}")

@@ -19,6 +19,7 @@ from ...kernels import combine as combine_kernels
 from ...kernels import common, kv_append, rotary
 from ...kernels import forward as forward_kernels
 from ...kernels import softmax_debug as debug_kernels
+from .._compiled import look_up_first
 from .._launcher import Launcher, scratch, settle_keys
 from .extended_plans import converts_float8_ahead, float8_product, float8_weights
 from .heuristics import plan_for
@@ -29,7 +30,7 @@ settle_keys(
 )
 attention_forward = Launcher(forward_kernels.attention_forward)
 attention_combine = Launcher(combine_kernels.attention_combine)
-softmax_debug = debug_kernels.softmax_debug
+softmax_debug = look_up_first(debug_kernels.softmax_debug)
 
 _major, _minor = triton.__version__.split(".")[:2]
 _TRITON = (int(_major), int(_minor))

@@ -9,9 +9,12 @@ from torch import Tensor
 from ...core.device import guard
 from ...core.outputs import mark_written
 from ...core.problem import AttentionProblem, is_float8
+from ...kernels import kv_append
 from ...kernels.combine import attention_combine
-from ...kernels.kv_append import append_kv as append_kv_kernel
+from .._compiled import look_up_first
 from .launch import row_strides, strides_are_eights, tiles_of
+
+append_kv_kernel = look_up_first(kv_append.append_kv)
 
 _BLOCK_M = 16
 

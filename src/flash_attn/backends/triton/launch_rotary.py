@@ -9,8 +9,11 @@ from ...core.device import guard
 from ...core.outputs import mark_written
 from ...core.rotary import check_rotary
 from ...core.toolchain import explains_toolchain
-from ...kernels.rotary import rotary_kernel
+from ...kernels import rotary
+from .._compiled import look_up_first
 from .launch import strides_are_eights
+
+rotary_kernel = look_up_first(rotary.rotary_kernel)
 
 # Heads that share one reading of the tables. A constant: the head count must not choose a kernel.
 _BLOCK_H = 2

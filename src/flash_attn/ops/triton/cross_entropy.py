@@ -54,6 +54,7 @@ def _forward_kernel(
     logits: Tensor, labels: Tensor, lse: Tensor | None, options: _Options, partial: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (lse, losses, z_losses) of every row; see the kernel for ``partial``."""
+    from ...backends._compiled import look_up_first
     from ...kernels.cross_entropy import cross_entropy_fwd_kernel
 
     n_rows, n_cols = logits.shape
@@ -66,7 +67,7 @@ def _forward_kernel(
         return lse, losses, z_losses
     block = _block_size(n_cols, _FORWARD_BLOCK)
     with _device_of(logits):
-        cross_entropy_fwd_kernel[(n_rows,)](
+        look_up_first(cross_entropy_fwd_kernel)[(n_rows,)](
             logits,
             labels,
             lse,
@@ -93,6 +94,7 @@ def _forward_kernel(
 def _backward_kernel(
     logits: Tensor, labels: Tensor, lse: Tensor, dlosses: Tensor, out: Tensor, options: _Options
 ) -> None:
+    from ...backends._compiled import look_up_first
     from ...kernels.cross_entropy import cross_entropy_bwd_kernel
 
     n_rows, n_cols = logits.shape
@@ -100,7 +102,7 @@ def _backward_kernel(
         return
     block = _block_size(n_cols, _BACKWARD_BLOCK)
     with _device_of(logits):
-        cross_entropy_bwd_kernel[(n_rows, -(-n_cols // block))](
+        look_up_first(cross_entropy_bwd_kernel)[(n_rows, -(-n_cols // block))](
             logits,
             labels,
             lse,

@@ -139,6 +139,7 @@ def _forward_kernel(
     inputs: _Inputs, options: _Options, shape: torch.Size
 ) -> tuple[_Outputs, _Saved]:
     """Run the forward kernel on 2-D inputs; the outputs are contiguous and of the given shape."""
+    from ...backends._compiled import look_up_first
     from ...kernels.layer_norm import layer_norm_fwd_kernel
 
     x = inputs.x
@@ -162,7 +163,7 @@ def _forward_kernel(
     if x.numel() > 0:
         block, warps = _block_and_warps(n_cols)
         with _device_of(x):
-            layer_norm_fwd_kernel[(rows,)](
+            look_up_first(layer_norm_fwd_kernel)[(rows,)](
                 x,
                 inputs.residual,
                 inputs.x1,
@@ -230,6 +231,7 @@ def _backward_kernel(
     ``dsum`` is the gradient of the returned sum; ``trains`` says which of weight, bias, weight1 and
     bias1 need a gradient.
     """
+    from ...backends._compiled import look_up_first
     from ...kernels.layer_norm import layer_norm_bwd_kernel
 
     x = saved.normalised
@@ -255,7 +257,7 @@ def _backward_kernel(
     if x.numel() > 0:
         block, warps = _block_and_warps(n_cols)
         with _device_of(x):
-            layer_norm_bwd_kernel[(programs,)](
+            look_up_first(layer_norm_bwd_kernel)[(programs,)](
                 x,
                 saved.weight,
                 saved.weight1,
