@@ -89,6 +89,7 @@ class Variant(NamedTuple):
                 ("ov", plan.overlap),
                 ("peel", plan.peel),
                 ("joint", plan.joint),
+                (f"p{plan.p_shared}", plan.p_shared),
             )
             if used
         ]
