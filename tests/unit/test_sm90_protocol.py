@@ -206,6 +206,7 @@ def variants() -> list[ForwardPlan]:
             replace(joint, scheduler=DYNAMIC, slim=True, skip=True),
             replace(joint, scheduler=DYNAMIC, late=True, overlap=True, peel=True),
             replace(joint, ping_pong=True),
+            replace(joint, ping_pong=True, stages=4, p_shared=32),
         ]
     return list(dict.fromkeys(plans))
 

@@ -234,7 +234,8 @@ class Config:
     @gluon.constexpr_function
     def __init__(self, PACK, BLOCK_N, BLOCK_D, BLOCK_DV, CONSUMERS, SCHEDULER, OUT_COLUMNS,
                  PING_PONG, SKIP, HAS_LEFT, HAS_RIGHT, HAS_CHUNK, HAS_SOFTCAP, HAS_SINKS,
-                 HAS_ALIBI, LENGTHS, SLIM, LATE, OVERLAP, PEEL, JOINT, P_SHARED, TRACE):  # fmt: skip
+                 HAS_ALIBI, LENGTHS, SLIM, LATE, OVERLAP, PEEL, JOINT, P_SHARED,
+                 TRACE):  # fmt: skip
         self.PACK = gl.constexpr(PACK)
         self.POSITIONS = gl.constexpr(64 // PACK)
         self.BLOCK_M = gl.constexpr(64 // PACK * CONSUMERS)
@@ -263,7 +264,7 @@ class Config:
         self.PEEL = gl.constexpr(PEEL)
         self.JOINT = gl.constexpr(JOINT)
         self.P_SHARED = gl.constexpr(P_SHARED)
-        # Products that values are multiplied in: of columns, and of keys by where their weights are.
+        # Products that values are multiplied in: by columns, and by where keys' weights are.
         self.PRODUCTS_V = gl.constexpr(self.PARTS_V * (2 if 0 < P_SHARED < BLOCK_N else 1))
         # Buffers of a consumer that results leave through.
         self.OUT_BUFFERS = gl.constexpr(self.PIECES_V if P_SHARED else 1)
@@ -1554,7 +1555,8 @@ def attention_forward_sm90(
     gl.static_assert(not PEEL or (HAS_RIGHT and not HAS_LEFT and LENGTHS == SHAPES))
     config = Config(PACK, BLOCK_N, BLOCK_D, BLOCK_DV, CONSUMERS, SCHEDULER, OUT_COLUMNS,
                     PING_PONG, SKIP, HAS_LEFT, HAS_RIGHT, HAS_CHUNK, HAS_SOFTCAP, HAS_SINKS,
-                    HAS_ALIBI, LENGTHS, SLIM, LATE, OVERLAP, PEEL, JOINT, P_SHARED, TRACE)  # fmt: skip
+                    HAS_ALIBI, LENGTHS, SLIM, LATE, OVERLAP, PEEL, JOINT, P_SHARED,
+                    TRACE)  # fmt: skip
     places = Sequences(batch, cu_seqlens_q, cu_seqlens_k, used_q, used_k, HAS_USED_Q, HAS_USED_K)
     work = Work(scale_log2, cap_scale, empty_lse, nheads, group, seqlen_q, seqlen_k, window_left,
                 window_right, chunk, row_tiles, sequences, section, in_sections, tiles, trace,
