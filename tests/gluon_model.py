@@ -233,6 +233,10 @@ class Beside(Memory):
     def matrix(self) -> np.ndarray:
         return self.data.reshape(self.data.shape[0], -1)
 
+    def slice(self, start: int, length: int, dim: int = 0) -> Beside:
+        part = super().slice(start, length, dim)
+        return Beside(part.data, part.busy, part.unfenced, self.dtype)
+
 
 class Barrier:
     """An mbarrier."""
@@ -665,6 +669,10 @@ def _instruction(text: str, _: str = "", arguments: Any = (), **__: Any) -> Any:
         return Int(here().has_moved)
     if text == "mov.b32 $0, $1;":
         return arguments[0]
+    if text == "mov.u32 $0, %ctaid.x;":
+        return Int(here().program)
+    if text == "mov.u32 $0, %nctaid.x;":
+        return Int(here().machine.programs)
     found = re.match(r"bar\.(sync|arrive) (\d+), (\d+);", text)
     if found:
         agent = here()

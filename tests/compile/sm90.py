@@ -18,7 +18,7 @@ import sys
 import time
 from collections import Counter
 from contextlib import redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import StringIO
 from typing import Any, NamedTuple
 from unittest import mock
@@ -102,6 +102,7 @@ class Case(NamedTuple):
         options += [f"o{plan.out_halves}"]
         flags = ("ping_pong", "skip", "slim", "late", "overlap", "peel", "joint")
         options += [name for name in flags if getattr(plan, name)]
+        options += [f"p{plan.p_shared}"] if plan.p_shared else []
         dtype = str(self.dtype).removeprefix("torch.")
         options += [f"v{self.headdim_v}"] if self.headdim_v else []
         options += [f"pack{self.pack}"] if self.pack else []
@@ -260,8 +261,28 @@ def all_cases() -> list[Case]:
         Case(plan, block_d, "causal" if masked else "full", torch.float16)
         for (block_d, masked), plan in longest.items()
     ]
-    cases += feature_cases()
+    cases += [*feature_cases(), *weights_in_shared_memory()]
     return list(dict.fromkeys(cases))
+
+
+def weights_in_shared_memory() -> list[Case]:
+    """Plans on trial, which no problem has yet."""
+    full = plans.ForwardPlan(3, 128, 2, plans.ROUND_ROBIN, 1, 1, slim=True, ping_pong=True)
+    causal = replace(full, ping_pong=False, slim=False, scheduler=plans.DYNAMIC, late=True)
+    every, half = {"p_shared": 128, "overlap": True}, {"p_shared": 64}
+    cases = [
+        Case(replace(plan, **part), 96, mask, dtype)
+        for plan, mask in ((full, "full"), (causal, "causal"))
+        for part in (every, half)
+        for dtype in (torch.bfloat16, torch.float16)
+    ]
+    cases += [Case(replace(causal, skip=True, **part), 96, "causal") for part in (every, half)]
+    joint = replace(full, joint=True)
+    return [
+        *cases,
+        Case(replace(joint, stages=4, **every), 96, "full"),
+        Case(replace(joint, stages=5, **half), 96, "full"),
+    ]
 
 
 def feature_cases() -> list[Case]:
@@ -328,6 +349,7 @@ def selection() -> list[Case]:
         planned(128, "causal", "packed alibi"),
         planned(128, "window", "packed sinks", pack=8),
         planned(256, "causal", "packed", pack=4),
+        *weights_in_shared_memory(),
     ]
     return list(dict.fromkeys(cases))
 

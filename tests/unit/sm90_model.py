@@ -131,9 +131,9 @@ class Cell:
         self.machine.pause()
         assert not self.arriving, "written while a load arrives"
         assert not self.leaving, "written while a store reads it"
-        if isinstance(self.content, tuple) and self.content[0] != "v":
-            assert not self.readers.total(), "written while it is read"
         # Values that are cleared keep their name, for the readers' sake.
+        if not (isinstance(self.content, tuple) and self.content[0] == "v"):
+            assert not self.readers.total(), "written while it is read"
         if not isinstance(self.content, tuple):
             self.content = value
 
@@ -328,9 +328,9 @@ class Machine:
         read = [x for x in (a, b) if isinstance(x, Cell)]
         for cell in read:
             assert not cell.arriving, "multiplied while a load arrives"
-            assert isinstance(cell.content, tuple), "multiplied what was never loaded"
+            assert cell.content is not None, "multiplied what was never loaded"
             cell.readers[task] += 1
-        if len(read) == 2:
+        if isinstance(read[0].content, tuple) and len(read) == 2:
             task.products.append((read[0].content, read[1].content))
         else:
             task.values.append(b.content)
@@ -455,6 +455,9 @@ def load_kernel(machine: Machine) -> dict[str, Any]:
     tree.body = [x for x in tree.body if not isinstance(x, (ast.Import, ast.ImportFrom))]
     exec(compile(tree, str(SOURCE), "exec"), names)  # noqa: S102
     # Numbers, which the model has not.
+    names["here"] = lambda x: x
+    names["program_of"] = lambda work: machine.program_id(0)
+    names["programs_of"] = lambda work: Int(machine.programs)
     for name in ("mask_scores", "capped"):
         names[name] = lambda work, *arguments: BLANK
     names["settle_maximum"] = lambda *arguments: BLANK

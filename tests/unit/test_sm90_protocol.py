@@ -96,7 +96,9 @@ def check(problem: AttentionProblem, plan: ForwardPlan, machine: Machine) -> Non
     entries: dict[tuple[int, ...], list[list[int]]] = {}
     for task in machine.tasks:
         rows_of_keys = [k[3] for _, k in task.products]
-        assert [v[3] for v in task.values] == rows_of_keys
+        # Values are multiplied in as many parts as there are places of weights.
+        parts = 2 if 0 < plan.p_shared < plan.block_n else 1
+        assert [v[3] for v in task.values] == [row for row in rows_of_keys for _ in range(parts)]
         last: tuple[tuple[int, ...], list[int]] | None = None
         for q, k in task.products:
             assert k[1:3] == (q[1], q[2] // (problem.nheads // problem.nheads_k))
@@ -192,6 +194,8 @@ def variants() -> list[ForwardPlan]:
             replace(base, ping_pong=True),
             replace(base, ping_pong=True, overlap=True, scheduler=DYNAMIC, late=True),
             replace(base, ping_pong=True, skip=True, scheduler=DYNAMIC),
+            replace(base, ping_pong=True, slim=True, overlap=True, p_shared=64),
+            replace(base, scheduler=DYNAMIC, late=True, skip=True, p_shared=32),
         ]  # fmt: skip
         joint = replace(base, joint=True, stages=3, q_slots=1)
         plans += [
@@ -202,6 +206,7 @@ def variants() -> list[ForwardPlan]:
             replace(joint, scheduler=DYNAMIC, slim=True, skip=True),
             replace(joint, scheduler=DYNAMIC, late=True, overlap=True, peel=True),
             replace(joint, ping_pong=True),
+            replace(joint, ping_pong=True, stages=4, p_shared=32),
         ]
     return list(dict.fromkeys(plans))
 

@@ -41,6 +41,10 @@ three pieces of 32 or 64 columns, each loaded and stored by itself. The first tw
 which lie side by side, are multiplied at once: products of 32 columns cost more than half of those
 of 64.
 
+With P_SHARED some weights, or all, are multiplied from shared memory: registers hold a block's
+scores and the output, but not weights besides. They are stored when the products with the values
+before have been waited for, in a buffer of the consumer's own.
+
 With JOINT keys and values share one ring, whose slots are used in the order in which the consumers
 need them: k[0], k[1], v[0], k[2], v[1], .., v[last]. Three slots are enough for that, where two
 rings need four.
@@ -166,14 +170,16 @@ class Shared:
     v: Ring
     mailbox: Ring
     out: gl.shared_memory_descriptor
+    p: gl.shared_memory_descriptor
 
     @gluon.constexpr_function
-    def __init__(self, q, k, v, mailbox, out):
+    def __init__(self, q, k, v, mailbox, out, p):
         self.q = q
         self.k = k
         self.v = v
         self.mailbox = mailbox
         self.out = out
+        self.p = p
 
 
 @gluon.jit
@@ -220,12 +226,16 @@ class Config:
     OVERLAP: gl.constexpr
     PEEL: gl.constexpr
     JOINT: gl.constexpr
+    P_SHARED: gl.constexpr
+    PRODUCTS_V: gl.constexpr
+    OUT_BUFFERS: gl.constexpr
     TRACE: gl.constexpr
 
     @gluon.constexpr_function
     def __init__(self, PACK, BLOCK_N, BLOCK_D, BLOCK_DV, CONSUMERS, SCHEDULER, OUT_COLUMNS,
                  PING_PONG, SKIP, HAS_LEFT, HAS_RIGHT, HAS_CHUNK, HAS_SOFTCAP, HAS_SINKS,
-                 HAS_ALIBI, LENGTHS, SLIM, LATE, OVERLAP, PEEL, JOINT, TRACE):  # fmt: skip
+                 HAS_ALIBI, LENGTHS, SLIM, LATE, OVERLAP, PEEL, JOINT, P_SHARED,
+                 TRACE):  # fmt: skip
         self.PACK = gl.constexpr(PACK)
         self.POSITIONS = gl.constexpr(64 // PACK)
         self.BLOCK_M = gl.constexpr(64 // PACK * CONSUMERS)
@@ -253,6 +263,11 @@ class Config:
         self.OVERLAP = gl.constexpr(OVERLAP)
         self.PEEL = gl.constexpr(PEEL)
         self.JOINT = gl.constexpr(JOINT)
+        self.P_SHARED = gl.constexpr(P_SHARED)
+        # Products that values are multiplied in: by columns, and by where keys' weights are.
+        self.PRODUCTS_V = gl.constexpr(self.PARTS_V * (2 if 0 < P_SHARED < BLOCK_N else 1))
+        # Buffers of a consumer that results leave through.
+        self.OUT_BUFFERS = gl.constexpr(self.PIECES_V if P_SHARED else 1)
         self.TRACE = gl.constexpr(TRACE)
 
 
@@ -750,6 +765,37 @@ def announced_tile(work, mailbox, use):
     return index, tile_of(work, span, first_row)
 
 
+@gluon.constexpr_function
+def register_text(name):
+    return f"mov.u32 $0, %{name};"
+
+
+@gluon.jit
+def special_register(NAME: gl.constexpr):
+    return gl.inline_asm_elementwise(register_text(NAME), "=r", [], dtype=gl.int32, is_pure=False,
+                                     pack=1)  # fmt: skip
+
+
+@gluon.jit
+def program_of(work):
+    """This program's number; see ``afresh``."""
+    if work.config.P_SHARED:
+        number = special_register("ctaid.x")
+    else:
+        number = gl.program_id(0)
+    return number
+
+
+@gluon.jit
+def programs_of(work):
+    """How many programs there are; see ``afresh``."""
+    if work.config.P_SHARED:
+        count = special_register("nctaid.x")
+    else:
+        count = gl.num_programs(0)
+    return count
+
+
 @gluon.jit
 def index_after(work, index, mailbox, use):
     """The consumers' view of the schedule: the tile after the ``use``-th of this program."""
@@ -758,7 +804,7 @@ def index_after(work, index, mailbox, use):
         following = get(mailbox, mailbox.index(use, 0))
         mailbox.release(use, 0)
     else:
-        following = index + gl.num_programs(0)
+        following = index + programs_of(work)
     return following
 
 
@@ -785,6 +831,22 @@ def here(x):
     """
     return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32,
                                      is_pure=False, pack=1)  # fmt: skip
+
+
+@gluon.jit
+def afresh(work):
+    """``work`` for one tile, with P_SHARED: what tiles are found by is read when it is needed.
+
+    Else the compiler computes it once for all partitions, and keeps it in registers that P_SHARED
+    has not got.
+    """
+    if work.config.P_SHARED:
+        work = Work(work.scale_log2, work.cap_scale, work.empty_lse, here(work.nheads), work.group,
+                    here(work.seqlen_q), here(work.seqlen_k), work.window_left, work.window_right,
+                    work.chunk, here(work.row_tiles), work.sequences, here(work.section),
+                    work.in_sections, work.tiles, work.trace, work.slopes, work.step_slope,
+                    work.places, work.config)  # fmt: skip
+    return work
 
 
 @gluon.constexpr_function
@@ -1002,8 +1064,28 @@ def first_scores(work, shared, zeros, tile_use, block_use, skipped, LANE: gl.con
 
 
 @gluon.jit
-def add_values(work, shared, weights, acc, block_use, FIRST: gl.constexpr, COUNT: gl.constexpr):
-    """Start acc += weights v of the slot, of COUNT pieces of its columns from the FIRST on."""
+def put_weights(work, shared, p, LAYOUT: gl.constexpr, LANE: gl.constexpr):
+    """The weights of the block's first keys in ``LAYOUT``; those of the last P_SHARED keys go to
+    the consumer's buffer, where products that read the ones before have been waited for."""
+    N: gl.constexpr = work.config.P_SHARED
+    if N == work.config.BLOCK_N:
+        shared.p.index(LANE).store(p)
+        fence_async_shared()
+    elif N > 0:
+        HALF: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
+        p, last = p.reshape([ROWS, 2, N]).permute([0, 2, 1]).split()
+        shared.p.index(LANE).store(gl.convert_layout(last, HALF, assert_trivial=True))
+        fence_async_shared()
+    return gl.convert_layout(p, LAYOUT)
+
+
+@gluon.jit
+def add_values(work, shared, weights, acc, block_use, LANE: gl.constexpr, FIRST: gl.constexpr,
+               COUNT: gl.constexpr):  # fmt: skip
+    """Start acc += weights v of the slot, of COUNT pieces of its columns from the FIRST on.
+
+    The last P_SHARED keys' weights are those in the consumer's buffer.
+    """
     BLOCK_N: gl.constexpr = work.config.BLOCK_N
     COLUMNS: gl.constexpr = work.config.BLOCK_DV // work.config.PIECES_V
     v = shared.v.data.index(shared.v.index(block_use, 0) * work.config.PIECES_V + FIRST)
@@ -1013,7 +1095,13 @@ def add_values(work, shared, weights, acc, block_use, FIRST: gl.constexpr, COUNT
         # Blocks of columns as wide as the swizzle follow each other in memory, as the pieces do.
         BESIDE: gl.constexpr = gl.NVMMASharedLayout(2 * COLUMNS, 16, 2)
         v = v._reinterpret(v.dtype, [BLOCK_N, COUNT * COLUMNS], BESIDE)
-    return warpgroup_mma(weights, v, acc, is_async=True)
+    IN_REGISTERS: gl.constexpr = BLOCK_N - work.config.P_SHARED
+    if IN_REGISTERS > 0:
+        acc = warpgroup_mma(weights, v.slice(0, IN_REGISTERS), acc, is_async=True)
+    if IN_REGISTERS < BLOCK_N:
+        last = v.slice(IN_REGISTERS, BLOCK_N - IN_REGISTERS)
+        acc = warpgroup_mma(shared.p.index(LANE), last, acc, is_async=True)
+    return acc
 
 
 @gluon.jit
@@ -1078,13 +1166,39 @@ def store_columns(work, target, span, row, column, values, buffer):
     tma.store_wait(0)  # the buffer's previous store has read it
     buffer.reshape(values.shape).store(values)
     fence_async_shared()
+    store_buffer(work, target, span, row, column, buffer)
+
+
+@gluon.jit
+def store_pieces(work, target, span, row, first, last, buffers, FIRST_BUFFER: gl.constexpr):
+    """Write the pieces of rows through a buffer each: two of ``first``, and ``last``.
+
+    In a loop: the compiler keeps the coordinates of several stores, in registers that P_SHARED
+    has not got.
+    """
+    COLUMNS: gl.constexpr = last.shape[1]
+    left, right = first.reshape([ROWS, 2, COLUMNS]).permute([0, 2, 1]).split()
+    tma.store_wait(0)
+    buffers.index(FIRST_BUFFER).reshape(last.shape).store(left)
+    buffers.index(FIRST_BUFFER + 1).reshape(last.shape).store(right)
+    buffers.index(FIRST_BUFFER + 2).reshape(last.shape).store(last)
+    fence_async_shared()
+    for piece in range(here(work.config.PIECES_V)):
+        buffer = buffers.index(FIRST_BUFFER + piece)
+        store_buffer(work, target, span, row, piece * COLUMNS, buffer)
+
+
+@gluon.jit
+def store_buffer(work, target, span, row, column, buffer):
+    """Write a buffer's rows to columns from ``column`` on."""
     head = span.head * work.config.PACK
     if work.config.LENGTHS == PACKED:
         # TMA cannot end with the sequence: what lies behind it is another's.
         if row + work.config.POSITIONS <= span.rows:
             tma_store(target.desc, [0, head, span.q_start + row, column], buffer)
         else:
-            store_part(work, target, span, row, column, buffer.reshape(values.shape))
+            COLUMNS: gl.constexpr = target.desc.block_type.shape[3]
+            store_part(work, target, span, row, column, buffer.reshape([ROWS, COLUMNS]))
     else:
         tma_store(target.desc, [span.sequence, head, row, column], buffer)
 
@@ -1166,7 +1280,7 @@ def consumer(LANE: gl.constexpr, work, shared, target, lse, sinks):
                               pack=1)  # fmt: skip
     most_growth = MOST_GROWTH / work.scale_log2
     zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, SCORES)
-    index = gl.program_id(0)
+    index = program_of(work)
     if config.TRACE:
         record = work.trace + (gl.program_id(0) * config.CONSUMERS + LANE) * (66 * 16)
         gl.store(record, nanoseconds())
@@ -1178,8 +1292,9 @@ def consumer(LANE: gl.constexpr, work, shared, target, lse, sinks):
     while index < work.tiles:
         if config.TRACE:
             at_top = now()
+        work_here = afresh(work)
         if config.LENGTHS == SHAPES:
-            tile = tile_at(work, index)
+            tile = tile_at(work_here, index)
         skipped = blocks_to_skip(work, tile, LANE)
         s = first_scores(work, shared, zeros, tile_use, block_use, skipped, LANE)
         s = warpgroup_mma_wait(0, deps=[s])
@@ -1207,7 +1322,7 @@ def consumer(LANE: gl.constexpr, work, shared, target, lse, sinks):
         m = gl.max(s, 1)
         p, shift = weights_of(work, s, m, True)
         l = partial_sums(p, BLOCK_N)
-        weights = gl.convert_layout(p.to(DTYPE), WEIGHTS)
+        weights = put_weights(work, shared, p.to(DTYPE), WEIGHTS, LANE)
         acc = gl.zeros([ROWS, BLOCK_DV], gl.float32, OUTPUT)
         if PARTS_V > 1:
             acc_1 = gl.zeros([ROWS, PIECE], gl.float32, OUTPUT_PIECE)
@@ -1233,15 +1348,15 @@ def consumer(LANE: gl.constexpr, work, shared, target, lse, sinks):
             shared.v.wait_full(use, 0)
             if config.TRACE:
                 wait_v += now()
-            acc = add_values(work, shared, weights, acc, use, 0, FIRST)
+            acc = add_values(work, shared, weights, acc, use, LANE, 0, FIRST)
             if PARTS_V > 1:
                 weights_1 = gl.convert_layout(weights, WEIGHTS_1, assert_trivial=True)
-                acc_1 = add_values(work, shared, weights_1, acc_1, use, FIRST, 1)
+                acc_1 = add_values(work, shared, weights_1, acc_1, use, LANE, FIRST, 1)
             if config.PING_PONG:
                 take_turn("arrive", (LANE + 1) % config.CONSUMERS)
             if config.TRACE:
                 wait_s -= now()
-            s = warpgroup_mma_wait(PARTS_V, deps=[s])
+            s = warpgroup_mma_wait(config.PRODUCTS_V, deps=[s])
             if config.TRACE:
                 wait_s += now()
             shared.k.release(use + TO_KEYS, 0)
@@ -1272,7 +1387,7 @@ def consumer(LANE: gl.constexpr, work, shared, target, lse, sinks):
                     acc_1 = acc_1 * growth_of(work, m, shift, acc_1)
             l = l + sums
             m = m_new
-            weights = gl.convert_layout(p.to(DTYPE), WEIGHTS)
+            weights = put_weights(work, shared, p.to(DTYPE), WEIGHTS, LANE)
             use += STEP
 
         # The last values.
@@ -1284,10 +1399,10 @@ def consumer(LANE: gl.constexpr, work, shared, target, lse, sinks):
             first = first_key_of(work, span, 0) - tile.first_block * BLOCK_N
             clear_values(work, shared, block_use - 1, first, BLOCK_N)
         shared.v.wait_full(block_use - 1, 0)
-        acc = add_values(work, shared, weights, acc, block_use - 1, 0, FIRST)
+        acc = add_values(work, shared, weights, acc, block_use - 1, LANE, 0, FIRST)
         if PARTS_V > 1:
             weights_1 = gl.convert_layout(weights, WEIGHTS_1, assert_trivial=True)
-            acc_1 = add_values(work, shared, weights_1, acc_1, block_use - 1, FIRST, 1)
+            acc_1 = add_values(work, shared, weights_1, acc_1, block_use - 1, LANE, FIRST, 1)
         if config.TRACE:
             at_mail = now()
         if config.LENGTHS != SHAPES:
@@ -1309,13 +1424,18 @@ def consumer(LANE: gl.constexpr, work, shared, target, lse, sinks):
         i = gl.arange(0, ROWS, SCORE_ROWS)
         row, head = row_of(work, first_row, i), head_of(work, span, i)
         sees, divisor, row_lse = finish_rows(work, span, row, head, m, total, sinks)
-        row_zero = entry_of(work, span) * work.nheads * config.PACK + head
-        row_zero = row_zero.to(gl.int64) * work.seqlen_q
+        row_zero = entry_of(work, span) * work_here.nheads * config.PACK + head
+        row_zero = row_zero.to(gl.int64) * work_here.seqlen_q
         gl.store(lse + row_zero + span.q_start + row, row_lse, mask=row < span.rows)
         row_factor = gl.where(sees, 1.0 / divisor, 0.0)
         factor = gl.expand_dims(gl.convert_layout(row_factor, OUTPUT_ROWS), 1)
         out = normalised(work, acc, factor).to(DTYPE)
-        if PARTS_V > 1:
+        if config.OUT_BUFFERS > 1:
+            factor_1 = gl.expand_dims(gl.convert_layout(row_factor, PIECE_ROWS), 1)
+            out_1 = normalised(work, acc_1, factor_1).to(DTYPE)
+            store_pieces(work, target, span, first_row, out, out_1, shared.out,
+                         config.OUT_BUFFERS * LANE)  # fmt: skip
+        elif PARTS_V > 1:
             buffer = shared.out.index(LANE)
             store_rows(work, target, span, first_row, out, buffer, PIECE)
             factor_1 = gl.expand_dims(gl.convert_layout(row_factor, PIECE_ROWS), 1)
@@ -1373,7 +1493,7 @@ def attention_forward_sm90(
     HAS_CHUNK: gl.constexpr, HAS_SOFTCAP: gl.constexpr, HAS_SINKS: gl.constexpr,
     HAS_ALIBI: gl.constexpr, LENGTHS: gl.constexpr, HAS_USED_Q: gl.constexpr,
     HAS_USED_K: gl.constexpr, SLIM: gl.constexpr, LATE: gl.constexpr, OVERLAP: gl.constexpr,
-    PEEL: gl.constexpr, JOINT: gl.constexpr, TRACE: gl.constexpr,
+    PEEL: gl.constexpr, JOINT: gl.constexpr, P_SHARED: gl.constexpr, TRACE: gl.constexpr,
 ):  # fmt: skip
     """See the module's docstring; launched with 4 warps, the producer's.
 
@@ -1417,6 +1537,8 @@ def attention_forward_sm90(
             sees one of that block, so only that one is masked.
         JOINT: keys and values share a ring of STAGES slots, 3 or more; not with both PING_PONG
             and SKIP.
+        P_SHARED: of so many last keys of a block weights are multiplied from shared memory, not
+            from registers: 0, half of BLOCK_N, or BLOCK_N.
         TRACE: write to ``trace`` where the time goes; without, it is not used.
         REGISTERS: of a consumer's thread.
         LENGTHS: SHAPES, USED (with HAS_USED_Q, HAS_USED_K or both) or PACKED.
@@ -1428,11 +1550,13 @@ def attention_forward_sm90(
     gl.static_assert(not JOINT or (BLOCK_D == BLOCK_DV and STAGES >= 3))
     # A consumer that skips blocks waits for values whose slots the others free only after its turn.
     gl.static_assert(not JOINT or not (PING_PONG and SKIP))
+    gl.static_assert(P_SHARED == 0 or P_SHARED == BLOCK_N // 2 or P_SHARED == BLOCK_N)
     gl.static_assert(not LATE or (SCHEDULER == DYNAMIC and not SLIM))
     gl.static_assert(not PEEL or (HAS_RIGHT and not HAS_LEFT and LENGTHS == SHAPES))
     config = Config(PACK, BLOCK_N, BLOCK_D, BLOCK_DV, CONSUMERS, SCHEDULER, OUT_COLUMNS,
                     PING_PONG, SKIP, HAS_LEFT, HAS_RIGHT, HAS_CHUNK, HAS_SOFTCAP, HAS_SINKS,
-                    HAS_ALIBI, LENGTHS, SLIM, LATE, OVERLAP, PEEL, JOINT, TRACE)  # fmt: skip
+                    HAS_ALIBI, LENGTHS, SLIM, LATE, OVERLAP, PEEL, JOINT, P_SHARED,
+                    TRACE)  # fmt: skip
     places = Sequences(batch, cu_seqlens_q, cu_seqlens_k, used_q, used_k, HAS_USED_Q, HAS_USED_K)
     work = Work(scale_log2, cap_scale, empty_lse, nheads, group, seqlen_q, seqlen_k, window_left,
                 window_right, chunk, row_tiles, sequences, section, in_sections, tiles, trace,
@@ -1457,7 +1581,13 @@ def attention_forward_sm90(
         mailbox = new_ring(numbers, MAIL, 1, READERS)
     else:
         mailbox = q_ring  # never asked
-    shared = Shared(q_ring, k_ring, v_ring, mailbox, buffers_for(out_desc, CONSUMERS))
+    out_buffers = buffers_for(out_desc, CONSUMERS * config.OUT_BUFFERS)
+    if P_SHARED:
+        SWIZZLED: gl.constexpr = gl.NVMMASharedLayout(min(2 * P_SHARED, 128), 16, 2)
+        p_buffers = gl.allocate_shared_memory(v_desc.dtype, [CONSUMERS, ROWS, P_SHARED], SWIZZLED)
+    else:
+        p_buffers = out_buffers  # never asked
+    shared = Shared(q_ring, k_ring, v_ring, mailbox, out_buffers, p_buffers)
     fence_async_shared()
     # The lists have to be spelled out: in tuples bound to a name, constants become tensors.
     R: gl.constexpr = REGISTERS

@@ -335,5 +335,6 @@ def constants(plan: ForwardPlan, block_d: int, block_dv: int) -> dict[str, Any]:
         "LATE": plan.late,
         "OVERLAP": plan.overlap,
         "JOINT": plan.joint,
+        "P_SHARED": plan.p_shared,
         "num_warps": 4,
     }

@@ -41,6 +41,8 @@ class ForwardPlan:
         peel: where :func:`masks_first_block_alone`, the loop over the other blocks has no mask.
         joint: keys and values share one ring of slots, 3 or more; not with both ``ping_pong`` and
             ``skip``, nor for values of another head dim.
+        p_shared: of so many last keys of a block weights are multiplied from shared memory, not
+            from registers: 0, half of them, or all.
     """
 
     consumers: int
@@ -58,6 +60,7 @@ class ForwardPlan:
     overlap: bool = False
     peel: bool = False
     joint: bool = False
+    p_shared: int = 0
 
     @property
     def block_m(self) -> int:
@@ -85,7 +88,10 @@ class ForwardPlan:
         """Bytes of shared memory for tiles of 16-bit elements, without barriers."""
         blocks = self.stages if self.joint else 2 * self.stages
         rows = self.q_slots * self.block_m + blocks * self.block_n
-        return 2 * (rows * block_d + self.block_m * self.out_columns(block_d))
+        out_columns = self.out_columns(block_d)
+        if self.p_shared and out_columns < block_d:
+            out_columns = block_d  # pieces, with a buffer for each
+        return 2 * (rows * block_d + self.block_m * (out_columns + self.p_shared))
 
 
 class Grid(NamedTuple):
