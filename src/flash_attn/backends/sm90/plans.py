@@ -149,7 +149,6 @@ _64_CAUSAL = replace(_64, scheduler=DYNAMIC, skip=True, section_bytes=16 << 20, 
 _128 = ForwardPlan(2, 128, 2, DYNAMIC, 1, 1, peel=True, section_bytes=8 << 20, last_bytes=_L2)
 _256 = ForwardPlan(2, 64, 2, ROUND_ROBIN, 1, 2, overlap=True)
 _96 = replace(_128, stages=3)
-_192 = ForwardPlan(2, 128, 3, ROUND_ROBIN, 1, 1, joint=True)
 _FORWARD: dict[tuple[int, bool], _Rows] = {
     (64, False): (
         (0, replace(_64, overlap=True)),  # 400 466
@@ -161,9 +160,9 @@ _FORWARD: dict[tuple[int, bool], _Rows] = {
         (8192, replace(_64_LONG, scheduler=DYNAMIC, skip=True, section_bytes=_L2)),  # 529 538
     ),
     (96, False): (
-        (0, ForwardPlan(2, 128, 3, ROUND_ROBIN, 1, 1, ping_pong=True)),  # 421 497
-        (2048, ForwardPlan(3, 64, 4, ROUND_ROBIN, 1, 1, ping_pong=True, slim=True,
-                           overlap=True)),  # 573 598 574 568
+        (0, ForwardPlan(2, 128, 3, ROUND_ROBIN, 1, 1, ping_pong=True)),  # 425 501
+        (1024, ForwardPlan(3, 128, 2, ROUND_ROBIN, 1, 1, ping_pong=True, slim=True,
+                           p_shared=64)),  # 502 618 641 637 626
     ),
     (96, True): ((0, _96),),  # 253 371 473 539 571 563
     (128, False): (
@@ -176,12 +175,12 @@ _FORWARD: dict[tuple[int, bool], _Rows] = {
         (4096, replace(_128, late=True, overlap=True)),  # 662 701 704
     ),
     (192, False): (
-        (0, replace(_192, overlap=True)),  # 501 625 695 725; with slim 1.5 % more, but it spills
-        (8192, ForwardPlan(2, 64, 2, ROUND_ROBIN, 1, 1, slim=True, overlap=True)),  # 707 705
+        (0, ForwardPlan(2, 64, 6, ROUND_ROBIN, 1, 1, ping_pong=True, slim=True, overlap=True,
+                        joint=True)),  # 524 633 703 730 728 720
     ),
     (192, True): (
-        (0, replace(_192, scheduler=DYNAMIC, late=True, peel=True, section_bytes=16 << 20,
-                    last_bytes=_L2)),  # 301 458 593 685 733 745
+        (0, ForwardPlan(2, 128, 3, DYNAMIC, 1, 1, joint=True, late=True, peel=True,
+                        section_bytes=16 << 20, last_bytes=_L2)),  # 301 458 593 685 733 745
     ),
     (256, False): (
         (0, replace(_256, ping_pong=True, slim=True)),  # 528 670 763 804 788 770
@@ -247,7 +246,7 @@ def windowed(plan: ForwardPlan, block_d: int) -> ForwardPlan:
 
 def with_two_rings(plan: ForwardPlan) -> ForwardPlan:
     """``plan`` for values of another head dim than the keys', which cannot share slots."""
-    return replace(plan, joint=False, block_n=64) if plan.joint else plan
+    return replace(plan, joint=False, block_n=64, stages=3) if plan.joint else plan
 
 
 # By block_d: plans for lengths that only the device knows, where more numbers describe a tile.
