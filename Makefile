@@ -31,10 +31,12 @@ for module in einops hypothesis; do \
 done
 endef
 
-# One thread a worker: the workers already fill the cores.
+# One thread a worker: the workers already fill the cores. A worker without tests takes over those
+# that wait for another.
+PARALLEL := -n auto --maxprocesses 8 --dist worksteal
 define parallel_options
 if $(PY) -c "import xdist" 2>/dev/null; then \
-	options+=(-n auto --maxprocesses 8); export OMP_NUM_THREADS=1; \
+	options+=($(PARALLEL)); export OMP_NUM_THREADS=1; \
 fi
 endef
 
@@ -61,7 +63,7 @@ lint: $(VENV)/stamp
 	@$(call tool,mypy,$(PY) -m mypy)
 
 test-newest-triton: $(NEWEST)/stamp
-	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n auto --maxprocesses 8 tests/compile \
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest $(PARALLEL) tests/compile \
 		tests/unit/test_compiled.py tests/unit/test_launcher.py tests/unit/test_repeated.py \
 		tests/unit/test_repeated_sm90.py
 

@@ -94,7 +94,7 @@ with_own_torch() {
 with_newest_triton() {
     say "$venv with the newest Triton (a few minutes)"
     "$base" -m venv "$venv"
-    pip_install torch==2.13.0 numpy einops hypothesis 'pytest>=8' pytest-xdist pytest-timeout
+    pip_install torch==2.13.0 numpy einops hypothesis 'pytest>=8' 'pytest-xdist>=3.2' pytest-timeout
     pip_install triton==3.9.0
 }
 

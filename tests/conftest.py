@@ -46,8 +46,10 @@ FATAL_GPU_ERROR = re.compile(
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     import interpreter_bounds
+    import interpreter_language
 
     interpreter_bounds.install()
+    interpreter_language.install()
 
 
 @pytest.hookimpl(wrapper=True)
@@ -127,6 +129,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=list(again))
         items[:] = [x for x in items if x not in again]
         return
+    # Last of all, a long test would keep one worker busy while the others have nothing left to do.
+    items.sort(key=lambda item: "slow" not in item.keywords)
     skip = pytest.mark.skip(reason="needs a GPU")
     for item in items:
         if "gpu" in item.keywords:

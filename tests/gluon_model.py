@@ -32,6 +32,7 @@ import threading
 import types
 from collections.abc import Callable
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -359,7 +360,7 @@ class Agent:
         self.identity = machine.next_identity()
         # Some are much slower than others, or lags of more than a few instructions never happen.
         self.speed = machine.random.choice((0.01, 1.0))
-        self.may_run = threading.Semaphore(0)
+        self.may_run: SimpleQueue[None] = SimpleQueue()
         self.ready: Callable[[], bool] = lambda: True
         self.error: BaseException | None = None
         self.is_done = False
@@ -375,7 +376,7 @@ class Agent:
         self.thread.start()
 
     def _run(self, work: Callable[[], None]) -> None:
-        self.may_run.acquire()
+        self.may_run.get()
         _CURRENT.agent = self
         try:
             if not self.machine.is_over:
@@ -390,13 +391,15 @@ class Agent:
         except BaseException as problem:
             self.error = problem
         self.is_done = True
-        self.machine.turn_over.release()
+        self.machine.ended.put(self)
 
     def pause(self, ready: Callable[[], bool] | None = None) -> None:
         """Let others run; go on when ``ready``."""
         self.ready = ready or (lambda: True)
-        self.machine.turn_over.release()
-        self.may_run.acquire()
+        chosen = self.machine.choose()
+        if chosen is not self:  # else a turn costs no change of threads
+            chosen.may_run.put(None)
+            self.may_run.get()
         if self.machine.is_over:
             raise _Stop
 
@@ -462,7 +465,7 @@ class Machine:
         self.additions: dict[Any, tuple[int, Transfer]] = {}
         self.stores: dict[Any, Transfer] = {}  # to each place of global memory
         self.tma_speed = self.random.choice((0.01, 0.3))
-        self.turn_over = threading.Semaphore(0)
+        self.ended: SimpleQueue[Agent] = SimpleQueue()
         self.agents: list[Agent] = []
         self.transfers: list[Transfer] = []
         self.meetings: dict[tuple[int, int], list[int]] = {}
@@ -478,38 +481,44 @@ class Machine:
         waiting = list(range(programs))
         self.programs = programs
         try:
-            while waiting or self.agents or self.transfers:
+            while waiting or self.agents:
                 busy = {agent.program for agent in self.agents}
                 while waiting and len(busy) < self.resident:
                     program = waiting.pop(0)
                     busy.add(program)
                     self.agents.append(Agent(self, program, "kernel", kernel))
-                self._step()
+                self.choose().may_run.put(None)
+                agent = self.ended.get()
+                self.agents.remove(agent)
+                if agent.error is not None:
+                    raise agent.error
+            while self.transfers:
+                self._transfer()
         finally:
             self.is_over = True
             for agent in self.agents:
-                agent.may_run.release()
+                agent.may_run.put(None)
             for agent in self.agents:
                 agent.thread.join(timeout=10)
 
-    def _step(self) -> None:
-        able = [agent for agent in self.agents if agent.ready()]
-        if self.transfers and (not able or self.random.random() < self.tma_speed):
-            transfer = self.transfers.pop(self.random.randrange(len(self.transfers)))
-            transfer.go_on()
-            if not transfer.is_done:
-                self.transfers.append(transfer)
-            return
-        if not able:
-            names = ", ".join(f"{a.name} of program {a.program}" for a in self.agents)
-            raise ModelError(f"deadlock: {names}")
-        agent = self.random.choices(able, [agent.speed for agent in able])[0]
-        agent.may_run.release()
-        self.turn_over.acquire()
-        if agent.is_done:
-            self.agents.remove(agent)
-            if agent.error is not None:
-                raise agent.error
+    def choose(self) -> Agent:
+        """Who runs next; before it, what TMA does meanwhile."""
+        while True:
+            able = [agent for agent in self.agents if agent.ready()]
+            if self.transfers and (not able or self.random.random() < self.tma_speed):
+                self._transfer()
+            elif able:
+                return self.random.choices(able, [agent.speed for agent in able])[0]
+            else:
+                names = ", ".join(f"{a.name} of program {a.program}" for a in self.agents)
+                raise ModelError(f"deadlock: {names}")
+
+    def _transfer(self) -> None:
+        """The next part of any transfer."""
+        transfer = self.transfers.pop(self.random.randrange(len(self.transfers)))
+        transfer.go_on()
+        if not transfer.is_done:
+            self.transfers.append(transfer)
 
     def ask_tma(self, *parts: Callable[[], None]) -> Transfer:
         transfer = Transfer(*parts)

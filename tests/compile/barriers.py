@@ -43,6 +43,8 @@ def _mentions(name: str, lines: list[str]) -> Iterator[str]:
     """The operations on a barrier or on a view of it."""
     mention = re.compile(rf"%{re.escape(name)}(?![\w#])")
     for line in lines:
+        if f"%{name}" not in line:
+            continue
         operands = line.partition(" = ")[2] if line.lstrip().startswith("%") else line
         if mention.search(operands):
             view = _VIEW.search(line)

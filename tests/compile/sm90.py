@@ -1,6 +1,6 @@
 """Compiling the Hopper kernels for sm_90a without a GPU, and what the compiler made of them.
 
-    python tests/compile/sm90.py [--match TEXT] [--selection]
+    python tests/compile/sm90.py [--match TEXT] [--headdims D ...] [--selection]
 
 compiles every plan with every mask that it serves, prints a line for each and fails if one spills
 registers, has its warpgroup MMAs made sequential, or takes too much shared memory. With --selection
@@ -382,12 +382,15 @@ def main() -> int:
     """Compile, print, count what is unfit."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--match", default="", help="only cases whose line contains it")
+    parser.add_argument("--headdims", type=int, nargs="*", help="of these alone")
     parser.add_argument("--selection", action="store_true", help="cases that cover the features")
     args = parser.parse_args()
     os.environ["TRITON_ALWAYS_COMPILE"] = "1"  # the assembler's log is not cached
     unfit = 0
     cases = selection() if args.selection else all_cases()
     cases = [case for case in cases if args.match in case.label]
+    if args.headdims:
+        cases = [case for case in cases if case.headdim in args.headdims]
     cases = [case for case in cases if not launch.register_reasons(case.problem)]
     for case in cases:
         result = compile_case(case)

@@ -3,7 +3,8 @@
     PYTHONPATH=src python tests/compile/sm90_backward.py 64 128
     PYTHONPATH=src python tests/compile/sm90_backward.py --split 64 128
 
-With ``--split`` query heads are grouped, and the groups divided among two programs.
+With ``--split`` query heads are grouped, and the groups divided among two programs: the kernels
+that this changes.
 
 A program of its own, because a compiler that does not know its way aborts the process. The
 assembler's log goes to the same output.
@@ -152,6 +153,19 @@ def specialised(x: Any) -> Any:
     return type(x) if isinstance(x, float) else repr(x)
 
 
+def kernel_of(one: aot.Launch) -> tuple[Any, ...]:
+    """What tells compiled kernels apart: launches with the same are of one kernel."""
+    keywords = tuple((name, repr(x)) for name, x in sorted(one.keywords.items()))
+    return (one.name, *map(specialised, one.arguments), keywords)
+
+
+def report(one: aot.Launch, **facts: Any) -> None:
+    """Compile a kernel and print what it takes."""
+    found = aot.compile_launch(one, "sm90")
+    failures = found.failures("sm90")
+    print(json.dumps({**facts, **found.as_dict(), "failures": failures}), flush=True)
+
+
 def main() -> None:
     """Compile for the head dims named on the command line."""
     knobs.nvidia.dump_ptxas_log = True
@@ -163,20 +177,17 @@ def main() -> None:
         cases = CASES if headdim in (64, 128) else CASES[:5]
         if headdim == 96:  # in pieces, and a dq group with other registers: what takes the most
             cases = [*CASES[:5], *FULLEST]
-        if splits > 1:
-            cases = [Case("full"), Case("causal"), Case("causal", features="packed")]
         known = set()
+        if splits > 1:
+            known = {kernel_of(one) for case in cases for _, one in launches(case, headdim)}
+            cases = [Case("full"), Case("causal"), Case("causal", features="packed")]
         for case in cases:
             for plan, one in launches(case, headdim, splits):
-                keywords = tuple((name, repr(x)) for name, x in sorted(one.keywords.items()))
-                kernel = (one.name, *map(specialised, one.arguments), keywords)
+                kernel = kernel_of(one)
                 if kernel in known:
                     continue
                 known.add(kernel)
-                found = aot.compile_launch(one, "sm90")
-                facts = {"kernel": one.name, "plan": plan, "headdim": headdim, **case._asdict()}
-                failures = found.failures("sm90")
-                print(json.dumps({**facts, **found.as_dict(), "failures": failures}), flush=True)
+                report(one, kernel=one.name, plan=plan, headdim=headdim, **case._asdict())
 
 
 if __name__ == "__main__":

@@ -28,15 +28,22 @@ _SCRIPT = Path(__file__).with_name("sm90.py")
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_plans_compile_without_spilling() -> None:
-    """In a process of its own: the compiler aborts where it does not know its way. The script
+@pytest.mark.parametrize("headdims", [(64, 96), (128, 192, 256)], ids=str)
+def test_plans_compile_without_spilling(headdims: tuple[int, ...]) -> None:
+    """In processes of their own: the compiler aborts where it does not know its way. The script
     without --selection compiles everything."""
     done = subprocess.run(
-        [sys.executable, str(_SCRIPT), "--selection"], capture_output=True, text=True, check=False
-    )
+        [sys.executable, str(_SCRIPT), "--selection", "--headdims", *map(str, headdims)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    for block_d in plans.BLOCK_DS:
+    for block_d in headdims:
         assert f"d{block_d} causal" in done.stdout
+
+
+def test_every_head_dim_is_compiled() -> None:
+    assert {case.headdim for case in sm90.selection()} == set(plans.BLOCK_DS)
+    assert set(plans.BLOCK_DS) == {64, 96, 128, 192, 256}  # those of the test above
 
 
 def test_no_integer_becomes_a_constant() -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -16,16 +17,11 @@ _SCRIPT = Path(__file__).with_name("sm90_backward_wide.py")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("headdim", "options", "kernels_of_all"),
-    [(136, [], 3 * 6), (192, [], 3 * 6), (256, [], 3 * 5)]
-    + [(136, ["--split"], 4 * 5), (192, ["--split"], 4 * 5), (256, ["--split"], 4 * 4)],
-)
-def test_compiles_within_the_limits(
-    headdim: int, options: list[str], kernels_of_all: int, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("headdims", [(136, 192), (256,)], ids=str)
+def test_compiles_within_the_limits(headdims: tuple[int, ...], tmp_path: Path) -> None:
+    """With groups of query heads whole, and divided. 136 and 192 have one main kernel."""
     done = subprocess.run(
-        [sys.executable, str(_SCRIPT), *options, str(headdim)],
+        [sys.executable, str(_SCRIPT), "--split", *map(str, headdims)],
         capture_output=True,
         text=True,
         check=False,
@@ -36,7 +32,17 @@ def test_compiles_within_the_limits(
     # C7510 to C7518: the assembler makes products wait for each other.
     assert "C75" not in log, log
     kernels = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert len(kernels) == kernels_of_all
+    # Of the cases head dim 256 is refused softcap, and one head cannot be divided.
+    cases, divided = (5, 4) if headdims == (256,) else (6, 5)
+    counts = Counter((kernel["kernel"], kernel["splits"]) for kernel in kernels)
+    assert counts == {
+        ("attention_backward_wide_sm90", 1): cases,
+        ("attention_backward_wide_sm90", 2): divided,
+        # Of its own: two dtypes, one sequence of one row, an odd shape. Softcap changes the last.
+        ("row_statistics_sm90", 1): 4 * len(headdims),
+        ("finish_dq_sm90", 1): 4 * len(headdims),
+        ("finish_keys_sm90", 2): (divided - 1) * len(headdims),
+    }
     for kernel in kernels:
         assert not kernel["failures"], kernel
     assert "0 bytes spill stores" in log  # the log is there

@@ -17,6 +17,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from queue import SimpleQueue
 from types import SimpleNamespace
 from typing import Any
 
@@ -165,19 +166,19 @@ class Task:
         self.speed = 1.0
         self.products: list[tuple[Any, Any]] = []
         self.values: list[Any] = []
-        self.turn = threading.Semaphore(0)
+        self.turn: SimpleQueue[None] = SimpleQueue()
         self.thread = threading.Thread(target=self._run, args=(machine, function, arguments))
         self.thread.daemon = True
 
     def _run(self, machine: Machine, function: Any, arguments: Any) -> None:
-        self.turn.acquire()
+        self.turn.get()
         try:
             if not machine.failed:
                 function(*arguments)
         except BaseException as error:
             machine.failed = machine.failed or error
         self.done = True
-        machine.idle.release()
+        machine.idle.put(None)
 
 
 class Machine:
@@ -196,7 +197,7 @@ class Machine:
         self.tasks: list[Task] = []
         self.pending: list[Callable[[], None]] = []
         self.turns: dict[Any, list[int]] = {}
-        self.idle = threading.Semaphore(0)
+        self.idle: SimpleQueue[None] = SimpleQueue()
         self.current: Task | None = None
         self.failed: BaseException | None = None
         self.steps = 0
@@ -211,8 +212,8 @@ class Machine:
         task = self.current
         assert task is not None
         task.ready = ready
-        self.idle.release()
-        task.turn.acquire()
+        self.idle.put(None)
+        task.turn.get()
         if self.failed:
             raise SystemExit
 
@@ -250,8 +251,8 @@ class Machine:
 
     def resume(self, task: Task) -> None:
         self.current = task
-        task.turn.release()
-        self.idle.acquire()
+        task.turn.put(None)
+        self.idle.get()
 
     # -- what the kernel calls
     def specialize(self, parts: Any, _warps: Any, _registers: Any) -> None:

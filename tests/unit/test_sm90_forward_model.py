@@ -138,11 +138,12 @@ def test_dense_and_packed_sequences(kernels: Any, dim: int, mask: Visibility) ->
 @pytest.mark.parametrize("group", [2, 8, 64])
 def test_packed_heads_give_the_same(kernels: Any, group: int) -> None:
     """Masks and sinks follow the rows, wherever they are in a tile."""
-    sinks = torch.randn(2 * group)
+    heads = (64, 1) if group == 64 else (2 * group, 2)
+    sinks = torch.randn(heads[0])
     for mask in (FULL, CAUSAL, WINDOW):
         for problem in (
-            dense((50, 140), (2 * group, 2), visibility=mask),
-            packed([(20, 50), (0, 7), (31, 130)], (2 * group, 2), visibility=mask),
+            dense((50, 140), heads, visibility=mask),
+            packed([(20, 50), (0, 7), (31, 130)], heads, visibility=mask),
         ):
             transform = problem.transform._replace(sinks=sinks)
             problem = problem._replace(transform=transform, pack_gqa=True)
@@ -152,7 +153,7 @@ def test_packed_heads_give_the_same(kernels: Any, group: int) -> None:
             want = solve(kernels, problem._replace(pack_gqa=False))
             torch.testing.assert_close(got.out, want.out, atol=1e-3, rtol=1e-3)
             torch.testing.assert_close(got.softmax_lse, want.softmax_lse, atol=1e-5, rtol=1e-6)
-    check(kernels, dense((50, 140), (2 * group, 2), visibility=CAUSAL, pack_gqa=True))
+    check(kernels, dense((50, 140), heads, visibility=CAUSAL, pack_gqa=True))
 
 
 @pytest.mark.parametrize("seed", range(1, 5))
