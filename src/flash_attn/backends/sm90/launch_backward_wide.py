@@ -32,10 +32,9 @@ def launch_main_wide(
     Raises:
         ValueError: the plan asks for what this kernel does not have.
     """
-    wanted = (plan.block_m, plan.dq_group, plan.adder, plan.keeps_keys)
-    wanted += (plan.eager_dv, plan.early_lse, plan.delta_first)
-    has = (_BLOCK, True, False, False, False, False, False)
-    if wanted != has or plan.first_stores or plan.rotates or plan.ahead not in (0, 1):
+    is_narrow = any((plan.eager_dv, plan.early_lse, plan.delta_first, plan.adder, plan.keeps_keys,
+                     plan.first_stores, plan.rotates))  # fmt: skip
+    if is_narrow or plan.block_m != _BLOCK or not plan.dq_group or plan.ahead not in (0, 1):
         raise ValueError(f"no plan for head dims above 128: {plan}")
     if is_ragged(problem) or problem.visibility.attention_chunk:
         raise ValueError("plans with pieces serve neither lengths on the device nor chunks")
