@@ -18,7 +18,7 @@ import sys
 import time
 from collections import Counter
 from contextlib import redirect_stdout
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from io import StringIO
 from typing import Any, NamedTuple
 from unittest import mock
@@ -261,28 +261,8 @@ def all_cases() -> list[Case]:
         Case(plan, block_d, "causal" if masked else "full", torch.float16)
         for (block_d, masked), plan in longest.items()
     ]
-    cases += [*feature_cases(), *weights_in_shared_memory()]
+    cases += feature_cases()
     return list(dict.fromkeys(cases))
-
-
-def weights_in_shared_memory() -> list[Case]:
-    """Plans on trial, which no problem has yet."""
-    full = plans.ForwardPlan(3, 128, 2, plans.ROUND_ROBIN, 1, 1, slim=True, ping_pong=True)
-    causal = replace(full, ping_pong=False, slim=False, scheduler=plans.DYNAMIC, late=True)
-    every, half = {"p_shared": 128, "overlap": True}, {"p_shared": 64}
-    cases = [
-        Case(replace(plan, **part), 96, mask, dtype)
-        for plan, mask in ((full, "full"), (causal, "causal"))
-        for part in (every, half)
-        for dtype in (torch.bfloat16, torch.float16)
-    ]
-    cases += [Case(replace(causal, skip=True, **part), 96, "causal") for part in (every, half)]
-    joint = replace(full, joint=True)
-    return [
-        *cases,
-        Case(replace(joint, stages=4, **every), 96, "full"),
-        Case(replace(joint, stages=5, **half), 96, "full"),
-    ]
 
 
 def feature_cases() -> list[Case]:
@@ -349,7 +329,16 @@ def selection() -> list[Case]:
         planned(128, "causal", "packed alibi"),
         planned(128, "window", "packed sinks", pack=8),
         planned(256, "causal", "packed", pack=4),
-        *weights_in_shared_memory(),
+        # Half of the weights are multiplied from shared memory.
+        planned(96, "full", ""),
+        planned(96, "full", "")._replace(dtype=torch.float16),
+        planned(96, "full", "softcap"),
+        planned(96, "full", "sinks"),
+        planned(96, "full", "", pack=8),
+        planned(96, "full", "", headdim_v=64),
+        # Six slots for keys and values.
+        planned(192, "full", ""),
+        planned(192, "full", "softcap"),
     ]
     return list(dict.fromkeys(cases))
 
