@@ -88,7 +88,7 @@ def launches(case: Case, headdim: int, splits: int = 1) -> Iterator[tuple[str, a
         yield "in use", one
     if case.shape != "usual" or case.headdim_v:
         return  # other plans differ from others as the plan in use does
-    plans = {"without stores": without_stores(widest, case.mask != "full")}
+    plans = {"other lengths": of_other_lengths(widest, case.mask != "full", seqlen)}
     if not ("alibi" in case.features and widest > MAX_HEADDIM_CHUNK):  # refused in order
         plans["ordered"] = plan_ordered(widest, case.mask != "full", seqlen)
     for name, plan in plans.items():
@@ -109,10 +109,11 @@ class Case(NamedTuple):
     headdim_v: int | None = None
 
 
-def without_stores(headdim: int, is_masked: bool) -> BackwardPlan | None:
-    """The plan of other lengths than those of the shapes here, if it has other kernels."""
-    plan = plan_backward(headdim, is_masked, 64, 4096)
-    return plan if plan_backward(headdim, is_masked, 512).first_stores else None
+def of_other_lengths(headdim: int, is_masked: bool, seqlen: int) -> BackwardPlan | None:
+    """The plan of lengths where dq is stored first, or is not, unlike at ``seqlen``."""
+    used = plan_backward(headdim, is_masked, seqlen)
+    others = (plan_backward(headdim, is_masked, 512), plan_backward(headdim, is_masked, 64, 4096))
+    return next((x for x in others if x.first_stores != used.first_stores), None)
 
 
 CASES = [

@@ -185,6 +185,8 @@ def backward(
     plan = plan._replace(keeps_keys=plan.keeps_keys and _can_keep_keys(problem))
     if plan.early_lse and not _can_be_early(problem):
         plan = plan._replace(early_lse=False, delta_first=False, eager_dv=plan.width == 64)
+    if plan.early_lse and plan.splits > 1:  # 8 bytes spilled otherwise
+        plan = plan._replace(rotates=False)
     report(("sm90 backward", *problem.q.shape, *problem.k.shape, visibility), plan)
     fits, fit = (is_for_ragged_tma, for_ragged_tma) if ragged else (is_for_tma, for_tma)
     if plan.splits > 1:
