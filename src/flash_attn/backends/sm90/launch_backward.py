@@ -154,7 +154,7 @@ def _can_keep_keys(problem: AttentionProblem) -> bool:
 def _can_be_early(problem: AttentionProblem) -> bool:
     """Whether a consumer has registers for the next step's log-sum-exp and delta."""
     has_left = problem.visibility.window_left is not None
-    return _can_keep_keys(problem) and not (has_left or is_ragged(problem) or problem.deterministic)
+    return _can_keep_keys(problem) and not has_left and not is_ragged(problem)
 
 
 def backward(
