@@ -583,12 +583,29 @@ def test_unknown_versions_and_the_interpreter_are_left_alone(
 # Processes
 
 _PROCESS = """
-import sys, torch
+import os, sys, time, torch
+from pathlib import Path
 from stub_driver import stub_driver
 from triton.runtime import cache
 from flash_attn.backends._launcher import Launcher, recording
 from test_compiled import add_one
 
+class Met:
+    # Triton's hash, once as many processes ask for it as have to.
+    def __init__(self, folder, count):
+        self.key, self.folder, self.count = cache.triton_key, Path(folder), int(count)
+        self.cache_info = self.key.cache_info
+
+    def __call__(self):
+        (self.folder / str(os.getpid())).touch()
+        end = time.monotonic() + 100
+        while len(list(self.folder.iterdir())) < self.count:
+            if time.monotonic() > end:
+                sys.exit("the other process never asked for the hash")
+            time.sleep(0.01)
+        return self.key()
+
+cache.triton_key = Met(*sys.argv[1:])
 with stub_driver(), recording() as tape:
     x = torch.zeros(64)
     compiled = Launcher(add_one)[(1,)](x, BLOCK=64)
@@ -597,24 +614,29 @@ print(compiled.hash, hashed, "torch._dynamo" in sys.modules, tape.operators)
 """
 
 
-def started(folder: Path) -> subprocess.Popen[str]:
+def started(folder: Path, meeting: Path, count: int) -> subprocess.Popen[str]:
+    """A process that gets Triton's hash when ``count`` processes have asked for it."""
     tests = Path(__file__).parents[1]
     paths = [str(x) for x in (SOURCE, tests, tests / "unit")]
     variables = {"PYTHONPATH": os.pathsep.join(paths), "TRITON_CACHE_DIR": str(folder)}
     return subprocess.Popen(
-        [sys.executable, "-c", _PROCESS], env=os.environ | variables, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        [sys.executable, "-c", _PROCESS, str(meeting), str(count)], env=os.environ | variables,
+        text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 
 
 def test_two_processes_at_once_and_one_later(tmp_path: Path) -> None:
-    """With Triton's own files and hash."""
-    both = [started(tmp_path / "cache") for _ in range(2)]
+    """With Triton's own files and hash. Neither of the two finds what the other has kept."""
+    meetings = [tmp_path / "two", tmp_path / "one"]
+    for meeting in meetings:
+        meeting.mkdir()
+    both = [started(tmp_path / "cache", meetings[0], 2) for _ in range(2)]
     said = [(process.communicate(timeout=120), process.returncode) for process in both]
-    later = started(tmp_path / "cache")
+    later = started(tmp_path / "cache", meetings[1], 1)
     said.append((later.communicate(timeout=120), later.returncode))
     assert [code for _, code in said] == [0, 0, 0], said
     words = [out.split(maxsplit=1) for (out, _), _ in said]
     assert len({key for key, _ in words}) == 1
-    assert words[2][1] == "False False ['zeros']\n"
     assert words[0][1] == words[1][1] == "True False ['zeros']\n"
+    assert words[2][1] == "False False ['zeros']\n"
+    assert [len(list(meeting.iterdir())) for meeting in meetings] == [2, 0]
