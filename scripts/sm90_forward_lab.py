@@ -2,12 +2,11 @@
 
     python scripts/sm90_forward_lab.py --out lab.json --deadline 460
     python scripts/sm90_forward_lab.py --trial --trace --deadline 330 --fa3 FOLDER
-    python scripts/sm90_forward_lab.py --weights --deadline 98 --jobs 16 --checks 16 --fa3 FOLDER
+    python scripts/sm90_forward_lab.py --trial --headdims 96 192 --jobs 16 --checks 16 --fa3 FOLDER
     python scripts/sm90_forward_lab.py --list
     python scripts/sm90_forward_lab.py --compile-only      # no GPU needed
 
-Compared are the plans in use, and with --trial also those that differ from one of them in one part;
-with --weights those of head dims 96 and 192, and plans with weights in shared memory.
+Compared are the plans in use, and with --trial also those that differ from one of them in one part.
 All kernels are compiled at once in many processes. Each plan is then checked in a process of its
 own with a time limit, because a wrong barrier protocol hangs: against a float64 computation, with
 odd and unequal lengths, windows, grouped heads, padded head dims, NaN around every tensor and few
@@ -49,19 +48,18 @@ from flash_attn.backends.sm90.plans import (  # noqa: E402
 
 PEERS = ("cudnn", "fa3")
 TOKENS, HIDDEN = 16384, 2048
-LAB_BLOCK_DS = (64, 128, 256)  # those that divide the hidden size; cuDNN has no others
+BLOCK_DS = (64, 128, 256)  # those that divide the hidden size; cuDNN has no others
 L2 = 32 << 20
 FLUSH_BYTES = 256 << 20
 # Cycles that the GPU idles before each timed launch, so that the host is never what is timed.
 LEAD_CYCLES = 500_000
-TRIAL, TRACE, WEIGHTS = (flag in sys.argv for flag in ("--trial", "--trace", "--weights"))
-QUICK = TRIAL or WEIGHTS
+TRIAL, TRACE = (flag in sys.argv for flag in ("--trial", "--trace"))
 SEQLENS = (512, 1024, 2048, 4096, 8192, 16384)
 REPEATS = 40
 FA3_LIBRARIES = ("fa3_C.so", "_C.so", "flash_attn_3/_C.so", "xformers/flash_attn_3/_C.so")
-CHECK_SECONDS, TIME_SECONDS, COMPILE_SECONDS = 40 if QUICK else 60, 45, 150
+CHECK_SECONDS, TIME_SECONDS, COMPILE_SECONDS = 40 if TRIAL else 60, 45, 150
 # Seconds that must be left for another check to start.
-LEFT_SECONDS = 45 if WEIGHTS else 65 if TRIAL else 90
+LEFT_SECONDS = 65 if TRIAL else 90
 FA3 = Path(sys.argv[sys.argv.index("--fa3") + 1]) if "--fa3" in sys.argv else None
 SCHEDULERS = {ROUND_ROBIN: "rr", DYNAMIC: "dyn"}
 
@@ -111,46 +109,14 @@ def neighbours(plan: ForwardPlan, masked: bool) -> list[ForwardPlan]:
     parts += ["slim"] if not plan.late else []
     parts += ["late"] if plan.scheduler == DYNAMIC and not plan.slim else []
     found = [replace(plan, **{part: not getattr(plan, part)}) for part in parts]
+    if plan.consumers == 3 and plan.block_n == 128:
+        found.append(replace(plan, p_shared=64 - plan.p_shared))
     return [x for x in found if not (x.joint and x.ping_pong and x.skip)]
-
-
-def weights_in_shared_memory() -> list[Variant]:
-    """Of --weights: the plans in use, then what is on trial."""
-    groups = ((96, False), (96, True), (192, False))
-    found = [Variant(*row) for row in forward_plans() if row[:2] in groups]
-    full = ForwardPlan(3, 128, 2, ROUND_ROBIN, 1, 1, slim=True, p_shared=128)
-    half = replace(full, p_shared=64)
-    trial = [replace(full, ping_pong=True)]
-    for turns in (False, True):
-        trial += [
-            replace(full, ping_pong=turns, overlap=True),
-            replace(full, ping_pong=turns, overlap=True, joint=True, stages=4),
-            replace(half, ping_pong=turns),
-            replace(half, ping_pong=turns, joint=True, stages=5),
-        ]
-    found += [Variant(96, False, plan) for plan in trial]
-    causal = replace(full, slim=False, scheduler=DYNAMIC, late=True, overlap=True,
-                     section_bytes=8 << 20, last_bytes=L2)  # fmt: skip
-    half = replace(causal, p_shared=64, overlap=False)
-    found += [
-        Variant(96, True, plan)
-        for plan in (
-            causal,
-            replace(causal, ping_pong=True),
-            replace(causal, skip=True),
-            half,
-            replace(half, skip=True),
-        )
-    ]
-    small = ForwardPlan(2, 64, 6, ROUND_ROBIN, 1, 1, slim=True, overlap=True, joint=True)
-    return [*found, *(Variant(192, False, replace(small, ping_pong=x)) for x in (False, True))]
 
 
 def all_variants() -> list[Variant]:
     """What this run is about, without repetitions."""
-    if WEIGHTS:
-        return weights_in_shared_memory()
-    found = [Variant(*row) for row in forward_plans() if row[0] in LAB_BLOCK_DS]
+    found = [Variant(*row) for row in forward_plans()]
     if TRIAL:
         found += [x._replace(plan=plan) for x in found for plan in neighbours(x.plan, x.masked)]
     return list(dict.fromkeys(found))
@@ -213,7 +179,7 @@ WINDOWS = ((100, 0), (64, 40), (300, None), (0, 0), (None, 5), (None, 700), (7, 
 def shapes_of(variant: Variant) -> list[Shape]:
     """What a variant is checked with."""
     shapes = list(SHAPES)
-    if variant.masked and not QUICK:
+    if variant.masked and not TRIAL:
         shapes += [Shape(2, 4, 2, 517, 700, 5, window=window) for window in WINDOWS]
         shapes += [Shape(1, 2, 2, 700, 300, 3, window=window) for window in WINDOWS[:4]]
     return shapes
@@ -653,7 +619,6 @@ def call(task: str, chosen: list[Variant], limit: float, budget: float = 0.0) ->
         [sys.executable, str(Path(__file__).resolve()), "--work", task, names, str(budget)]
         + ["--trial"] * TRIAL
         + ["--trace"] * TRACE
-        + ["--weights"] * WEIGHTS
         + (["--fa3", str(FA3)] if FA3 else []),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -730,7 +695,7 @@ class Lab:
         good: list[Variant] = []
         failed: list[Variant] = []
         distinct = self.chosen
-        if QUICK:
+        if TRIAL:
             distinct = list({kernel_of(x): x for x in reversed(self.chosen)}.values())
         with ThreadPoolExecutor(jobs) as pool:
             for variant, found in pool.map(one, distinct):
@@ -823,6 +788,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="write all figures to this JSON file")
     parser.add_argument("--deadline", type=float, default=460.0, help="seconds for everything")
     parser.add_argument("--match", default="", help="only variants whose name contains it")
+    parser.add_argument("--headdims", type=int, nargs="+", default=BLOCK_DS, help="of these")
     parser.add_argument("--list", action="store_true", help="print the variants' names and end")
     parser.add_argument("--no-times", action="store_true", help="compile and check alone")
     parser.add_argument("--compile-only", action="store_true", help="fill Triton's cache and end")
@@ -830,7 +796,6 @@ def main() -> int:
     parser.add_argument("--stress", action="store_true", help="check by many runs of short tiles")
     parser.add_argument("--checks", type=int, default=0, help="checks at a time; 0: up to 6")
     parser.add_argument("--trial", action="store_true", help="also plans that differ in one part")
-    parser.add_argument("--weights", action="store_true", help="weights in shared memory, on trial")
     parser.add_argument("--trace", action="store_true", help="where the time goes at 128 causal")
     parser.add_argument("--fa3", type=Path, help="folder of FlashAttention-3's library, a peer")
     parser.add_argument("--work", nargs=3, help=argparse.SUPPRESS)
@@ -844,7 +809,7 @@ def main() -> int:
             traceback.print_exc()
             return 1
         return 0
-    chosen = [variant for variant in all_variants() if args.match in variant.name]
+    chosen = [x for x in all_variants() if args.match in x.name and x.headdim in args.headdims]
     if args.list or not chosen:
         print("\n".join(variant.name for variant in chosen) or f"nothing matches {args.match!r}")
         return 0 if chosen else 2
@@ -852,7 +817,7 @@ def main() -> int:
     if args.compile_only:
         return 0 if lab.compile(args.jobs, args.deadline) else 1
     lab.compile(args.jobs)
-    good = lab.check(args.checks or min(13 if QUICK else 6, args.jobs))
+    good = lab.check(args.checks or min(13 if TRIAL else 6, args.jobs))
     lab.save()
     if TRACE:
         lab.trace()

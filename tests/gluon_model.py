@@ -835,9 +835,16 @@ def _stand_ins() -> dict[str, types.ModuleType]:
     }
 
 
+_FORWARD_PARTS = (
+    "sm90_forward_work",
+    "sm90_forward_producer",
+    "sm90_forward_softmax",
+    "sm90_forward_store",
+)
 _PARTS = ("sm90_backward_work", "sm90_backward_dq", "sm90_backward_around")
 # Modules that a module takes names from, or whose kernels run around its own.
 _BEFORE = {
+    "sm90_forward": _FORWARD_PARTS,
     "sm90_backward": _PARTS,
     "sm90_backward_wide": (*_PARTS, "sm90_backward"),
 }

@@ -1,6 +1,6 @@
 """Runs the Hopper kernel's own source on the CPU, for its barriers and its tiles, not its numbers.
 
-The source of kernels/sm90_forward.py is executed with stand-ins for Gluon: whole numbers divide as
+The source of kernels/sm90_forward*.py is executed with stand-ins for Gluon: whole numbers divide as
 on the GPU, tensors of scores are a :class:`Blank` that absorbs every operation, shared memory and
 barriers are objects that know what lies in them and who is reading. Every warpgroup is a thread, of
 which one runs at a time; a random generator picks it at every access, and picks when loads and
@@ -25,7 +25,9 @@ import numpy as np
 
 import flash_attn
 
-SOURCE = Path(flash_attn.__file__).parent / "kernels" / "sm90_forward.py"
+KERNELS = Path(flash_attn.__file__).parent / "kernels"
+# In the order in which they import each other.
+MODULES = [f"sm90_forward{part}" for part in ("_work", "_producer", "_softmax", "_store", "")]
 
 
 class Int(int):
@@ -407,7 +409,7 @@ class _Flags(np.ndarray):
 
 
 def load_kernel(machine: Machine) -> dict[str, Any]:
-    """The kernel module's names, with stand-ins for Gluon."""
+    """The names of the kernel's modules, with stand-ins for Gluon."""
     language = _Language(
         constexpr=lambda x: x,
         static_range=range,
@@ -452,9 +454,11 @@ def load_kernel(machine: Machine) -> dict[str, Any]:
         "aggregate": lambda cls: cls,
         "scalar_of": Int,
     }
-    tree = ast.parse(SOURCE.read_text(encoding="utf-8"))
-    tree.body = [x for x in tree.body if not isinstance(x, (ast.Import, ast.ImportFrom))]
-    exec(compile(tree, str(SOURCE), "exec"), names)  # noqa: S102
+    for module in MODULES:
+        source = KERNELS / f"{module}.py"
+        tree = ast.parse(source.read_text(encoding="utf-8"))
+        tree.body = [x for x in tree.body if not isinstance(x, (ast.Import, ast.ImportFrom))]
+        exec(compile(tree, str(source), "exec"), names)  # noqa: S102
     # Numbers, which the model has not.
     names["here"] = lambda x: x
     names["program_of"] = lambda work: machine.program_id(0)

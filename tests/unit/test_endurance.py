@@ -250,10 +250,12 @@ def test_explained_races_are_clean_and_others_are_not() -> None:
                  "========= RACECHECK SUMMARY: 1 hazard displayed (1 error)"]  # fmt: skip
         return {"tool": "racecheck", **sanitizer.sum_up(lines, "exit code 0")}
 
-    source = (sanitizer.SOURCES / "sm90_forward.py").read_text().splitlines()
+    source = (sanitizer.SOURCES / "sm90_forward_producer.py").read_text().splitlines()
     lines = {name: source.index(f"def {name}(mailbox, slot{more}):") + 2
              for name, more in (("get", ""), ("put", ", number"))}  # fmt: skip
-    places = {x: f"attention_forward_sm90+0x10 in sm90_forward.py:{n}" for x, n in lines.items()}
+    places = {
+        x: f"attention_forward_sm90+0x10 in sm90_forward_producer.py:{n}" for x, n in lines.items()
+    }
     assert sanitizer.is_clean(row(places["get"], places["put"]), 1)
     assert not sanitizer.is_clean(row(places["get"], "attention_forward_sm90+0x1 in x.py:3"), 1)
 

@@ -97,7 +97,7 @@ def check(problem: AttentionProblem, plan: ForwardPlan, machine: Machine) -> Non
     for task in machine.tasks:
         rows_of_keys = [k[3] for _, k in task.products]
         # Values are multiplied in as many parts as there are places of weights.
-        parts = 2 if 0 < plan.p_shared < plan.block_n else 1
+        parts = 2 if plan.p_shared else 1
         assert [v[3] for v in task.values] == [row for row in rows_of_keys for _ in range(parts)]
         last: tuple[tuple[int, ...], list[int]] | None = None
         for q, k in task.products:

@@ -42,7 +42,7 @@ class ForwardPlan:
         joint: keys and values share one ring of slots, 3 or more; not with both ``ping_pong`` and
             ``skip``, nor for values of another head dim.
         p_shared: of so many last keys of a block weights are multiplied from shared memory, not
-            from registers: 0, half of them, or all.
+            from registers: 0 or half of them.
     """
 
     consumers: int
