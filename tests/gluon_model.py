@@ -847,6 +847,7 @@ _BEFORE = {
     "sm90_forward": _FORWARD_PARTS,
     "sm90_backward": _PARTS,
     "sm90_backward_wide": (*_PARTS, "sm90_backward"),
+    "sm90_backward_rows": (*_PARTS, "sm90_backward", "sm90_backward_wide"),
 }
 
 

@@ -147,8 +147,10 @@ def solve(
     told = lse.masked_fill(lse == float("inf"), empty_lse)
     arguments = BackwardInputs(inputs.dout, out, told, *grads, state)
     launches = gluon_model.record(lambda: launch_backward.backward(problem, arguments, plan))
-    # For head dims above 128 the main kernel is another one.
+    # For head dims above 128 the main kernel is another one, and dq may have one of its own.
     expected = KERNELS if plan.splits == 1 else SPLIT_KERNELS
+    if plan.rows is not None:
+        expected = [*KERNELS[:2], "attention_backward_rows_sm90", *expected[2:-1]]
     assert [one.name.replace("_wide", "") for one in launches][-len(expected) :] == expected
     for one in launches:  # anything may lie in a workspace
         if one.name == "row_statistics_sm90":

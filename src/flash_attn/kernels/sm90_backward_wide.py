@@ -5,7 +5,8 @@ of 64 keys and 256 columns are all that a warpgroup's registers hold, so each gr
 
 * the value consumer: S = k q^T, P = exp2(S - lse), dV += P do;
 * the key consumer:   dP = v do^T, dS = P (dP - delta), dK += dS q;
-* the dq group:       dQ = dS^T k, a tile of 64 x 64 at a time, added to the sums by TMA.
+* the dq group:       dQ = dS^T k, a tile of 64 x 64 at a time, added to the sums by TMA; without
+  DQ_GROUP there is none, and dq is ``sm90_backward_rows``'s.
 
 P goes from the first to the second and dS from the second to the third through shared memory, in
 the inputs' type; nobody waits for anybody else. The products of the next step, S and dP, are
@@ -158,17 +159,20 @@ def producer(work, shared, group, q_desc, k_desc, v_desc, do_desc, lse_desc, del
         )
         row, sum_row = step_after(work, row, sum_row)
         head = gl.where(row == work.first_row, head + 1, head)
+    if not work.config.DQ_GROUP and work.steps == 0:
+        # What runs next reads the statistics without waiting for them.
+        wait_for_dependencies()
     allow_dependents()
 
 
 # --------------------------------------------------------------------------------------- consumers
 @gluon.jit
-def start_keys_by_rows(shared, keys, rows, use, zeros):
-    """Start keys rows^T, (ROWS, ROWS), of all columns: as many products as there are pieces."""
+def start_product(shared, left, left_use, right, right_use, zeros):
+    """Start left right^T, (ROWS, ROWS), of all columns: as many products as there are pieces."""
     product = zeros
     for j in gl.static_range(shared.PIECES):
-        a = shared.piece(keys, opaque_zero(), j)
-        b = shared.piece(rows, use, j).permute([1, 0])
+        a = shared.piece(left, left_use, j)
+        b = shared.piece(right, right_use, j).permute([1, 0])
         product = warpgroup_mma(a, b, product, use_acc=j > 0, is_async=True)
     return product
 
@@ -266,7 +270,7 @@ def value_consumer(work, shared, dv_target):
     shared.k.wait_full(0)
     if work.steps > 0:  # otherwise it multiplies what lies in shared memory, for nobody
         shared.q.wait_full(0)
-    s = start_keys_by_rows(shared, shared.k, shared.q, 0, zeros)
+    s = start_product(shared, shared.k, opaque_zero(), shared.q, 0, zeros)
     s = warpgroup_mma_wait(0, deps=[s])
     for i in range(work.steps):
         if work.config.SOFTCAP:
@@ -295,7 +299,7 @@ def value_consumer(work, shared, dv_target):
             dv = wait_for_sums(shared, dv, 0)
             shared.do.release(i)
         shared.q.wait_full(following)
-        s = start_keys_by_rows(shared, shared.k, shared.q, following, zeros)
+        s = start_product(shared, shared.k, opaque_zero(), shared.q, following, zeros)
         if work.config.AHEAD == 1:
             dv = wait_for_sums(shared, dv, shared.PIECES)
             shared.do.release(i)
@@ -323,7 +327,7 @@ def key_consumer(work, shared, dk_target):
     shared.v.wait_full(0)
     if work.steps > 0:
         shared.do.wait_full(0)
-    dp = start_keys_by_rows(shared, shared.v, shared.do, 0, zeros)
+    dp = start_product(shared, shared.v, opaque_zero(), shared.do, 0, zeros)
     dp = warpgroup_mma_wait(0, deps=[dp])
     for i in range(work.steps):
         delta = shared.delta.index(i % shared.do.SLOTS).load(COLUMN)
@@ -334,10 +338,11 @@ def key_consumer(work, shared, dk_target):
         p = gl.convert_layout(p, SCORES, assert_trivial=True)
         shared.p.release(i)
         ds = (p.to(gl.float32) * dp).to(dtype)
-        shared.ds.wait_empty(i)
-        shared.ds.slot(i).store(ds)
-        fence_async_shared()
-        shared.ds.announce(i)
+        if work.config.DQ_GROUP:
+            shared.ds.wait_empty(i)
+            shared.ds.slot(i).store(ds)
+            fence_async_shared()
+            shared.ds.announce(i)
 
         shared.q.wait_full(i)
         dk = add_by_rows(shared, gl.convert_layout(ds, OPERAND), shared.q, i, dk)
@@ -346,7 +351,7 @@ def key_consumer(work, shared, dk_target):
             dk = wait_for_sums(shared, dk, 0)
             shared.q.release(i)
         shared.do.wait_full(following)
-        dp = start_keys_by_rows(shared, shared.v, shared.do, following, zeros)
+        dp = start_product(shared, shared.v, opaque_zero(), shared.do, following, zeros)
         if work.config.AHEAD == 1:
             dk = wait_for_sums(shared, dk, shared.PIECES)
             shared.q.release(i)
@@ -356,8 +361,9 @@ def key_consumer(work, shared, dk_target):
         leave_pieces(dk_target, work, shared, dk)
     else:
         meet(CONSUMERS_MEET, 256)
-        if work.steps > 0:  # the dq group is done with k
-            shared.ds.wait_empty(work.steps - 1 + shared.ds.SLOTS)
+        if work.config.DQ_GROUP:  # noqa: SIM102 -- one condition is a constant, the other is not
+            if work.steps > 0:  # the dq group is done with k
+                shared.ds.wait_empty(work.steps - 1 + shared.ds.SLOTS)
         store_sums(dk_target, work, shared, shared.k, dk, work.scale)
 
 
@@ -430,6 +436,7 @@ def attention_backward_wide_sm90(
     window_left, window_right, key_blocks, sequences, section, turns,
     BLOCK_D: gl.constexpr, PIECE: gl.constexpr, Q_SLOTS: gl.constexpr, DO_SLOTS: gl.constexpr,
     P_SLOTS: gl.constexpr, DS_SLOTS: gl.constexpr, DQ_SLOTS: gl.constexpr, AHEAD: gl.constexpr,
+    DQ_GROUP: gl.constexpr,
     REGISTERS: gl.constexpr, DQ_REGISTERS: gl.constexpr, OTHER_REGISTERS: gl.constexpr,
     DETERMINISTIC: gl.constexpr, REVERSED: gl.constexpr, SOFTCAP: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, SPLIT: gl.constexpr,
@@ -445,33 +452,37 @@ def attention_backward_wide_sm90(
             64 * BLOCK_D float32, which finish_keys_sm90 reads.
         lse_desc, delta_desc: of (batch * nheads * padded_rows,) float32 with blocks (64,).
         dq_desc: of the sums of dq, (batch * nheads * padded_rows * BLOCK_D / 64, 64) float32 with
-            blocks (64, 64).
+            blocks (64, 64); without DQ_GROUP it is not used.
         scale, scale_log2, cap_log2, nheads_k, group, splits, padded_rows, sequences, section: as
             in attention_backward_sm90.
         key_blocks: blocks of 64 keys in a sequence.
         turns: (batch * nheads * padded_rows / 64,) int32, zeros: see dq_group.
         BLOCK_D: columns that are computed, a multiple of PIECE; PIECE: 64, 128 or 256.
+        DQ_SLOTS, DS_SLOTS, DETERMINISTIC: with DQ_GROUP.
         REGISTERS, DQ_REGISTERS, OTHER_REGISTERS: of a thread of the key consumer (the value
             consumer gets what is left), of the dq group and of the producer.
     """
     gl.static_assert(BLOCK_D % PIECE == 0)
     gl.static_assert(BLOCK_D > 64)  # the turns pass with a step's second tile
     PIECES: gl.constexpr = BLOCK_D // PIECE
-    config = Config(64, BLOCK_D, False, True, False, False, 0, DETERMINISTIC, SOFTCAP, HAS_LEFT,
+    config = Config(64, BLOCK_D, False, DQ_GROUP, False, False, 0, DETERMINISTIC, SOFTCAP, HAS_LEFT,
                     HAS_RIGHT, False, False, False, 64, SPLIT=SPLIT, AHEAD=AHEAD)  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
     PLAIN: gl.constexpr = gl.NVMMASharedLayout(0, 16, 2)
     WEIGHTS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 64], dtype)
-    shared = Shared(
-        new_ring(buffers_for(q_desc, Q_SLOTS * PIECES), Q_SLOTS, 1, 2),
-        new_ring(buffers_for(do_desc, DO_SLOTS * PIECES), DO_SLOTS, 1, 2),
-        new_ring(buffers_for(k_desc, PIECES), 1, 1, 0),
-        new_ring(buffers_for(v_desc, PIECES), 1, 1, 0),
-        new_ring(gl.allocate_shared_memory(dtype, [P_SLOTS, 64, 64], PLAIN), P_SLOTS, 1, 1),
-        new_ring(gl.allocate_shared_memory(dtype, [DS_SLOTS, 64, 64], WEIGHTS), DS_SLOTS, 1, 1),
-        buffers_for(lse_desc, Q_SLOTS), buffers_for(delta_desc, DO_SLOTS),
-        buffers_for(dq_desc, DQ_SLOTS), PIECE, PIECES, DQ_SLOTS,
-    )  # fmt: skip
+    q = new_ring(buffers_for(q_desc, Q_SLOTS * PIECES), Q_SLOTS, 1, 2)
+    do = new_ring(buffers_for(do_desc, DO_SLOTS * PIECES), DO_SLOTS, 1, 2)
+    k = new_ring(buffers_for(k_desc, PIECES), 1, 1, 0)
+    v = new_ring(buffers_for(v_desc, PIECES), 1, 1, 0)
+    p = new_ring(gl.allocate_shared_memory(dtype, [P_SLOTS, 64, 64], PLAIN), P_SLOTS, 1, 1)
+    lse, delta = buffers_for(lse_desc, Q_SLOTS), buffers_for(delta_desc, DO_SLOTS)
+    if DQ_GROUP:
+        ds_buffers = gl.allocate_shared_memory(dtype, [DS_SLOTS, 64, 64], WEIGHTS)
+        ds = new_ring(ds_buffers, DS_SLOTS, 1, 1)
+        dq = buffers_for(dq_desc, DQ_SLOTS)
+    else:
+        ds, dq = p, lse  # never asked
+    shared = Shared(q, do, k, v, p, ds, lse, delta, dq, PIECE, PIECES, DQ_SLOTS)
     fence_async_shared()
 
     grid = Grid(nheads_k, key_blocks, sequences, section, REVERSED)
@@ -500,9 +511,18 @@ def attention_backward_wide_sm90(
                 key_head, first_head, shift, zero, zero, turns, here, here, grid, lengths,
                 config)  # fmt: skip
     # The lists have to be spelled out: in tuples bound to a name, constants become tensors.
-    gl.warp_specialize([
-        (value_consumer, (work, shared, dv_target)),
-        (key_consumer, (work, shared, dk_target)),
-        (dq_group, (work, shared, turns, dq_desc)),
-        (producer, (work, shared, group, q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc)),
-    ], [4, 4, 1], [REGISTERS, DQ_REGISTERS, OTHER_REGISTERS])  # fmt: skip
+    if DQ_GROUP:
+        gl.warp_specialize([
+            (value_consumer, (work, shared, dv_target)),
+            (key_consumer, (work, shared, dk_target)),
+            (dq_group, (work, shared, turns, dq_desc)),
+            (producer, (work, shared, group, q_desc, k_desc, v_desc, do_desc, lse_desc,
+                        delta_desc)),
+        ], [4, 4, 1], [REGISTERS, DQ_REGISTERS, OTHER_REGISTERS])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (value_consumer, (work, shared, dv_target)),
+            (key_consumer, (work, shared, dk_target)),
+            (producer, (work, shared, group, q_desc, k_desc, v_desc, do_desc, lse_desc,
+                        delta_desc)),
+        ], [4, 1], [REGISTERS, OTHER_REGISTERS])  # fmt: skip

@@ -69,7 +69,8 @@ class Workspace(NamedTuple):
     Attributes:
         lse_log2: (batch, nheads, padded rows) float32; ``delta`` likewise. Packed sequences are
             one, in which each begins where softmax_d_shape says.
-        dq_sums: (batch * nheads * padded rows * width / 64, 64) float32, see BackwardPlan.width.
+        dq_sums: (batch * nheads * padded rows * width / 64, 64) float32, see BackwardPlan.width;
+            none of them where dq has a kernel of its own.
         turns: one for each 64 padded rows, of which deterministic and first_stores alone make use;
             int32.
         dk_sums, dv_sums: float32 for each key, padded, and column, padded, of each of ``splits``
@@ -191,6 +192,7 @@ def backward(
     fits, fit = (is_for_ragged_tma, for_ragged_tma) if ragged else (is_for_tma, for_tma)
     if plan.splits > 1:
         fits = _has_columns_together
+    fits_dq = _has_columns_together if plan.rows is None else is_for_tma
     dk, dv = (x if fits(x) else _new_for_tma(x) for x in (inputs.dk, inputs.dv))
     if ragged and (visibility.window_left is not None or visibility.attention_chunk):
         # The kernels leave out the keys before every query's window.
@@ -201,7 +203,7 @@ def backward(
         dout=fit(inputs.dout),
         out=for_tma(inputs.out),
         softmax_lse=lse if lse.stride(-1) == 1 or lse.shape[-1] == 1 else lse.contiguous(),
-        dq=inputs.dq if _has_columns_together(inputs.dq) else _new_for_tma(inputs.dq),
+        dq=inputs.dq if fits_dq(inputs.dq) else _new_for_tma(inputs.dq),
         dk=dk,
         dv=dv,
     )
@@ -212,7 +214,8 @@ def backward(
         launch_statistics(problem, direct, packing, workspace, plan)
         launch_main(problem, direct, packing, workspace, plan, unseen)
         launch_finish_keys(problem, direct, packing, workspace, plan)
-        launch_finish(problem, direct, packing, workspace, plan)
+        if plan.rows is None:
+            launch_finish(problem, direct, packing, workspace, plan)
     for wanted, written in zip(inputs[3:6], direct[3:6], strict=True):
         if wanted is not written:
             wanted.copy_(written)
@@ -301,7 +304,7 @@ def allocate(problem: AttentionProblem, packing: Packing, plan: BackwardPlan) ->
         delta = torch.empty(statistics, dtype=torch.float32, device=device)  # a result, softmax_d
     else:
         lse_log2, delta = torch.zeros((2, *statistics), dtype=torch.float32, device=device)
-    sums = (batch * nheads * rows * plan.width // 64, 64)
+    sums = (0 if plan.rows else batch * nheads * rows * plan.width // 64, 64)
     dk_sums = dv_sums = None
     if plan.splits > 1:
         blocks = _key_blocks(problem, plan) * _key_heads(problem) * plan.splits
@@ -378,7 +381,7 @@ def launch_statistics(
         problem.batch_size,
         HEAD_DIM=problem.headdim_v, BLOCK_D=plan.width, BLOCK_M=plan.statistics_rows,
         HAS_DLSE=dlse is not None, CU_Q=packing.q is not None, USED_Q=used is not None,
-        ZEROES=not plan.first_stores,
+        ZEROES=not plan.first_stores and plan.rows is None,
         num_warps=4,
     )  # fmt: skip
 
@@ -407,14 +410,16 @@ def launch_main(
     plan: BackwardPlan,
     unseen: int = 0,
 ) -> None:
-    """dk, dv and the sums of dq.
+    """dk, dv and the sums of dq, or dq.
 
     ``unseen`` keys are left out before the first one of dense sequences.
     """
     if plan.piece:
-        from .launch_backward_wide import launch_main_wide  # which imports this module
+        from .launch_backward_wide import launch_main_wide, launch_rows  # which import this module
 
         launch_main_wide(problem, inputs, workspace, plan)
+        if plan.rows is not None:
+            launch_rows(problem, inputs, workspace, plan, plan.rows)
         return
     q, k, v, layout = problem.q, problem.k, problem.v, problem.layout
     seqlen_q, seqlen_k, nheads_k = q.shape[-3], k.shape[-3], problem.nheads_k

@@ -1,11 +1,11 @@
-"""Launching the Hopper backward's main kernel for head dims above 128."""
+"""Launching the Hopper backward's main kernels for head dims above 128."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from ...core.problem import AttentionProblem, BackwardInputs
-from ...kernels import sm90_backward_wide
+from ...kernels import sm90_backward_rows, sm90_backward_wide
 from .._launcher import Launcher
 from .launch_backward import (
     Workspace,
@@ -16,8 +16,9 @@ from .launch_backward import (
     is_ragged,
     rows_descriptor,
 )
-from .plans_backward import BackwardPlan
+from .plans_backward import BackwardPlan, RowsPlan
 
+attention_backward_rows_sm90 = Launcher(sm90_backward_rows.attention_backward_rows_sm90)
 attention_backward_wide_sm90 = Launcher(sm90_backward_wide.attention_backward_wide_sm90)
 
 _BLOCK = 64  # keys of a program, and queries of a step
@@ -27,14 +28,16 @@ _LOG2E = 1.4426950408889634
 def launch_main_wide(
     problem: AttentionProblem, inputs: BackwardInputs, workspace: Workspace, plan: BackwardPlan
 ) -> None:
-    """dk, dv and the sums of dq.
+    """dk, dv and, without ``rows`` in the plan, the sums of dq.
 
     Raises:
         ValueError: the plan asks for what this kernel does not have.
     """
     is_narrow = any((plan.eager_dv, plan.early_lse, plan.delta_first, plan.adder, plan.keeps_keys,
                      plan.first_stores, plan.rotates))  # fmt: skip
-    if is_narrow or plan.block_m != _BLOCK or not plan.dq_group or plan.ahead not in (0, 1):
+    is_apart = plan.rows is not None
+    is_whole = plan.dq_group != is_apart and not (is_apart and plan.deterministic)
+    if is_narrow or plan.block_m != _BLOCK or not is_whole or plan.ahead not in (0, 1):
         raise ValueError(f"no plan for head dims above 128: {plan}")
     if is_ragged(problem) or problem.visibility.attention_chunk:
         raise ValueError("plans with pieces serve neither lengths on the device nor chunks")
@@ -49,14 +52,15 @@ def launch_main_wide(
     def rows(x: Tensor) -> object:
         return rows_descriptor(x, _BLOCK, plan.piece)
 
+    lse = _numbers_descriptor(workspace.lse_log2, _BLOCK)
     targets: list[object] = [workspace.dk_sums, workspace.dv_sums]
     if plan.splits == 1:
         targets = [rows(inputs.dk), rows(inputs.dv)]
     attention_backward_wide_sm90[(key_blocks * parts,)](
         rows(q), rows(k), rows(v), rows(inputs.dout),
-        _numbers_descriptor(workspace.lse_log2, _BLOCK),
+        lse,
         _numbers_descriptor(workspace.delta, _BLOCK),
-        _sums_descriptor(workspace.dq_sums, 64),
+        lse if is_apart else _sums_descriptor(workspace.dq_sums, 64),
         *targets,
         scale, factor * _LOG2E, softcap * _LOG2E,
         nheads_k * plan.splits, nheads // nheads_k, plan.splits, seqlen_q, seqlen_k,
@@ -65,9 +69,45 @@ def launch_main_wide(
         workspace.turns,
         BLOCK_D=plan.block_d, PIECE=plan.piece, Q_SLOTS=plan.q_slots, DO_SLOTS=plan.do_slots,
         P_SLOTS=plan.p_slots, DS_SLOTS=plan.ds_slots, DQ_SLOTS=plan.dq_slots,
-        AHEAD=plan.ahead, REGISTERS=plan.registers, DQ_REGISTERS=plan.dq_registers,
-        OTHER_REGISTERS=plan.other_registers, DETERMINISTIC=plan.deterministic,
-        REVERSED=plan.is_reversed, SOFTCAP=softcap > 0.0,
+        AHEAD=plan.ahead, DQ_GROUP=plan.dq_group, REGISTERS=plan.registers,
+        DQ_REGISTERS=plan.dq_registers, OTHER_REGISTERS=plan.other_registers,
+        DETERMINISTIC=plan.deterministic, REVERSED=plan.is_reversed, SOFTCAP=softcap > 0.0,
         HAS_LEFT=left is not None, HAS_RIGHT=right is not None, SPLIT=plan.splits > 1,
+        num_warps=4, launch_pdl=True,
+    )  # fmt: skip
+
+
+def launch_rows(
+    problem: AttentionProblem,
+    inputs: BackwardInputs,
+    workspace: Workspace,
+    plan: BackwardPlan,
+    rows_plan: RowsPlan,
+) -> None:
+    """dq; directly behind :func:`launch_main_wide`, which it need not wait for."""
+    q, k, v = problem.q, problem.k, problem.v
+    batch, seqlen_q, nheads, headdim = q.shape
+    seqlen_k, nheads_k = k.shape[1:3]
+    left, right = _window(problem)
+    padded_rows, group = workspace.delta.shape[-1], nheads // nheads_k
+    row_tiles = padded_rows // (2 * _BLOCK)
+    scale, softcap = problem.transform.softmax_scale, problem.transform.softcap
+    factor = scale if softcap == 0.0 else 2.0 * scale / softcap
+    fitting = rows_plan.section_bytes // (4 * seqlen_k * headdim)
+    section = min(batch * nheads, max(1, fitting) * group)
+
+    def rows(x: Tensor) -> object:
+        return rows_descriptor(x, _BLOCK, plan.piece)
+
+    attention_backward_rows_sm90[(row_tiles * batch * nheads,)](
+        rows(q), rows(k), rows(v), rows(inputs.dout), rows(inputs.dq),
+        workspace.lse_log2, workspace.delta,
+        scale, factor * _LOG2E, softcap * _LOG2E,
+        nheads, group, seqlen_q, seqlen_k, padded_rows, left or 0, right or 0,
+        row_tiles, batch * nheads, section,
+        BLOCK_D=plan.block_d, PIECE=plan.piece, K_SLOTS=rows_plan.k_slots,
+        V_SLOTS=rows_plan.v_slots, DQ_FIRST=rows_plan.dq_first, REGISTERS=rows_plan.registers,
+        OTHER_REGISTERS=plan.other_registers, SOFTCAP=softcap > 0.0,
+        HAS_LEFT=left is not None, HAS_RIGHT=right is not None,
         num_warps=4, launch_pdl=True,
     )  # fmt: skip

@@ -7,12 +7,27 @@ from typing import NamedTuple
 import triton
 
 
+class RowsPlan(NamedTuple):
+    """How ``attention_backward_rows_sm90`` is compiled; see its docstring.
+
+    Attributes:
+        section_bytes: heads are worked on together as long as their keys and values fit into so
+            many bytes of L2 cache.
+    """
+
+    k_slots: int
+    v_slots: int
+    dq_first: bool = True
+    registers: int = 240
+    section_bytes: int = 32 << 20
+
+
 class BackwardPlan(NamedTuple):
     """How ``attention_backward_sm90`` is compiled; see its docstring.
 
     With ``piece`` it is ``attention_backward_wide_sm90``, which has neither eager_dv, early_lse,
-    delta_first, rotates, keeps_keys nor first_stores, always 64 queries in a block and always a dq
-    group, and alone has ``ahead`` and ``p_slots``.
+    delta_first, rotates, keeps_keys nor first_stores, always 64 queries in a block and a dq group
+    unless there are ``rows``, and alone has ``ahead`` and ``p_slots``.
 
     Attributes:
         registers: of the second consumer; the first one gets what is left.
@@ -31,6 +46,8 @@ class BackwardPlan(NamedTuple):
             the registers do not suffice.
         multiplied: columns that are multiplied, 96 of ``block_d``; 0 for all of them.
         splits: programs that the query heads of a key head are divided among, see SPLIT.
+        rows: of a kernel that computes dq by itself, so that there are no sums of it; with
+            ``piece`` and without ``dq_group``.
     """
 
     block_m: int
@@ -61,6 +78,7 @@ class BackwardPlan(NamedTuple):
     piece: int = 0
     p_slots: int = 0
     ahead: int = 0
+    rows: RowsPlan | None = None
 
     @property
     def statistics_rows(self) -> int:
@@ -130,6 +148,15 @@ _D256 = BackwardPlan(
 _D256_IN_USE = _D256 if TRITON > (3, 6) else _D256._replace(do_slots=1, dq_slots=2)
 
 
+# With dq in a kernel of its own. On trial: only ``plan_apart`` names them.
+_D192_APART = _D192._replace(
+    q_slots=3, dq_group=False, registers=240, dq_registers=0, rows=RowsPlan(3, 2, dq_first=False)
+)
+_D256_APART = _D256._replace(
+    p_slots=2, ahead=1, dq_group=False, registers=240, dq_registers=0, rows=RowsPlan(2, 1)
+)
+
+
 def plan_backward(
     headdim: int, is_masked: bool, seqlen_q: int, seqlen_k: int | None = None
 ) -> BackwardPlan:
@@ -176,6 +203,13 @@ def plan_backward(
     if seqlen_q >= 4096 and not is_masked:
         return plan
     return plan._replace(first_stores=True, dq_slots=4 if is_masked else 2)
+
+
+def plan_apart(headdim: int, is_masked: bool, seqlen_q: int) -> BackwardPlan:
+    """The plan, for head dims above 128, with a kernel for dq alone."""
+    whole = plan_backward(headdim, is_masked, seqlen_q)
+    apart = _D192_APART if headdim <= 192 else _D256_APART
+    return apart._replace(section_bytes=whole.section_bytes)
 
 
 def plan_ordered(
