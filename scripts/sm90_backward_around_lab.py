@@ -1,14 +1,16 @@
 """Times what surrounds the main kernel of the Hopper backward, in one call of 110 seconds on a GPU.
 
     PYTHONPATH=src python scripts/sm90_backward_around_lab.py --deadline 110 --json around.json
+    PYTHONPATH=src python scripts/sm90_backward_around_lab.py --headdims 256,192 --deadline 200
     PYTHONPATH=src python scripts/sm90_backward_around_lab.py --compile-only      # no GPU needed
 
 The whole backward and its main kernel alone at 16k tokens and hidden size 2048, with sections of 4
 and 32 MB: the plans in use; an adder with 2 buffers; first stores in place of zeros with 2 or 4
-buffers; without a mask, programs that begin at different queries; sums in order. Before any of it
-is timed, every plan must give the gradients of the one in use but for rounding, and ordered ones
-the same bits again. Every turn has another order, drawn at random, and its first run does not
-count. A plan that does not end is left out from there on.
+buffers; without a mask, programs that begin at different queries; sums in order. Above head dim
+128: the plan in use, and plans with dq in a kernel of its own. Before any of it is timed, every
+plan must give the gradients of the one in use but for rounding, and ordered ones the same bits
+again. Every turn has another order, drawn at random, and its first run does not count. A plan that
+does not end is left out from there on.
 """
 # ruff: noqa: T201
 
@@ -37,6 +39,8 @@ def plans(headdim: int, is_causal: bool, seqlen: int) -> dict[str, Any]:
     """What is compared, by name."""
     from flash_attn.backends.sm90.plans_backward import plan_backward, plan_ordered
 
+    if headdim > 128:
+        return wide_plans(headdim, is_causal, seqlen)
     used = plan_backward(headdim, is_causal, seqlen)
     ordered = plan_ordered(headdim, is_causal, seqlen)
     adder = used._replace(
@@ -58,6 +62,22 @@ def plans(headdim: int, is_causal: bool, seqlen: int) -> dict[str, Any]:
         "ordered": ordered,
         "ordered, zeros": ordered._replace(first_stores=False),
     }
+
+
+def wide_plans(headdim: int, is_causal: bool, seqlen: int) -> dict[str, Any]:
+    """What is compared above head dim 128."""
+    from flash_attn.backends.sm90.plans_backward import RowsPlan, plan_apart, plan_backward
+
+    apart = plan_apart(headdim, is_causal, seqlen)
+    found = {
+        IN_USE: plan_backward(headdim, is_causal, seqlen),
+        "apart": apart,
+        "apart, not ahead": apart._replace(ahead=0),
+    }
+    if headdim <= 192:
+        found["apart, dq first"] = apart._replace(rows=RowsPlan(3, 2))
+        found["apart, 2 slots"] = apart._replace(q_slots=2, rows=RowsPlan(2, 2))
+    return found
 
 
 # ----------------------------------------------------------------------------------------- workers
@@ -120,7 +140,8 @@ def check(cell: Cell, found: dict[str, Any], key: str) -> dict[str, Any]:
 def time_cell(
     cell: Cell, found: dict[str, Any], facts: dict[str, Any], flush: Any, rounds: int
 ) -> None:
-    """Medians of the whole and of the main kernel alone for every plan and section."""
+    """Medians of the whole, of the main kernels alone and, of two, of the first one alone, for
+    every plan and section."""
     import torch
 
     runs: dict[tuple[str, int, str], tuple[Callable[[], object], Callable[[], object]]] = {}
@@ -129,6 +150,8 @@ def time_cell(
             one = plan._replace(section_bytes=megabytes << 20)
             runs[name, megabytes, "whole"] = (lambda: None, order_lab.whole_backward(cell, one))
             runs[name, megabytes, "main"] = main_kernel(cell, one)
+            if plan.rows is not None:
+                runs[name, megabytes, "first"] = main_kernel(cell, one, is_first=True)
     times: dict[tuple[str, int, str], list[float]] = {label: [] for label in runs}
     generator = random.Random(len(runs))
     marks = []
@@ -159,14 +182,20 @@ def time_cell(
              speed=cell.flops / ms / 1e9, **facts)  # fmt: skip
 
 
-def main_kernel(cell: Cell, plan: Any) -> tuple[Callable[[], object], Callable[[], object]]:
-    """What prepares for the main kernel, and the main kernel alone."""
-    from flash_attn.backends.sm90 import launch_backward
+def main_kernel(
+    cell: Cell, plan: Any, is_first: bool = False
+) -> tuple[Callable[[], object], Callable[[], object]]:
+    """What prepares for the main kernels, and these alone; of the two above head dim 128 the one
+    for dk and dv if ``is_first``."""
+    from flash_attn.backends.sm90 import launch_backward, launch_backward_wide
 
     packing = launch_backward.locate(cell.problem)
     workspace = launch_backward.allocate(cell.problem, packing, plan)
     arguments = (cell.problem, cell.inputs, packing, workspace, plan)
     launch_backward.launch_statistics(*arguments)
+    if is_first:
+        of_keys = (cell.problem, cell.inputs, workspace, plan)
+        return workspace.turns.zero_, lambda: launch_backward_wide.launch_main_wide(*of_keys)
     return workspace.turns.zero_, lambda: launch_backward.launch_main(*arguments)
 
 
@@ -178,8 +207,9 @@ class Parent(order_lab.Parent):
     choose = staticmethod(plans)
 
     def table(self) -> None:
-        """For each length the better section: TFLOP/s of the whole and of the main kernel, how many
-        microseconds lie between them, and the section's MB."""
+        """For each length the better section: TFLOP/s of the whole and of the main kernels, how
+        many microseconds lie between them, the section's MB, and how many percent of the time of
+        two main kernels the first one takes."""
         seqlens = sorted(self.options.seqlens)
         print("TFLOP/s whole / main kernel alone, us between them, MB of the better section")
         found: dict[tuple[str, str, int], dict[int, dict[str, Any]]] = {}
@@ -190,7 +220,7 @@ class Parent(order_lab.Parent):
             print(f"-- {key}: {seqlens}")
             for name in dict.fromkeys(x["name"] for x in self.times if x["key"] == key):
                 cells = [_cell(found.get((key, name, s), {})) for s in seqlens]
-                print(f"  {name:26s}" + "".join(f"{x:>16s}" for x in cells))
+                print(f"  {name:26s}" + "".join(f"{x:>20s}" for x in cells))
         for note in self.notes[:8]:
             print("note:", note[:300])
         print(f"wall {time.monotonic() - order_lab.STARTED:.0f}s, json {self.options.json}")
@@ -201,13 +231,15 @@ class Parent(order_lab.Parent):
 
 def _cell(sections: dict[int, dict[str, Any]]) -> str:
     """Of the section with the faster whole."""
-    timed = {size: parts for size, parts in sections.items() if len(parts) == 2}
+    timed = {size: parts for size, parts in sections.items() if {"whole", "main"} <= set(parts)}
     if not timed:
         return "-"
     megabytes = min(timed, key=lambda size: timed[size]["whole"]["ms"])
     whole, main = timed[megabytes]["whole"], timed[megabytes]["main"]
     between = 1000.0 * (whole["ms"] - main["ms"])
-    return f"{whole['speed']:.0f}/{main['speed']:.0f} {between:.0f} {megabytes}M"
+    text = f"{whole['speed']:.0f}/{main['speed']:.0f} {between:.0f} {megabytes}M"
+    first = timed[megabytes].get("first")
+    return text if first is None else f"{text} {100.0 * first['ms'] / main['ms']:.0f}%"
 
 
 def main() -> None:
