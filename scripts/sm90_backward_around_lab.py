@@ -73,6 +73,7 @@ def wide_plans(headdim: int, is_causal: bool, seqlen: int) -> dict[str, Any]:
         IN_USE: plan_backward(headdim, is_causal, seqlen),
         "apart": apart,
         "apart, not ahead": apart._replace(ahead=0),
+        "apart, not early": apart._replace(early_lse=False),
     }
     if headdim <= 192:
         found["apart, dq first"] = apart._replace(rows=RowsPlan(3, 2))

@@ -1,8 +1,9 @@
 """Compiles the Hopper backward for head dims above 128, like ``sm90_backward``.
 
-PYTHONPATH=src python tests/compile/sm90_backward_wide.py [--split] 192 256
+PYTHONPATH=src python tests/compile/sm90_backward_wide.py [--split] [--apart] 192 256
 
-Each kernel once: head dims that are padded to the same columns share their main kernel.
+Each kernel once: head dims that are padded to the same columns share their main kernel. --split
+also compiles kernels that divide groups of query heads, --apart those where dq has one of its own.
 """
 # ruff: noqa: T201
 
@@ -17,7 +18,7 @@ from sm90_backward import VISIBILITIES, kernel_of, report
 from triton import knobs
 
 from flash_attn.backends.sm90 import launch_backward
-from flash_attn.backends.sm90.plans_backward import plan_backward
+from flash_attn.backends.sm90.plans_backward import plan_apart, plan_backward
 from flash_attn.core.problem import AttentionProblem, BackwardInputs, make_transform
 
 
@@ -40,7 +41,12 @@ CASES = [
 ]
 
 
-def launches(headdim: int, case: Case, splits: int = 1) -> list[aot.Launch]:
+# Where dq has a kernel of its own. At head dim 256 the newest compiler spills for a left window.
+APART = [Case("full"), Case("causal", dtype=torch.float16)]
+APART_192 = [*APART, Case("window", softcap=20.0)]
+
+
+def launches(headdim: int, case: Case, splits: int = 1, is_apart: bool = False) -> list[aot.Launch]:
     """The kernel calls of one backward; none if the package refuses it, or if there are not enough
     heads for ``splits``."""
     batch, seqlen, nheads = case.shape
@@ -54,8 +60,9 @@ def launches(headdim: int, case: Case, splits: int = 1) -> list[aot.Launch]:
     state = torch.empty(2, dtype=torch.int64, device="meta")
     inputs = BackwardInputs(x, x, lse, x, k, k, state)
     plan = None
-    if splits > 1:
-        plan = plan_backward(headdim, case.mask != "full", seqlen)._replace(splits=splits)
+    if splits > 1 or is_apart:
+        choose = plan_apart if is_apart else plan_backward
+        plan = choose(headdim, case.mask != "full", seqlen)._replace(splits=splits)
     return aot.record(lambda: launch_backward.backward(problem, inputs, plan), "sm90")
 
 
@@ -63,15 +70,21 @@ def main() -> None:
     """Compile for the head dims named on the command line."""
     knobs.nvidia.dump_ptxas_log = True
     knobs.compilation.always_compile = True
+    headdims = [int(x) for x in sys.argv[1:] if not x.startswith("--")]
+    jobs = [(d, case, 1, False) for d in headdims for case in CASES]
+    if "--split" in sys.argv:
+        jobs += [(d, case, 2, False) for d in headdims for case in CASES]
+    if "--apart" in sys.argv:
+        cases = {d: APART_192 if 128 < d <= 192 else APART for d in headdims}
+        jobs += [(d, case, 1, True) for d in headdims for case in cases[d]]
     known = set()
-    for splits in (1, 2) if "--split" in sys.argv else (1,):
-        for headdim in (int(x) for x in sys.argv[1:] if x != "--split"):
-            for case in CASES:
-                for one in launches(headdim, case, splits):
-                    kernel = kernel_of(one)
-                    if kernel not in known:
-                        known.add(kernel)
-                        report(one, kernel=one.name, headdim=headdim, splits=splits, case=str(case))
+    for headdim, case, splits, is_apart in jobs:
+        for one in launches(headdim, case, splits, is_apart):
+            kernel = kernel_of(one)
+            if kernel not in known:
+                known.add(kernel)
+                report(one, kernel=one.name, headdim=headdim, splits=splits, is_apart=is_apart,
+                       case=str(case))  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -19,9 +19,10 @@ _SCRIPT = Path(__file__).with_name("sm90_backward_wide.py")
 @pytest.mark.slow
 @pytest.mark.parametrize("headdims", [(136, 192), (256,)], ids=str)
 def test_compiles_within_the_limits(headdims: tuple[int, ...], tmp_path: Path) -> None:
-    """With groups of query heads whole, and divided. 136 and 192 have one main kernel."""
+    """With groups of query heads whole, and divided, and with dq in a kernel of its own. 136 and
+    192 have one main kernel."""
     done = subprocess.run(
-        [sys.executable, str(_SCRIPT), "--split", *map(str, headdims)],
+        [sys.executable, str(_SCRIPT), "--split", "--apart", *map(str, headdims)],
         capture_output=True,
         text=True,
         check=False,
@@ -34,7 +35,15 @@ def test_compiles_within_the_limits(headdims: tuple[int, ...], tmp_path: Path) -
     kernels = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     # Of the cases head dim 256 is refused softcap, and one head cannot be divided.
     cases, divided = (5, 4) if headdims == (256,) else (6, 5)
-    counts = Counter((kernel["kernel"], kernel["splits"]) for kernel in kernels)
+    counts = Counter(
+        (kernel["kernel"], kernel["splits"]) for kernel in kernels if not kernel["is_apart"]
+    )
+    apart = Counter(kernel["kernel"] for kernel in kernels if kernel["is_apart"])
+    assert apart == {
+        "attention_backward_wide_sm90": 2 if headdims == (256,) else 3,
+        "attention_backward_rows_sm90": 2 if headdims == (256,) else 3,
+        "row_statistics_sm90": 2 * len(headdims),
+    }
     assert counts == {
         ("attention_backward_wide_sm90", 1): cases,
         ("attention_backward_wide_sm90", 2): divided,

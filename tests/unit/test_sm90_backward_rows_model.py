@@ -19,7 +19,9 @@ D256 = plan_apart(256, False, 512)
 D192 = plan_apart(192, False, 512)
 PLANS = {
     "d256": D256,
-    "d256 dq last": D256._replace(ahead=0, p_slots=1, rows=RowsPlan(2, 1, dq_first=False)),
+    "d256 dq last": D256._replace(
+        ahead=0, p_slots=1, early_lse=False, rows=RowsPlan(2, 1, dq_first=False)
+    ),
     "d192": D192,
     "d192 dq first": D192._replace(ahead=0, rows=RowsPlan(2, 2)),
 }

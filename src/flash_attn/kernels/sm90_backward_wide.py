@@ -255,6 +255,12 @@ def leave_pieces(target, work, shared, sums):
 
 
 @gluon.jit
+def row_numbers(ring, numbers, use, LAYOUT: gl.constexpr):
+    """(1, ROWS): the log-sum-exp or delta of the rows in a slot."""
+    return gl.expand_dims(numbers.index(use % ring.SLOTS).load(LAYOUT), 0)
+
+
+@gluon.jit
 def value_consumer(work, shared, dv_target):
     """P of every step, handed to the key consumer, and dv."""
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
@@ -271,17 +277,21 @@ def value_consumer(work, shared, dv_target):
     if work.steps > 0:  # otherwise it multiplies what lies in shared memory, for nobody
         shared.q.wait_full(0)
     s = start_product(shared, shared.k, opaque_zero(), shared.q, 0, zeros)
+    if work.config.EARLY_LSE:
+        lse = row_numbers(shared.q, shared.lse, 0, COLUMN)
     s = warpgroup_mma_wait(0, deps=[s])
     for i in range(work.steps):
         if work.config.SOFTCAP:
             u = capped(work, s, row)
-            lse = gl.expand_dims(shared.lse.index(i % shared.q.SLOTS).load(COLUMN), 0)
+            if not work.config.EARLY_LSE:
+                lse = row_numbers(shared.q, shared.lse, i, COLUMN)
             shared.q.release(i)
             p = weights_of_capped(work, u, lse)
             weights = p.to(dtype)
             handed = (p * (4.0 * (u - 1.0) * (2.0 - u))).to(dtype)  # times the slope of tanh
         else:
-            lse = gl.expand_dims(shared.lse.index(i % shared.q.SLOTS).load(COLUMN), 0)
+            if not work.config.EARLY_LSE:
+                lse = row_numbers(shared.q, shared.lse, i, COLUMN)
             shared.q.release(i)
             p = gl.exp2(s * work.scale_log2 - lse)
             weights = mask_if_needed(work, p, work.first_key + opaque_zero(), row).to(dtype)
@@ -300,6 +310,8 @@ def value_consumer(work, shared, dv_target):
             shared.do.release(i)
         shared.q.wait_full(following)
         s = start_product(shared, shared.k, opaque_zero(), shared.q, following, zeros)
+        if work.config.EARLY_LSE:
+            lse = row_numbers(shared.q, shared.lse, following, COLUMN)
         if work.config.AHEAD == 1:
             dv = wait_for_sums(shared, dv, shared.PIECES)
             shared.do.release(i)
@@ -328,10 +340,13 @@ def key_consumer(work, shared, dk_target):
     if work.steps > 0:
         shared.do.wait_full(0)
     dp = start_product(shared, shared.v, opaque_zero(), shared.do, 0, zeros)
+    if work.config.EARLY_LSE:
+        delta = row_numbers(shared.do, shared.delta, 0, COLUMN)
     dp = warpgroup_mma_wait(0, deps=[dp])
     for i in range(work.steps):
-        delta = shared.delta.index(i % shared.do.SLOTS).load(COLUMN)
-        dp -= gl.expand_dims(delta, 0)
+        if not work.config.EARLY_LSE:
+            delta = row_numbers(shared.do, shared.delta, i, COLUMN)
+        dp -= delta
         shared.do.release(i)
         shared.p.wait_full(i)
         p = undo_handing_order(shared.p.slot(i).load(handing_order(zeros).type.layout))
@@ -352,6 +367,8 @@ def key_consumer(work, shared, dk_target):
             shared.q.release(i)
         shared.do.wait_full(following)
         dp = start_product(shared, shared.v, opaque_zero(), shared.do, following, zeros)
+        if work.config.EARLY_LSE:
+            delta = row_numbers(shared.do, shared.delta, following, COLUMN)
         if work.config.AHEAD == 1:
             dk = wait_for_sums(shared, dk, shared.PIECES)
             shared.q.release(i)
@@ -436,7 +453,7 @@ def attention_backward_wide_sm90(
     window_left, window_right, key_blocks, sequences, section, turns,
     BLOCK_D: gl.constexpr, PIECE: gl.constexpr, Q_SLOTS: gl.constexpr, DO_SLOTS: gl.constexpr,
     P_SLOTS: gl.constexpr, DS_SLOTS: gl.constexpr, DQ_SLOTS: gl.constexpr, AHEAD: gl.constexpr,
-    DQ_GROUP: gl.constexpr,
+    DQ_GROUP: gl.constexpr, EARLY_LSE: gl.constexpr,
     REGISTERS: gl.constexpr, DQ_REGISTERS: gl.constexpr, OTHER_REGISTERS: gl.constexpr,
     DETERMINISTIC: gl.constexpr, REVERSED: gl.constexpr, SOFTCAP: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, SPLIT: gl.constexpr,
@@ -459,6 +476,7 @@ def attention_backward_wide_sm90(
         turns: (batch * nheads * padded_rows / 64,) int32, zeros: see dq_group.
         BLOCK_D: columns that are computed, a multiple of PIECE; PIECE: 64, 128 or 256.
         DQ_SLOTS, DS_SLOTS, DETERMINISTIC: with DQ_GROUP.
+        EARLY_LSE: the next step's log-sum-exp and delta are read while its S and dP are computed.
         REGISTERS, DQ_REGISTERS, OTHER_REGISTERS: of a thread of the key consumer (the value
             consumer gets what is left), of the dq group and of the producer.
     """
@@ -466,7 +484,8 @@ def attention_backward_wide_sm90(
     gl.static_assert(BLOCK_D > 64)  # the turns pass with a step's second tile
     PIECES: gl.constexpr = BLOCK_D // PIECE
     config = Config(64, BLOCK_D, False, DQ_GROUP, False, False, 0, DETERMINISTIC, SOFTCAP, HAS_LEFT,
-                    HAS_RIGHT, False, False, False, 64, SPLIT=SPLIT, AHEAD=AHEAD)  # fmt: skip
+                    HAS_RIGHT, False, False, False, 64, SPLIT=SPLIT, EARLY_LSE=EARLY_LSE,
+                    AHEAD=AHEAD)  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
     PLAIN: gl.constexpr = gl.NVMMASharedLayout(0, 16, 2)
     WEIGHTS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 64], dtype)

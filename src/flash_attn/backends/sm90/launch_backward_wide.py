@@ -33,7 +33,7 @@ def launch_main_wide(
     Raises:
         ValueError: the plan asks for what this kernel does not have.
     """
-    is_narrow = any((plan.eager_dv, plan.early_lse, plan.delta_first, plan.adder, plan.keeps_keys,
+    is_narrow = any((plan.eager_dv, plan.delta_first, plan.adder, plan.keeps_keys,
                      plan.first_stores, plan.rotates))  # fmt: skip
     is_apart = plan.rows is not None
     is_whole = plan.dq_group != is_apart and not (is_apart and plan.deterministic)
@@ -69,9 +69,10 @@ def launch_main_wide(
         workspace.turns,
         BLOCK_D=plan.block_d, PIECE=plan.piece, Q_SLOTS=plan.q_slots, DO_SLOTS=plan.do_slots,
         P_SLOTS=plan.p_slots, DS_SLOTS=plan.ds_slots, DQ_SLOTS=plan.dq_slots,
-        AHEAD=plan.ahead, DQ_GROUP=plan.dq_group, REGISTERS=plan.registers,
-        DQ_REGISTERS=plan.dq_registers, OTHER_REGISTERS=plan.other_registers,
-        DETERMINISTIC=plan.deterministic, REVERSED=plan.is_reversed, SOFTCAP=softcap > 0.0,
+        AHEAD=plan.ahead, DQ_GROUP=plan.dq_group, EARLY_LSE=plan.early_lse,
+        REGISTERS=plan.registers, DQ_REGISTERS=plan.dq_registers,
+        OTHER_REGISTERS=plan.other_registers, DETERMINISTIC=plan.deterministic,
+        REVERSED=plan.is_reversed, SOFTCAP=softcap > 0.0,
         HAS_LEFT=left is not None, HAS_RIGHT=right is not None, SPLIT=plan.splits > 1,
         num_warps=4, launch_pdl=True,
     )  # fmt: skip

@@ -25,9 +25,9 @@ class RowsPlan(NamedTuple):
 class BackwardPlan(NamedTuple):
     """How ``attention_backward_sm90`` is compiled; see its docstring.
 
-    With ``piece`` it is ``attention_backward_wide_sm90``, which has neither eager_dv, early_lse,
-    delta_first, rotates, keeps_keys nor first_stores, always 64 queries in a block and a dq group
-    unless there are ``rows``, and alone has ``ahead`` and ``p_slots``.
+    With ``piece`` it is ``attention_backward_wide_sm90``, which has neither eager_dv, delta_first,
+    rotates, keeps_keys nor first_stores, always 64 queries in a block and a dq group unless there
+    are ``rows``, and alone has ``ahead`` and ``p_slots``.
 
     Attributes:
         registers: of the second consumer; the first one gets what is left.
@@ -150,11 +150,13 @@ _D256_IN_USE = _D256 if TRITON > (3, 6) else _D256._replace(do_slots=1, dq_slots
 
 # With dq in a kernel of its own. On trial: only ``plan_apart`` names them.
 _D192_APART = _D192._replace(
-    q_slots=3, dq_group=False, registers=240, dq_registers=0, rows=RowsPlan(3, 2, dq_first=False)
-)
+    q_slots=3, early_lse=True, dq_group=False, registers=240, dq_registers=0,
+    rows=RowsPlan(3, 2, dq_first=False),
+)  # fmt: skip
 _D256_APART = _D256._replace(
-    p_slots=2, ahead=1, dq_group=False, registers=240, dq_registers=0, rows=RowsPlan(2, 1)
-)
+    p_slots=2, ahead=1, early_lse=True, dq_group=False, registers=240, dq_registers=0,
+    rows=RowsPlan(2, 1),
+)  # fmt: skip
 
 
 def plan_backward(
