@@ -195,8 +195,7 @@ def main_kernel(
     arguments = (cell.problem, cell.inputs, packing, workspace, plan)
     launch_backward.launch_statistics(*arguments)
     if is_first:
-        of_keys = (cell.problem, cell.inputs, workspace, plan)
-        return workspace.turns.zero_, lambda: launch_backward_wide.launch_main_wide(*of_keys)
+        return workspace.turns.zero_, lambda: launch_backward_wide.launch_main_wide(*arguments)
     return workspace.turns.zero_, lambda: launch_backward.launch_main(*arguments)
 
 

@@ -5,7 +5,16 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from .gluon_async import allow_dependents, peek, wait_for_dependencies
-from .sm90_backward_work import LOG2E, ROWS, Grid, Lengths, clamp, padded_start, used_rows
+from .sm90_backward_work import (
+    LOG2E,
+    ROWS,
+    Grid,
+    Lengths,
+    clamp,
+    padded_start,
+    tiles_of_blocks,
+    used_rows,
+)
 
 
 @gluon.jit
@@ -312,10 +321,10 @@ def finish_keys_sm90(
     count = seqlen_k
     row = batch * 0
     if RAGGED:
-        lengths = Lengths(bounds_q, table, key_blocks, used_q, used_k, batch_size, seqlen_q,
-                          seqlen_k, window_left, chunk, CU_Q, CU_K, USED_Q, USED_K, HAS_LEFT,
-                          HAS_CHUNK)  # fmt: skip
-        _, _, first, row, count, _, _ = lengths.keys(grid, program)
+        lengths = Lengths(bounds_q, table, tiles_of_blocks(key_blocks, BLOCK_N), used_q, used_k,
+                          batch_size, seqlen_q, seqlen_k, window_left, chunk, CU_Q, CU_K, USED_Q,
+                          USED_K, HAS_LEFT, HAS_CHUNK)  # fmt: skip
+        _, _, first, row, count, _, _ = lengths.keys(grid, program, BLOCK_N)
         row -= batch * seqlen_k  # all packed sequences are the first one
     rows = first + strip * 16
     block = (batch * nheads_k + head).to(gl.int64) * splits * key_blocks + key_block

@@ -38,7 +38,21 @@ from .sm90_backward_wide import (
     start_product,
     wait_for_sums,
 )
-from .sm90_backward_work import ROWS, Grid, Ring, buffers_for, bytes_of, new_ring
+from .sm90_backward_work import (
+    ROWS,
+    Grid,
+    Lengths,
+    Ring,
+    Span,
+    buffers_for,
+    bytes_of,
+    clamp,
+    coordinates,
+    new_ring,
+    padded_start,
+    rows_from,
+    whole_sequence,
+)
 
 
 @aggregate
@@ -75,7 +89,8 @@ class Rows:
     ``first_block`` on that some of them see.
 
     A query at row r sees the keys [r - reach_left, r + reach_right], as far as there are such
-    bounds, before seqlen_k. ``first_sum`` is the first row in the padded statistics.
+    bounds, before seqlen_k. ``first_sum`` is the first row in the padded statistics. ``queries``
+    and ``keys`` are where the rows in use lie, and ``lengths`` says where all are: see mirrored.
     """
 
     scale: gl.tensor
@@ -89,16 +104,20 @@ class Rows:
     first_sum: gl.tensor
     first_block: gl.tensor
     blocks: gl.tensor
+    queries: Span
+    keys: Span
     grid: Grid
+    lengths: Lengths
     DQ_FIRST: gl.constexpr
     SOFTCAP: gl.constexpr
     HAS_LEFT: gl.constexpr
     HAS_RIGHT: gl.constexpr
+    RAGGED: gl.constexpr
 
     @gluon.constexpr_function
     def __init__(self, scale, scale_log2, cap_log2, seqlen_q, seqlen_k, reach_left, reach_right,
-                 first_row, first_sum, first_block, blocks, grid, DQ_FIRST, SOFTCAP, HAS_LEFT,
-                 HAS_RIGHT):  # fmt: skip
+                 first_row, first_sum, first_block, blocks, queries, keys, grid, lengths, DQ_FIRST,
+                 SOFTCAP, HAS_LEFT, HAS_RIGHT, RAGGED):  # fmt: skip
         self.scale = scale
         self.scale_log2 = scale_log2
         self.cap_log2 = cap_log2
@@ -110,11 +129,26 @@ class Rows:
         self.first_sum = first_sum
         self.first_block = first_block
         self.blocks = blocks
+        self.queries = queries
+        self.keys = keys
         self.grid = grid
+        self.lengths = lengths
         self.DQ_FIRST = gl.constexpr(DQ_FIRST)
         self.SOFTCAP = gl.constexpr(SOFTCAP)
         self.HAS_LEFT = gl.constexpr(HAS_LEFT)
         self.HAS_RIGHT = gl.constexpr(HAS_RIGHT)
+        self.RAGGED = gl.constexpr(RAGGED)
+
+
+@gluon.jit
+def mirrored(bounds_k, table, tiles, used_q, used_k, batch_size, seqlen_q, seqlen_k,
+             CU_Q: gl.constexpr, CU_K: gl.constexpr, USED_Q: gl.constexpr,
+             USED_K: gl.constexpr):  # fmt: skip
+    """Lengths with queries and keys in each other's place: ``keys`` finds a program's queries in
+    the table of their tiles, and ``queries`` a sequence's keys."""
+    zero = gl.to_tensor(0)
+    return Lengths(bounds_k, table, tiles, used_k, used_q, batch_size, seqlen_k, seqlen_q, zero,
+                   zero, CU_K, CU_Q, USED_K, USED_Q, False, False)  # fmt: skip
 
 
 @gluon.jit
@@ -134,32 +168,32 @@ def blocks_of_rows(first_row, COUNT: gl.constexpr, seqlen_q, seqlen_k, reach_lef
 
 # ---------------------------------------------------------------------------------------- producer
 @gluon.jit
-def ask(desc, batch, head, row, shared, ring, use):
+def ask(desc, span, head, row, shared, ring, use):
     """Start loading a block of rows into a slot."""
     full = ring.full.index(use % ring.SLOTS)
     mbarrier.expect(full, shared.PIECES * bytes_of(desc.block_type))
-    ask_for_pieces(desc, batch, head, row, shared, ring, use)
+    ask_for_pieces(desc, span, head, row, shared, ring, use)
 
 
 @gluon.jit
 def producer(work, shared, group, q_desc, k_desc, v_desc, do_desc):
     """Ask for everything that the consumers read, in the order in which they do."""
-    batch, head, _ = work.grid.place(gl.program_id(0))
+    _, head, _ = work.grid.place(gl.program_id(0))
     key_head = head // group
     for i in range(work.blocks):
         key = (work.first_block + i) * ROWS
         shared.k.wait_empty(i)
-        ask(k_desc, batch, key_head, key, shared, shared.k, i)
+        ask(k_desc, work.keys, key_head, key, shared, shared.k, i)
         if i == 0:
             for lane in gl.static_range(2):
                 row = work.first_row + lane * ROWS
-                ask(q_desc, batch, head, row, shared, shared.q, lane)
+                ask(q_desc, work.queries, head, row, shared, shared.q, lane)
         shared.v.wait_empty(i)
-        ask(v_desc, batch, key_head, key, shared, shared.v, i)
+        ask(v_desc, work.keys, key_head, key, shared, shared.v, i)
         if i == 0:
             for lane in gl.static_range(2):
                 row = work.first_row + lane * ROWS
-                ask(do_desc, batch, head, row, shared, shared.do, lane)
+                ask(do_desc, work.queries, head, row, shared, shared.do, lane)
     allow_dependents()
     # What runs after this launch wants dk and dv as well: this one does not end before the one
     # before it, on which nothing here depends.
@@ -304,9 +338,16 @@ def consumer(LANE: gl.constexpr, work, shared, lse_log2, delta, dq_desc):
         values = gl.where(has_any, dq[j] * work.scale, 0.0)
         shared.piece(shared.q, LANE, j).store(values.to(dtype))
     fence_async_shared()
-    batch, head, tile = again(work.grid).place(gl.program_id(0))
+    grid = again(work.grid)
+    if work.RAGGED:  # rows that are not in use get zeros too
+        _, head, tile_row, start, count, _, _ = work.lengths.keys(grid, gl.program_id(0))
+        span = rows_from(start, count)
+    else:
+        batch, head, tile = grid.place(gl.program_id(0))
+        tile_row = tile * (2 * ROWS)
+        span = whole_sequence(batch)
     for j in gl.static_range(PIECES):
-        at_piece = [batch, head, tile * (2 * ROWS) + LANE * ROWS, j * shared.PIECE]
+        at_piece = coordinates(span, head, tile_row + LANE * ROWS, j * shared.PIECE)
         tma_store(dq_desc, at_piece, shared.q.data.index(LANE * PIECES + j))
     tma.store_wait(0)
 
@@ -314,18 +355,20 @@ def consumer(LANE: gl.constexpr, work, shared, lse_log2, delta, dq_desc):
 # ------------------------------------------------------------------------------------------ kernel
 _NUMBERS = (
     "nheads", "group", "seqlen_q", "seqlen_k", "padded_rows", "window_left", "window_right",
-    "row_tiles", "sequences", "section",
+    "row_tiles", "sequences", "section", "batch_size",
 )  # fmt: skip
+_POINTERS = ("bounds_k", "table", "used_q", "used_k")
 
 
-@gluon.jit(do_not_specialize=_NUMBERS)
+@gluon.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_POINTERS)
 def attention_backward_rows_sm90(
     q_desc, k_desc, v_desc, do_desc, dq_desc, lse_log2, delta, scale, scale_log2, cap_log2,
     nheads, group, seqlen_q, seqlen_k, padded_rows, window_left, window_right, row_tiles,
-    sequences, section,
+    sequences, section, bounds_k, table, used_q, used_k, batch_size,
     BLOCK_D: gl.constexpr, PIECE: gl.constexpr, K_SLOTS: gl.constexpr, V_SLOTS: gl.constexpr,
     DQ_FIRST: gl.constexpr, REGISTERS: gl.constexpr, OTHER_REGISTERS: gl.constexpr,
-    SOFTCAP: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+    SOFTCAP: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, CU_Q: gl.constexpr,
+    CU_K: gl.constexpr, USED_Q: gl.constexpr, USED_K: gl.constexpr,
 ):  # fmt: skip
     """See the module's docstring; launched with 4 warps, those of the first consumer.
 
@@ -339,8 +382,13 @@ def attention_backward_rows_sm90(
             is a multiple of 128.
         scale, scale_log2, cap_log2: as in attention_backward_sm90.
         group: query heads of a key head.
-        row_tiles: padded_rows / 128.
-        sequences, section: batch * nheads, and how many of them are worked on at a time.
+        row_tiles: padded_rows / 128, with CU_Q the tiles of tiles_sm90.
+        sequences, section: batch * nheads, with CU_Q nheads, and how many of them are worked on at
+            a time.
+        bounds_k, table, used_q, used_k, batch_size: see Lengths, with queries and keys in each
+            other's place; with CU_K, CU_Q, USED_Q and USED_K alone. With any of these all
+            descriptors are ragged, see Span; seqlen_q and seqlen_k are totals with CU_Q and CU_K,
+            padded_rows with CU_Q too.
         BLOCK_D: columns that are computed, a multiple of PIECE; PIECE: 64, 128 or 256.
         DQ_FIRST: a block's dQ is started before the next block's S, not behind its dP: its keys
             are released earlier, and dS is computed while only the other consumer's products run.
@@ -349,6 +397,7 @@ def attention_backward_rows_sm90(
     """
     gl.static_assert(BLOCK_D % PIECE == 0)
     gl.static_assert(K_SLOTS >= 2)  # a block of keys is released after the next one is waited for
+    RAGGED: gl.constexpr = CU_Q or CU_K or USED_Q or USED_K
     PIECES: gl.constexpr = BLOCK_D // PIECE
     shared = Shared(
         new_ring(buffers_for(q_desc, 2 * PIECES), 2, 1, 0),
@@ -360,18 +409,39 @@ def attention_backward_rows_sm90(
     fence_async_shared()
     # The last rows first: with a right bound they see most keys.
     grid = Grid(nheads, row_tiles, sequences, section, HAS_RIGHT)
-    batch, head, tile = grid.place(gl.program_id(0))
-    first_row = tile * (2 * ROWS)
-    shift = seqlen_k - seqlen_q
+    lengths = mirrored(bounds_k, table, row_tiles, used_q, used_k, batch_size, seqlen_q, seqlen_k,
+                       CU_Q, CU_K, USED_Q, USED_K)  # fmt: skip
+    count_q, count_k = seqlen_q, seqlen_k
+    start_q = gl.to_tensor(0)
+    if RAGGED:
+        batch, head, first_row, start_q, _, count_q, _ = lengths.keys(grid, gl.program_id(0))
+        start_k, count_k = lengths.queries(batch)
+        if HAS_LEFT:  # keys before every query's window may be anything
+            unseen = clamp(count_k - count_q - window_left, 0, count_k)
+            start_k += unseen
+            count_k -= unseen
+        queries = rows_from(start_q, count_q)
+        keys = rows_from(start_k, count_k)
+    else:
+        batch, head, tile = grid.place(gl.program_id(0))
+        first_row = tile * (2 * ROWS)
+        queries = whole_sequence(batch)
+        keys = whole_sequence(batch)
+    shift = count_k - count_q
     reach_left = window_left - shift
     reach_right = window_right + shift
     first, end = blocks_of_rows(
-        first_row, 2 * ROWS, seqlen_q, seqlen_k, reach_left, reach_right, HAS_LEFT, HAS_RIGHT
+        first_row, 2 * ROWS, count_q, count_k, reach_left, reach_right, HAS_LEFT, HAS_RIGHT
     )
-    first_sum = (batch * nheads + head) * padded_rows + first_row
-    work = Rows(scale, scale_log2, cap_log2, seqlen_q, seqlen_k, reach_left, reach_right, first_row,
-                first_sum, first, gl.maximum(end - first, 0), grid, DQ_FIRST, SOFTCAP, HAS_LEFT,
-                HAS_RIGHT)  # fmt: skip
+    blocks = gl.maximum(end - first, 0)
+    first_sum = head * padded_rows + first_row
+    if CU_Q:  # rows of no sequence have no statistics
+        first_sum = gl.where(blocks > 0, first_sum + padded_start(start_q, batch), 0)
+    else:
+        first_sum += batch * nheads * padded_rows
+    work = Rows(scale, scale_log2, cap_log2, count_q, count_k, reach_left, reach_right, first_row,
+                first_sum, first, blocks, queries, keys, grid, lengths, DQ_FIRST, SOFTCAP, HAS_LEFT,
+                HAS_RIGHT, RAGGED)  # fmt: skip
     # The list has to be spelled out: in tuples bound to a name, constants become tensors.
     gl.warp_specialize([
         (consumer, (0, work, shared, lse_log2, delta, dq_desc)),

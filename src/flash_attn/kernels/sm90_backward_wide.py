@@ -57,10 +57,14 @@ from .sm90_backward_work import (
     Work,
     buffers_for,
     bytes_of,
+    coordinates,
     new_ring,
+    padded_start,
+    rows_from,
     rows_of_queries,
     share_of,
     step_after,
+    tiles_of_blocks,
     whole_sequence,
 )
 
@@ -107,23 +111,23 @@ class Shared:
 
 # ---------------------------------------------------------------------------------------- producer
 @gluon.jit
-def ask_for_pieces(desc, batch, head, row, shared, ring, use):
+def ask_for_pieces(desc, span, head, row, shared, ring, use):
     """Start loading a block of rows; its bytes are expected already."""
     full = ring.full.index(use % ring.SLOTS)
     for j in gl.static_range(shared.PIECES):
         buffer = ring.data.index(use % ring.SLOTS * shared.PIECES + j)
-        tma_load(desc, [batch, head, row, j * shared.PIECE], full, buffer)
+        tma_load(desc, coordinates(span, head, row, j * shared.PIECE), full, buffer)
 
 
 @gluon.jit
-def ask_for_keys(desc, batch, head, row, shared, ring):
+def ask_for_keys(desc, span, head, row, shared, ring):
     """Start loading k or v."""
     mbarrier.expect(ring.full.index(0), shared.PIECES * bytes_of(desc.block_type))
-    ask_for_pieces(desc, batch, head, row, shared, ring, 0)
+    ask_for_pieces(desc, span, head, row, shared, ring, 0)
 
 
 @gluon.jit
-def ask_for_rows(desc, values_desc, batch, head, row, sum_row, shared, ring, values, use):
+def ask_for_rows(desc, values_desc, span, head, row, sum_row, shared, ring, values, use):
     """Start loading a block of q or do and one number for each row.
 
     Only these numbers come from the launch before, so only they wait for it.
@@ -131,7 +135,7 @@ def ask_for_rows(desc, values_desc, batch, head, row, sum_row, shared, ring, val
     full = ring.full.index(use % ring.SLOTS)
     size: gl.constexpr = shared.PIECES * bytes_of(desc.block_type)
     mbarrier.expect(full, size + bytes_of(values_desc.block_type))
-    ask_for_pieces(desc, batch, head, row, shared, ring, use)
+    ask_for_pieces(desc, span, head, row, shared, ring, use)
     if use == 0:
         wait_for_dependencies()
     tma_load(values_desc, [sum_row], full, values.index(use % ring.SLOTS))
@@ -140,11 +144,11 @@ def ask_for_rows(desc, values_desc, batch, head, row, sum_row, shared, ring, val
 @gluon.jit
 def producer(work, shared, group, q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc):
     """Ask for everything that the others read, as slots become empty."""
-    batch, key_head, _ = work.grid.place(gl.program_id(0))
+    _, key_head, _ = work.grid.place(gl.program_id(0))
     if work.config.SPLIT:
         key_head = work.key_head
-    ask_for_keys(k_desc, batch, key_head, work.first_key, shared, shared.k)
-    ask_for_keys(v_desc, batch, key_head, work.first_key, shared, shared.v)
+    ask_for_keys(k_desc, work.keys, key_head, work.first_key, shared, shared.k)
+    ask_for_keys(v_desc, work.keys, key_head, work.first_key, shared, shared.v)
     head = key_head * group
     if work.config.SPLIT:
         head = work.first_head
@@ -152,11 +156,14 @@ def producer(work, shared, group, q_desc, k_desc, v_desc, do_desc, lse_desc, del
     sum_row = work.first_sum
     for i in range(work.steps):
         shared.q.wait_empty(i)
-        ask_for_rows(q_desc, lse_desc, batch, head, row, sum_row, shared, shared.q, shared.lse, i)
+        ask_for_rows(
+            q_desc, lse_desc, work.queries, head, row, sum_row, shared, shared.q, shared.lse, i
+        )
         shared.do.wait_empty(i)
         ask_for_rows(
-            do_desc, delta_desc, batch, head, row, sum_row, shared, shared.do, shared.delta, i
-        )
+            do_desc, delta_desc, work.queries, head, row, sum_row, shared, shared.do, shared.delta,
+            i,
+        )  # fmt: skip
         row, sum_row = step_after(work, row, sum_row)
         head = gl.where(row == work.first_row, head + 1, head)
     if not work.config.DQ_GROUP and work.steps == 0:
@@ -236,12 +243,19 @@ def again(grid):
 @gluon.jit
 def store_sums(desc, work, shared, ring, sums, factor):
     """Write ``factor`` times dv or dk by TMA, through the buffers of v or k."""
-    batch, key_head, key_block = again(work.grid).place(gl.program_id(0))
+    grid = again(work.grid)
+    if work.config.RAGGED:
+        _, key_head, first_key, start, count, _, _ = work.lengths.keys(grid, gl.program_id(0), 64)
+        span = rows_from(start, count)
+    else:
+        batch, key_head, key_block = grid.place(gl.program_id(0))
+        first_key = key_block * ROWS
+        span = whole_sequence(batch)
     for j in gl.static_range(shared.PIECES):
         shared.piece(ring, 0, j).store((sums[j] * factor).to(desc.dtype))
     fence_async_shared()
     for j in gl.static_range(shared.PIECES):
-        at = [batch, key_head, key_block * ROWS, j * shared.PIECE]
+        at = coordinates(span, key_head, first_key, j * shared.PIECE)
         tma_store(desc, at, ring.data.index(j))
     tma.store_wait(0)
 
@@ -442,21 +456,24 @@ def dq_group(work, shared, turns, dq_desc):
 # ------------------------------------------------------------------------------------------ kernel
 _NUMBERS = (
     "nheads_k", "group", "seqlen_q", "seqlen_k", "padded_rows", "window_left", "window_right",
-    "key_blocks", "sequences", "section",
+    "key_blocks", "sequences", "section", "batch_size",
 )  # fmt: skip
+_POINTERS = ("splits", "bounds_q", "table", "used_q", "used_k")
 
 
-@gluon.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=("splits",))
+@gluon.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_POINTERS)
 def attention_backward_wide_sm90(
     q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, dq_desc, dk_target, dv_target,
     scale, scale_log2, cap_log2, nheads_k, group, splits, seqlen_q, seqlen_k, padded_rows,
-    window_left, window_right, key_blocks, sequences, section, turns,
+    window_left, window_right, key_blocks, sequences, section, turns, bounds_q, table, used_q,
+    used_k, batch_size,
     BLOCK_D: gl.constexpr, PIECE: gl.constexpr, Q_SLOTS: gl.constexpr, DO_SLOTS: gl.constexpr,
     P_SLOTS: gl.constexpr, DS_SLOTS: gl.constexpr, DQ_SLOTS: gl.constexpr, AHEAD: gl.constexpr,
     DQ_GROUP: gl.constexpr, EARLY_LSE: gl.constexpr,
     REGISTERS: gl.constexpr, DQ_REGISTERS: gl.constexpr, OTHER_REGISTERS: gl.constexpr,
     DETERMINISTIC: gl.constexpr, REVERSED: gl.constexpr, SOFTCAP: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, SPLIT: gl.constexpr,
+    CU_Q: gl.constexpr, CU_K: gl.constexpr, USED_Q: gl.constexpr, USED_K: gl.constexpr,
 ):  # fmt: skip
     """See the module's docstring; launched with 4 warps, those of the value consumer.
 
@@ -472,7 +489,9 @@ def attention_backward_wide_sm90(
             blocks (64, 64); without DQ_GROUP it is not used.
         scale, scale_log2, cap_log2, nheads_k, group, splits, padded_rows, sequences, section: as
             in attention_backward_sm90.
-        key_blocks: blocks of 64 keys in a sequence.
+        key_blocks: blocks of 64 keys in a sequence, with CU_K two for each tile of tiles_sm90.
+        bounds_q, table, used_q, used_k, batch_size, CU_Q, CU_K, USED_Q, USED_K: as in
+            attention_backward_sm90; without DQ_GROUP alone.
         turns: (batch * nheads * padded_rows / 64,) int32, zeros: see dq_group.
         BLOCK_D: columns that are computed, a multiple of PIECE; PIECE: 64, 128 or 256.
         DQ_SLOTS, DS_SLOTS, DETERMINISTIC: with DQ_GROUP.
@@ -483,8 +502,10 @@ def attention_backward_wide_sm90(
     gl.static_assert(BLOCK_D % PIECE == 0)
     gl.static_assert(BLOCK_D > 64)  # the turns pass with a step's second tile
     PIECES: gl.constexpr = BLOCK_D // PIECE
+    RAGGED: gl.constexpr = CU_Q or CU_K or USED_Q or USED_K
+    gl.static_assert(not (RAGGED and DQ_GROUP))
     config = Config(64, BLOCK_D, False, DQ_GROUP, False, False, 0, DETERMINISTIC, SOFTCAP, HAS_LEFT,
-                    HAS_RIGHT, False, False, False, 64, SPLIT=SPLIT, EARLY_LSE=EARLY_LSE,
+                    HAS_RIGHT, False, False, RAGGED, 64, SPLIT=SPLIT, EARLY_LSE=EARLY_LSE,
                     AHEAD=AHEAD)  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
     PLAIN: gl.constexpr = gl.NVMMASharedLayout(0, 16, 2)
@@ -505,29 +526,46 @@ def attention_backward_wide_sm90(
     fence_async_shared()
 
     grid = Grid(nheads_k, key_blocks, sequences, section, REVERSED)
-    batch, key_head, key_block = grid.place(gl.program_id(0))
-    first_key = key_block * ROWS
-    shift = seqlen_k - seqlen_q
+    zero = gl.to_tensor(0)  # of what there is no such thing here: chunks and slopes
+    lengths = Lengths(bounds_q, table, tiles_of_blocks(key_blocks, 64), used_q, used_k, batch_size,
+                      seqlen_q, seqlen_k, window_left, zero, CU_Q, CU_K, USED_Q, USED_K, HAS_LEFT,
+                      False)  # fmt: skip
+    start_q = zero
+    count_q, count_k = seqlen_q, seqlen_k
+    if RAGGED:
+        batch, key_head, first_key, start_k, _, count_k, _ = lengths.keys(
+            grid, gl.program_id(0), 64
+        )
+        start_q, count_q = lengths.queries(batch)
+        queries = rows_from(start_q, count_q)
+        keys = rows_from(start_k, count_k)
+    else:
+        batch, key_head, key_block = grid.place(gl.program_id(0))
+        first_key = key_block * ROWS
+        queries = whole_sequence(batch)
+        keys = whole_sequence(batch)
+    shift = count_k - count_q
     reach_left = window_left - shift
     reach_right = window_right + shift
-    zero = gl.to_tensor(0)  # of what there is no such thing here: chunks, slopes, lengths
+    if RAGGED:  # past the keys in use there is nothing to add
+        count_q = gl.where(first_key < count_k, count_q, 0)
     first_row, end_row = rows_of_queries(
-        first_key, seqlen_q, seqlen_k, reach_left, reach_right, shift, zero, zero, config
+        first_key, count_q, count_k, reach_left, reach_right, shift, zero, zero, config
     )
     rows = end_row - first_row
     first_head = key_head
     if SPLIT:
         nheads = nheads_k // splits * group
         key_head, first_head, group = share_of(key_head, group, splits)
-        first_sum = (batch * nheads + first_head) * padded_rows + first_row
+        first_sum = first_head * padded_rows + first_row
+        first_sum += padded_start(start_q, batch) if CU_Q else batch * nheads * padded_rows
+    elif CU_Q:
+        first_sum = key_head * group * padded_rows + padded_start(start_q, batch) + first_row
     else:
         first_sum = (batch * nheads_k + key_head) * group * padded_rows + first_row
-    here = whole_sequence(batch)
-    lengths = Lengths(turns, turns, zero, turns, turns, zero, seqlen_q, seqlen_k, window_left, zero,
-                      False, False, False, False, HAS_LEFT, False)  # fmt: skip
-    work = Work(scale, scale_log2, cap_log2, seqlen_k, reach_left, reach_right, first_key,
+    work = Work(scale, scale_log2, cap_log2, count_k, reach_left, reach_right, first_key,
                 first_row, end_row, first_sum, padded_rows - rows + ROWS, group * (rows // ROWS),
-                key_head, first_head, shift, zero, zero, turns, here, here, grid, lengths,
+                key_head, first_head, shift, zero, zero, turns, queries, keys, grid, lengths,
                 config)  # fmt: skip
     # The lists have to be spelled out: in tuples bound to a name, constants become tensors.
     if DQ_GROUP:

@@ -301,12 +301,12 @@ def rows_from(start, count):
 
 
 @gluon.jit
-def coordinates(span, head, row):
-    """Where TMA finds a row."""
+def coordinates(span, head, row, COLUMN: gl.constexpr = 0):
+    """Where TMA finds a row, from a column on."""
     if span.RAGGED:
-        at = (gl.to_tensor(FAR), span.outer, head, span.base + row, gl.to_tensor(0))
+        at = (gl.to_tensor(FAR), span.outer, head, span.base + row, gl.to_tensor(COLUMN))
     else:
-        at = (span.outer, head, row, gl.to_tensor(0))
+        at = (span.outer, head, row, gl.to_tensor(COLUMN))
     return at
 
 
@@ -388,22 +388,26 @@ class Lengths:
         return start, count
 
     @gluon.jit
-    def keys(self, grid, program):
-        """(sequence, key head, first key of the program, first row, rows, rows in use, unseen).
+    def keys(self, grid, program, BLOCK_N: gl.constexpr = 128):
+        """(sequence, key head, first key of the program, first row, rows, rows in use, unseen) of
+        a program that has BLOCK_N keys, 128 or 64.
 
         The rows are without the ``unseen`` first ones, keys before every query's window, whose
         gradients the launcher zeroes: they may be anything, and whole tiles are multiplied.
         """
         b, head, block = grid.place(program)
         if self.CU_K:
-            entry = self.table + block
+            tile = block if BLOCK_N == 128 else block // 2
+            entry = self.table + tile
             b = gl.load(entry)
             first_key = gl.load(entry + self.tiles)
+            if BLOCK_N != 128:
+                first_key += (block - 2 * tile) * BLOCK_N
             start = gl.load(entry + 2 * self.tiles)
             rows = gl.load(entry + 3 * self.tiles)
             used = gl.where((b >= 0) & (b < self.batch), rows, 0)
         else:
-            first_key = block * 128
+            first_key = block * BLOCK_N
             start = b * self.seqlen_k
             rows = self.seqlen_k
             used = self.seqlen_k
@@ -417,6 +421,12 @@ class Lengths:
                 unseen = gl.maximum(unseen, (used - queries) // self.chunk * self.chunk)
             unseen = clamp(unseen, 0, used)
         return b, head, first_key, start + unseen, rows - unseen, used - unseen, unseen
+
+
+@gluon.jit
+def tiles_of_blocks(blocks, BLOCK_N: gl.constexpr):
+    """How many tiles of 128 rows so many blocks of BLOCK_N keys are."""
+    return blocks if BLOCK_N == 128 else blocks // 2
 
 
 @gluon.jit

@@ -190,9 +190,9 @@ def backward(
         plan = plan._replace(rotates=False)
     report(("sm90 backward", *problem.q.shape, *problem.k.shape, visibility), plan)
     fits, fit = (is_for_ragged_tma, for_ragged_tma) if ragged else (is_for_tma, for_tma)
+    fits_dq = _has_columns_together if plan.rows is None else fits
     if plan.splits > 1:
         fits = _has_columns_together
-    fits_dq = _has_columns_together if plan.rows is None else is_for_tma
     dk, dv = (x if fits(x) else _new_for_tma(x) for x in (inputs.dk, inputs.dv))
     if ragged and (visibility.window_left is not None or visibility.attention_chunk):
         # The kernels leave out the keys before every query's window.
@@ -235,11 +235,11 @@ def _splits(problem: AttentionProblem, plan: BackwardPlan) -> int:
 
 
 def _key_blocks(problem: AttentionProblem, plan: BackwardPlan) -> int:
-    """Blocks of keys of a sequence, or tiles of all packed ones."""
+    """Blocks of keys of a sequence, or of the tiles of all packed ones."""
     rows, cu_seqlens = problem.k.shape[-3], problem.layout.cu_seqlens_k
     if cu_seqlens is None:
         return -(-rows // plan.block_n)
-    return _number_of_tiles(rows, cu_seqlens.shape[0] - 1)
+    return _number_of_tiles(rows, cu_seqlens.shape[0] - 1) * (_TILE // plan.block_n)
 
 
 def _without_unseen_keys(
@@ -417,9 +417,9 @@ def launch_main(
     if plan.piece:
         from .launch_backward_wide import launch_main_wide, launch_rows  # which import this module
 
-        launch_main_wide(problem, inputs, workspace, plan)
+        launch_main_wide(problem, inputs, packing, workspace, plan)
         if plan.rows is not None:
-            launch_rows(problem, inputs, workspace, plan, plan.rows)
+            launch_rows(problem, inputs, packing, workspace, plan, plan.rows)
         return
     q, k, v, layout = problem.q, problem.k, problem.v, problem.layout
     seqlen_q, seqlen_k, nheads_k = q.shape[-3], k.shape[-3], problem.nheads_k

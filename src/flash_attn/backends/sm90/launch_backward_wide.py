@@ -8,12 +8,19 @@ from ...core.problem import AttentionProblem, BackwardInputs
 from ...kernels import sm90_backward_rows, sm90_backward_wide
 from .._launcher import Launcher
 from .launch_backward import (
+    Packing,
     Workspace,
+    _key_blocks,
+    _key_heads,
     _numbers_descriptor,
+    _query_heads,
     _section,
     _sums_descriptor,
+    _table,
+    _tiles_of_head,
     _window,
     is_ragged,
+    ragged_descriptor,
     rows_descriptor,
 )
 from .plans_backward import BackwardPlan, RowsPlan
@@ -26,7 +33,11 @@ _LOG2E = 1.4426950408889634
 
 
 def launch_main_wide(
-    problem: AttentionProblem, inputs: BackwardInputs, workspace: Workspace, plan: BackwardPlan
+    problem: AttentionProblem,
+    inputs: BackwardInputs,
+    packing: Packing,
+    workspace: Workspace,
+    plan: BackwardPlan,
 ) -> None:
     """dk, dv and, without ``rows`` in the plan, the sums of dq.
 
@@ -39,34 +50,37 @@ def launch_main_wide(
     is_whole = plan.dq_group != is_apart and not (is_apart and plan.deterministic)
     if is_narrow or plan.block_m != _BLOCK or not is_whole or plan.ahead not in (0, 1):
         raise ValueError(f"no plan for head dims above 128: {plan}")
-    if is_ragged(problem) or problem.visibility.attention_chunk:
-        raise ValueError("plans with pieces serve neither lengths on the device nor chunks")
-    q, k, v = problem.q, problem.k, problem.v
-    batch, seqlen_q, nheads, _ = q.shape
-    seqlen_k, nheads_k = k.shape[1:3]
+    if problem.visibility.attention_chunk or (is_ragged(problem) and not is_apart):
+        raise ValueError("plans with pieces serve no chunks, and lengths on the device with rows")
+    nheads_k, layout = problem.nheads_k, problem.layout
     left, right = _window(problem)
-    key_blocks, parts = -(-seqlen_k // _BLOCK), batch * nheads_k * plan.splits
+    key_blocks, parts = _key_blocks(problem, plan), _key_heads(problem) * plan.splits
     scale, softcap = problem.transform.softmax_scale, problem.transform.softcap
     factor = scale if softcap == 0.0 else 2.0 * scale / softcap
+    describe = ragged_descriptor if is_ragged(problem) else rows_descriptor
+    unread = workspace.turns
 
     def rows(x: Tensor) -> object:
-        return rows_descriptor(x, _BLOCK, plan.piece)
+        return describe(x, _BLOCK, plan.piece)
 
     lse = _numbers_descriptor(workspace.lse_log2, _BLOCK)
     targets: list[object] = [workspace.dk_sums, workspace.dv_sums]
     if plan.splits == 1:
         targets = [rows(inputs.dk), rows(inputs.dv)]
     attention_backward_wide_sm90[(key_blocks * parts,)](
-        rows(q), rows(k), rows(v), rows(inputs.dout),
+        rows(problem.q), rows(problem.k), rows(problem.v), rows(inputs.dout),
         lse,
         _numbers_descriptor(workspace.delta, _BLOCK),
         lse if is_apart else _sums_descriptor(workspace.dq_sums, 64),
         *targets,
         scale, factor * _LOG2E, softcap * _LOG2E,
-        nheads_k * plan.splits, nheads // nheads_k, plan.splits, seqlen_q, seqlen_k,
+        nheads_k * plan.splits, problem.nheads // nheads_k, plan.splits,
+        problem.q.shape[-3], problem.k.shape[-3],
         workspace.delta.shape[-1], left or 0, right or 0,
-        key_blocks, parts, _section(problem, plan),
-        workspace.turns,
+        key_blocks, parts, _section(problem, plan), workspace.turns,
+        unread if packing.q is None else packing.q.bounds, _table(packing.k, workspace)[0],
+        unread if layout.seqused_q is None else layout.seqused_q,
+        unread if layout.seqused_k is None else layout.seqused_k, problem.batch_size,
         BLOCK_D=plan.block_d, PIECE=plan.piece, Q_SLOTS=plan.q_slots, DO_SLOTS=plan.do_slots,
         P_SLOTS=plan.p_slots, DS_SLOTS=plan.ds_slots, DQ_SLOTS=plan.dq_slots,
         AHEAD=plan.ahead, DQ_GROUP=plan.dq_group, EARLY_LSE=plan.early_lse,
@@ -74,6 +88,8 @@ def launch_main_wide(
         OTHER_REGISTERS=plan.other_registers, DETERMINISTIC=plan.deterministic,
         REVERSED=plan.is_reversed, SOFTCAP=softcap > 0.0,
         HAS_LEFT=left is not None, HAS_RIGHT=right is not None, SPLIT=plan.splits > 1,
+        CU_Q=packing.q is not None, CU_K=packing.k is not None,
+        USED_Q=layout.seqused_q is not None, USED_K=layout.seqused_k is not None,
         num_warps=4, launch_pdl=True,
     )  # fmt: skip
 
@@ -81,34 +97,39 @@ def launch_main_wide(
 def launch_rows(
     problem: AttentionProblem,
     inputs: BackwardInputs,
+    packing: Packing,
     workspace: Workspace,
     plan: BackwardPlan,
     rows_plan: RowsPlan,
 ) -> None:
     """dq; directly behind :func:`launch_main_wide`, which it need not wait for."""
-    q, k, v = problem.q, problem.k, problem.v
-    batch, seqlen_q, nheads, headdim = q.shape
-    seqlen_k, nheads_k = k.shape[1:3]
+    nheads, layout = problem.nheads, problem.layout
     left, right = _window(problem)
-    padded_rows, group = workspace.delta.shape[-1], nheads // nheads_k
-    row_tiles = padded_rows // (2 * _BLOCK)
+    group = nheads // problem.nheads_k
+    row_tiles, heads = _tiles_of_head(packing, workspace), _query_heads(problem, packing)
     scale, softcap = problem.transform.softmax_scale, problem.transform.softcap
     factor = scale if softcap == 0.0 else 2.0 * scale / softcap
-    fitting = rows_plan.section_bytes // (4 * seqlen_k * headdim)
-    section = min(batch * nheads, max(1, fitting) * group)
+    fitting = rows_plan.section_bytes // max(1, 4 * problem.k.shape[-3] * problem.headdim)
+    describe = ragged_descriptor if is_ragged(problem) else rows_descriptor
+    unread = workspace.turns
 
     def rows(x: Tensor) -> object:
-        return rows_descriptor(x, _BLOCK, plan.piece)
+        return describe(x, _BLOCK, plan.piece)
 
-    attention_backward_rows_sm90[(row_tiles * batch * nheads,)](
-        rows(q), rows(k), rows(v), rows(inputs.dout), rows(inputs.dq),
+    attention_backward_rows_sm90[(row_tiles * heads,)](
+        rows(problem.q), rows(problem.k), rows(problem.v), rows(inputs.dout), rows(inputs.dq),
         workspace.lse_log2, workspace.delta,
         scale, factor * _LOG2E, softcap * _LOG2E,
-        nheads, group, seqlen_q, seqlen_k, padded_rows, left or 0, right or 0,
-        row_tiles, batch * nheads, section,
+        nheads, group, problem.q.shape[-3], problem.k.shape[-3], workspace.delta.shape[-1],
+        left or 0, right or 0, row_tiles, heads, min(heads, max(1, fitting) * group),
+        unread if packing.k is None else packing.k.bounds, _table(packing.q, workspace)[0],
+        unread if layout.seqused_q is None else layout.seqused_q,
+        unread if layout.seqused_k is None else layout.seqused_k, problem.batch_size,
         BLOCK_D=plan.block_d, PIECE=plan.piece, K_SLOTS=rows_plan.k_slots,
         V_SLOTS=rows_plan.v_slots, DQ_FIRST=rows_plan.dq_first, REGISTERS=rows_plan.registers,
         OTHER_REGISTERS=plan.other_registers, SOFTCAP=softcap > 0.0,
         HAS_LEFT=left is not None, HAS_RIGHT=right is not None,
+        CU_Q=packing.q is not None, CU_K=packing.k is not None,
+        USED_Q=layout.seqused_q is not None, USED_K=layout.seqused_k is not None,
         num_warps=4, launch_pdl=True,
     )  # fmt: skip
