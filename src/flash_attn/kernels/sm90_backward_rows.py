@@ -254,10 +254,11 @@ def mask_if_needed(work, p, first_row, first_key):
 
 @gluon.jit
 def weights_of(work, s, lse, first_row, i):
-    """P of the i-th block, with SOFTCAP times the slope of tanh: see sm90_backward_wide.capped."""
+    """P of the i-th block, with SOFTCAP times the slope of tanh: see sm90_backward_wide.capped.
+    Then ``lse`` is less by 3 caps."""
     if work.SOFTCAP:
         u = 1.0 + 1.0 / (gl.exp2(s * work.scale_log2) + 1.0)
-        p = gl.exp2(3.0 * work.cap_log2 - 2.0 * work.cap_log2 * u - lse)
+        p = gl.exp2(u * (-2.0 * work.cap_log2) - lse)
         p = p * (4.0 * (u - 1.0) * (2.0 - u))
     else:
         p = gl.exp2(s * work.scale_log2 - lse)
@@ -286,6 +287,8 @@ def consumer(LANE: gl.constexpr, work, shared, lse_log2, delta, dq_desc):
     # it; what this multiprocessor may have had in its cache before is not asked.
     at = work.first_sum + LANE * ROWS + gl.arange(0, ROWS, layout=ROW)
     lse = gl.expand_dims(gl.load(lse_log2 + at, cache_modifier=".cg"), 1)
+    if work.SOFTCAP:
+        lse -= 3.0 * work.cap_log2
     row_delta = gl.expand_dims(gl.load(delta + at, cache_modifier=".cg"), 1)
 
     dq = (gl.zeros([ROWS, shared.PIECE], gl.float32, SUMS),) * PIECES
@@ -411,7 +414,8 @@ def attention_backward_rows_sm90(
     grid = Grid(nheads, row_tiles, sequences, section, HAS_RIGHT)
     lengths = mirrored(bounds_k, table, row_tiles, used_q, used_k, batch_size, seqlen_q, seqlen_k,
                        CU_Q, CU_K, USED_Q, USED_K)  # fmt: skip
-    count_q, count_k = seqlen_q, seqlen_k
+    count_q = seqlen_q + opaque_zero()
+    count_k = seqlen_k + opaque_zero()
     start_q = gl.to_tensor(0)
     if RAGGED:
         batch, head, first_row, start_q, _, count_q, _ = lengths.keys(grid, gl.program_id(0))
