@@ -163,6 +163,7 @@ class Config:
     PEEL: gl.constexpr
     JOINT: gl.constexpr
     P_SHARED: gl.constexpr
+    AFRESH: gl.constexpr
     PRODUCTS_V: gl.constexpr
     OUT_BUFFERS: gl.constexpr
     TRACE: gl.constexpr
@@ -200,6 +201,8 @@ class Config:
         self.PEEL = gl.constexpr(PEEL)
         self.JOINT = gl.constexpr(JOINT)
         self.P_SHARED = gl.constexpr(P_SHARED)
+        # Registers are so few that what tiles are found by is not kept: see afresh.
+        self.AFRESH = gl.constexpr(P_SHARED > 0 or (JOINT and SLIM and BLOCK_N == 128))
         # Products that values are multiplied in: by columns, and by where keys' weights are.
         self.PRODUCTS_V = gl.constexpr(self.PARTS_V * (2 if P_SHARED else 1))
         # Buffers of a consumer that results leave through.
@@ -571,7 +574,7 @@ def special_register(NAME: gl.constexpr):
 @gluon.jit
 def program_of(work):
     """This program's number; see ``afresh``."""
-    if work.config.P_SHARED:
+    if work.config.AFRESH:
         number = special_register("ctaid.x")
     else:
         number = gl.program_id(0)
@@ -581,7 +584,7 @@ def program_of(work):
 @gluon.jit
 def programs_of(work):
     """How many programs there are; see ``afresh``."""
-    if work.config.P_SHARED:
+    if work.config.AFRESH:
         count = special_register("nctaid.x")
     else:
         count = gl.num_programs(0)
@@ -590,12 +593,12 @@ def programs_of(work):
 
 @gluon.jit
 def afresh(work):
-    """``work`` for one tile, with P_SHARED: what tiles are found by is read when it is needed.
+    """``work`` for one tile, with AFRESH: what tiles are found by is read when it is needed.
 
-    Else the compiler computes it once for all partitions, and keeps it in registers that P_SHARED
-    has not got.
+    Else the compiler computes it once for all partitions, and keeps it in registers that are not
+    there.
     """
-    if work.config.P_SHARED:
+    if work.config.AFRESH:
         work = Work(work.scale_log2, work.cap_scale, work.empty_lse, here(work.nheads), work.group,
                     here(work.seqlen_q), here(work.seqlen_k), work.window_left, work.window_right,
                     work.chunk, here(work.row_tiles), work.sequences, here(work.section),
