@@ -148,10 +148,11 @@ _D256 = BackwardPlan(
 _D256_IN_USE = _D256 if TRITON > (3, 6) else _D256._replace(do_slots=1, dq_slots=2)
 
 
-# With dq in a kernel of its own. On trial: only ``plan_apart`` names them.
+# With dq in a kernel of its own. On trial: only ``plan_apart`` names them. With dq last newer
+# compilers spill 8 bytes for softcap in a window.
 _D192_APART = _D192._replace(
     q_slots=3, early_lse=True, dq_group=False, registers=240, dq_registers=0,
-    rows=RowsPlan(3, 2, dq_first=False),
+    rows=RowsPlan(3, 2, dq_first=TRITON > (3, 6)),
 )  # fmt: skip
 _D256_APART = _D256._replace(
     p_slots=2, ahead=1, early_lse=True, dq_group=False, registers=240, dq_registers=0,
