@@ -370,9 +370,14 @@ def test_where_programs_begin(kernels: Any) -> None:
     ("name", "batch", "mask"), thinned(WITHOUT_MASKS, BATCHES, BATCH_MASKS, keep_each=3)
 )
 def test_packed_sequences(kernels: Any, name: str, batch: str, mask: str) -> None:
+    check_packed_sequences(kernels, _for_mask(PLANS[name], BATCH_MASKS[mask]), batch, mask)
+
+
+def check_packed_sequences(
+    kernels: Any, plan: BackwardPlan, batch: str, mask: str, heads: tuple[int, int] = (2, 1)
+) -> None:
     """Rows of no sequence lie behind the last one: they hold NaN and get zeros."""
-    plan = _for_mask(PLANS[name], BATCH_MASKS[mask])
-    inputs = varlen("cpu", FP16, *BATCHES[batch], (2, 1), plan.width, 9, **BATCH_MASKS[mask])
+    inputs = varlen("cpu", FP16, *BATCHES[batch], heads, plan.width, 9, **BATCH_MASKS[mask])
     for tensor, rows in zip(inputs.tensors, (0, 1, 1, 0), strict=True):
         tensor[int(inputs.lengths[rows][-1]) :] = float("nan")
     got = solve(kernels, inputs, plan)
@@ -403,7 +408,10 @@ def test_packed_sequences_give_the_same_in_every_interleaving(
 
 @pytest.mark.parametrize("name", RAGGED)
 def test_nan_stays_in_its_sequence(kernels: Any, name: str) -> None:
-    plan = PLANS[name]
+    check_nan_stays_in_its_sequence(kernels, PLANS[name])
+
+
+def check_nan_stays_in_its_sequence(kernels: Any, plan: BackwardPlan) -> None:
     lengths = ([70, 33, 90], [150, 61, 40])
     inputs = varlen("cpu", FP16, *lengths, (2, 1), plan.width, causal=True)
     want = solve(kernels, inputs, plan)
@@ -432,8 +440,11 @@ HOSTILE = {
 @pytest.mark.parametrize("bounds", HOSTILE)
 @pytest.mark.parametrize("name", ["d64 group reversed", "d128 ordered", "d64, first stores"])
 def test_bounds_that_lie(kernels: Any, name: str, bounds: str) -> None:
+    check_bounds_that_lie(kernels, PLANS[name], bounds)
+
+
+def check_bounds_that_lie(kernels: Any, plan: BackwardPlan, bounds: str) -> None:
     """Nothing outside is touched, nobody waits for ever, and gradients are numbers."""
-    plan = PLANS[name]
     lies = torch.tensor(HOSTILE[bounds], dtype=torch.int32)
     honest = torch.tensor([0, 40, 41, 250], dtype=torch.int32)
     for cu_q, cu_k in ((lies, honest), (honest, lies), (lies, lies)):
@@ -467,8 +478,11 @@ def int32(*values: int) -> torch.Tensor:
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("mask", ["full", "left"])
 def test_rows_in_use(kernels: Any, name: str, packed: bool, mask: str) -> None:
+    check_rows_in_use(kernels, PLANS[name], packed, mask)
+
+
+def check_rows_in_use(kernels: Any, plan: BackwardPlan, packed: bool, mask: str) -> None:
     """Rows that are not in use hold NaN and get zeros."""
-    plan = PLANS[name]
     used_q, used_k = int32(70, 0, 33, 200), int32(0, 20, 150, -3)
     options = BATCH_MASKS[mask]
     if packed:
@@ -497,8 +511,11 @@ def test_rows_in_use(kernels: Any, name: str, packed: bool, mask: str) -> None:
 
 
 def test_packed_on_one_side(kernels: Any) -> None:
-    plan = PLANS["d128 ordered"]
-    inputs = dense("cpu", FP16, 2, (70, 150), (2, 1), 128)
+    check_packed_on_one_side(kernels, PLANS["d128 ordered"])
+
+
+def check_packed_on_one_side(kernels: Any, plan: BackwardPlan) -> None:
+    inputs = dense("cpu", FP16, 2, (70, 150), (2, 1), plan.width)
     bounds = int32(0, 90, 140)
     one = extended(inputs.but(q=inputs.q.flatten(0, 1), dout=inputs.dout.flatten(0, 1)),
                    cu_seqlens_q=bounds, max_seqlen_q=90)  # fmt: skip

@@ -10,20 +10,23 @@ import torch
 pytest.importorskip("triton", reason="Triton exists on Linux only")
 
 import gluon_model
-from support import assert_same_bits, check, dense, extended, thinned, varlen
+from support import assert_same_bits, check, dense, extended, thinned
 from test_sm90_backward_model import (
     BATCH_MASKS,
     BATCHES,
     HOSTILE,
     Fault,
     _inside_nan,
-    _packed_inside_nan,
-    int32,
+    check_bounds_that_lie,
+    check_nan_stays_in_its_sequence,
+    check_packed_on_one_side,
+    check_packed_sequences,
+    check_rows_in_use,
     solve,
 )
+from test_sm90_backward_wide_model import SHAPES
 
 from flash_attn.backends.sm90.plans_backward import RowsPlan, plan_apart
-from flash_attn.core.sequences import sequences
 
 D256 = plan_apart(256, False, 512)
 D192 = plan_apart(192, False, 512)
@@ -44,19 +47,7 @@ def kernels() -> Any:
 
 
 @pytest.mark.parametrize("name", PLANS)
-@pytest.mark.parametrize(
-    ("seqlens", "heads", "less", "options"),
-    [
-        ((64, 64), (1, 1), 0, {}),
-        ((130, 200), (4, 2), 0, {"causal": True}),
-        ((333, 100), (2, 1), 24, {"causal": True}),  # the first rows see no key
-        ((100, 400), (1, 1), 56, {"window_size": (64, 0)}),  # most keys are seen by no query
-        ((260, 190), (2, 2), 8, {"window_size": (30, 20)}),
-        ((1, 1), (1, 1), 0, {"causal": True}),
-        ((200, 130), (2, 1), 0, {"softcap": 2.0, "causal": True}),
-        ((130, 70), (1, 1), 0, {"softcap": 0.05, "window_size": (50, 3)}),
-    ],
-)
+@pytest.mark.parametrize(("seqlens", "heads", "less", "options"), SHAPES)
 def test_gradients(
     kernels: Any, name: str, seqlens: Any, heads: Any, less: int, options: dict[str, Any]
 ) -> None:
@@ -128,91 +119,30 @@ def test_rows_without_keys_and_keys_without_rows(kernels: Any) -> None:
     ("name", "batch", "mask"), thinned(PLANS, BATCHES, BATCH_MASKS, keep_each=3)
 )
 def test_packed_sequences(kernels: Any, name: str, batch: str, mask: str) -> None:
-    """Rows of no sequence lie behind the last one: they hold NaN and get zeros."""
-    plan = PLANS[name]
-    inputs = varlen("cpu", FP16, *BATCHES[batch], (2, 1), plan.width, 9, **BATCH_MASKS[mask])
-    for tensor, rows in zip(inputs.tensors, (0, 1, 1, 0), strict=True):
-        tensor[int(inputs.lengths[rows][-1]) :] = float("nan")
     for splits in (1, 2):
-        got = solve(kernels, inputs, plan._replace(splits=splits))
-        for grad, bounds in ((got.dq, 0), (got.dk, 1), (got.dv, 1)):
-            assert not grad[int(inputs.lengths[bounds][-1]) :].any()
-        names = ("q", "k", "v", "dout")
-        zeros = {n: x.nan_to_num(0.0) for n, x in zip(names, inputs.tensors, strict=True)}
-        check(inputs.but(**zeros), got._replace(out=got.out.nan_to_num(0.0)))
+        check_packed_sequences(kernels, PLANS[name]._replace(splits=splits), batch, mask)
 
 
 @pytest.mark.parametrize("name", ["d192", "d256"])
 def test_nan_stays_in_its_sequence(kernels: Any, name: str) -> None:
-    lengths = ([70, 33, 90], [150, 61, 40])
-    inputs = varlen("cpu", FP16, *lengths, (2, 1), PLANS[name].width, causal=True)
-    want = solve(kernels, inputs, PLANS[name])
-    for tensor, rows in zip(inputs.tensors, (0, 1, 1, 0), strict=True):
-        begin, end = inputs.lengths[rows][1:3].tolist()
-        tensor[begin:end] = float("nan")
-    got = solve(kernels, inputs, PLANS[name])
-    for one, other, rows in ((got.dq, want.dq, 0), (got.dk, want.dk, 1), (got.dv, want.dv, 1)):
-        begin, end = inputs.lengths[rows][1:3].tolist()
-        assert torch.equal(one[:begin], other[:begin])
-        assert torch.equal(one[end:], other[end:])
-        assert one[begin:end].isnan().any()
+    """Bit for bit, dq too."""
+    check_nan_stays_in_its_sequence(kernels, PLANS[name])
 
 
 @pytest.mark.parametrize("bounds", HOSTILE)
 def test_bounds_that_lie(kernels: Any, bounds: str) -> None:
-    """Nothing outside is touched, nobody waits for ever, and gradients are numbers."""
-    lies, honest = int32(*HOSTILE[bounds]), int32(0, 40, 41, 250)
-    for cu_q, cu_k in ((lies, honest), (honest, lies), (lies, lies)):
-        inputs = dense("cpu", FP16, 1, (250, 250), (2, 1), 192, window_size=(100, 0))
-        inputs = inputs.but(
-            **{n: _packed_inside_nan(getattr(inputs, n)) for n in ("q", "k", "v", "dout")},
-            lengths=(cu_q, cu_k, 250, 250),
-        )
-        results = tuple(_packed_inside_nan(x) for x in (inputs.q, inputs.k, inputs.v))
-        solve(kernels, inputs, D192, results=results)
-        for view in results:
-            assert view.isfinite().all()
-            assert view._base is not None
-            assert int(view._base.isnan().sum()) == view._base.numel() - view.numel()
+    check_bounds_that_lie(kernels, D192, bounds)
 
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("mask", ["full", "left"])
 @pytest.mark.parametrize("splits", [1, 2])
 def test_rows_in_use(kernels: Any, packed: bool, mask: str, splits: int) -> None:
-    """Rows that are not in use hold NaN and get zeros."""
-    plan, options = D256._replace(splits=splits), BATCH_MASKS[mask]
-    if packed:
-        lengths = ([80, 20, 40, 5], [9, 140, 150, 30])
-        inputs = varlen("cpu", FP16, *lengths, (2, 1), 256, **options)
-    else:
-        inputs = dense("cpu", FP16, 4, (90, 150), (2, 1), 256, **options)
-    inputs = extended(inputs, seqused_q=int32(70, 0, 33, 200), seqused_k=int32(0, 20, 150, -3))
-    got = solve(kernels, inputs, plan)
-    check(inputs, got)
-    hidden_q, hidden_k = (torch.ones(x.shape[:-2], dtype=torch.bool) for x in (inputs.q, inputs.k))
-    for one in sequences(inputs.problem()):
-        hidden_q[one.q_rows] = False
-        hidden_k[one.k_rows] = False
-    hidden = (hidden_q, hidden_k, hidden_k, hidden_q)
-    for tensor, rows in zip(inputs.tensors, hidden, strict=True):
-        assert rows.any()
-        tensor[rows] = float("nan")
-    assert_same_bits(solve(kernels, inputs, plan), got, "NaN in rows that are not in use")
-    assert not got.dq[hidden_q].any()
-    assert not got.dk[hidden_k].any()
-    assert not got.dv[hidden_k].any()
+    check_rows_in_use(kernels, D256._replace(splits=splits), packed, mask)
 
 
 def test_packed_on_one_side(kernels: Any) -> None:
-    inputs = dense("cpu", FP16, 2, (70, 150), (2, 1), 192)
-    bounds = int32(0, 90, 140)
-    one = extended(inputs.but(q=inputs.q.flatten(0, 1), dout=inputs.dout.flatten(0, 1)),
-                   cu_seqlens_q=bounds, max_seqlen_q=90)  # fmt: skip
-    check(one, solve(kernels, one, D192))
-    one = extended(inputs.but(k=inputs.k.flatten(0, 1), v=inputs.v.flatten(0, 1)),
-                   cu_seqlens_k=bounds, max_seqlen_k=90)  # fmt: skip
-    check(one, solve(kernels, one, D192))
+    check_packed_on_one_side(kernels, D192)
 
 
 DQ_LAST = PLANS["d256 dq last"]

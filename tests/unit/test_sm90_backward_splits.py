@@ -29,6 +29,7 @@ from test_sm90_backward_model import (
     Fault,
     _for_mask,
     _inside_nan,
+    check_packed_sequences,
     int32,
     solve,
 )
@@ -127,18 +128,8 @@ RAGGED = [
     ("name", "batch", "mask"), thinned(RAGGED, BATCHES, BATCH_MASKS, keep_each=3)
 )
 def test_packed_sequences(kernels: Any, name: str, batch: str, mask: str) -> None:
-    """Rows of no sequence lie behind the last one: they hold NaN and get zeros."""
     plan = _for_mask(PLANS[name], BATCH_MASKS[mask])._replace(splits=2)
-    inputs = varlen("cpu", FP16, *BATCHES[batch], (3, 1), plan.width, 9, **BATCH_MASKS[mask])
-    for tensor, rows in zip(inputs.tensors, (0, 1, 1, 0), strict=True):
-        tensor[int(inputs.lengths[rows][-1]) :] = float("nan")
-    got = solve(kernels, inputs, plan)
-    for grad, bounds in ((got.dq, 0), (got.dk, 1), (got.dv, 1)):
-        assert not grad[int(inputs.lengths[bounds][-1]) :].any()
-    zeros = inputs.but(**{
-        n: x.nan_to_num(0.0) for n, x in zip(("q", "k", "v", "dout"), inputs.tensors, strict=True)
-    })  # fmt: skip
-    check(zeros, got._replace(out=got.out.nan_to_num(0.0)))
+    check_packed_sequences(kernels, plan, batch, mask, heads=(3, 1))
 
 
 @pytest.mark.parametrize("name", RAGGED)

@@ -33,6 +33,17 @@ PLANS = {
     "d192 in any order, three slots of q": D192._replace(deterministic=False, q_slots=3),
 }
 FP16 = torch.float16
+# Lengths, heads, columns less than the plan's, and what else is asked for.
+SHAPES: list[tuple[Any, Any, int, dict[str, Any]]] = [
+    ((64, 64), (1, 1), 0, {}),
+    ((130, 200), (4, 2), 0, {"causal": True}),
+    ((333, 100), (2, 1), 24, {"causal": True}),  # the first rows see no key
+    ((100, 300), (1, 1), 56, {"window_size": (64, 0)}),  # most keys are seen by no query
+    ((190, 260), (2, 2), 8, {"window_size": (30, 20)}),
+    ((1, 1), (1, 1), 0, {"causal": True}),
+    ((200, 130), (2, 1), 0, {"softcap": 2.0, "causal": True}),
+    ((130, 70), (1, 1), 0, {"softcap": 0.05, "window_size": (50, 3)}),
+]
 
 
 @pytest.fixture(scope="module")
@@ -41,19 +52,7 @@ def kernels() -> Any:
 
 
 @pytest.mark.parametrize("name", PLANS)
-@pytest.mark.parametrize(
-    ("seqlens", "heads", "less", "options"),
-    [
-        ((64, 64), (1, 1), 0, {}),
-        ((130, 200), (4, 2), 0, {"causal": True}),
-        ((333, 100), (2, 1), 24, {"causal": True}),  # the first rows see no key
-        ((100, 300), (1, 1), 56, {"window_size": (64, 0)}),  # most keys are seen by no query
-        ((190, 260), (2, 2), 8, {"window_size": (30, 20)}),
-        ((1, 1), (1, 1), 0, {"causal": True}),
-        ((200, 130), (2, 1), 0, {"softcap": 2.0, "causal": True}),
-        ((130, 70), (1, 1), 0, {"softcap": 0.05, "window_size": (50, 3)}),
-    ],
-)
+@pytest.mark.parametrize(("seqlens", "heads", "less", "options"), SHAPES)
 def test_gradients(
     kernels: Any, name: str, seqlens: Any, heads: Any, less: int, options: dict[str, Any]
 ) -> None:
