@@ -75,8 +75,8 @@ class Shape:
 
 def draw(chosen: random.Random) -> Shape:
     """A random shape that the Hopper kernels serve forward and backward."""
-    headdim = chosen.choice((64, 128, 64, 128, 256))
-    packed = headdim <= 128 and chosen.random() < 0.4
+    headdim = chosen.choice((64, 128, 64, 128, 192, 256))
+    packed = chosen.random() < 0.4
     count, least, most = (chosen.randint(1, 6), 0, 800) if packed else (1, 1, 1500)
     lengths = [tuple(chosen.randint(least, most) for _ in range(count)) for _ in "qk"]
     if packed:  # at least a row of each
@@ -87,20 +87,19 @@ def draw(chosen: random.Random) -> Shape:
     return Shape(
         headdim, chosen.choice(list(MASKS)), nheads_k * chosen.choice((1, 2, 4)), nheads_k,
         0 if packed else chosen.choice((1, 2, 5)), *lengths,
-        headdim <= 128 and chosen.random() < 0.5,
+        chosen.random() < 0.5,
     )  # fmt: skip
 
 
 def repeated_shapes() -> list[Shape]:
-    """Each in any order and, up to head dim 128, in order too; what is used most comes first."""
+    """Each in any order and in order too; what is used most comes first."""
     some = (700,)
     plain = [Shape(d, mask, 8, 4, 2, some, some, False)
              for d in (128, 64, 256) for mask in ("causal", "full")]  # fmt: skip
     several = (300, 1, 129, 640)
-    plain += [Shape(d, "causal", 8, 4, 0, several, several, False) for d in (128, 64)]
+    plain += [Shape(d, "causal", 8, 4, 0, several, several, False) for d in (128, 64, 256)]
     plain += [Shape(128, "window", 6, 2, 2, (333,), (500,), False)]
-    ordered = [replace(x, deterministic=True) for x in plain if x.headdim <= 128]
-    return [*plain, *ordered]
+    return [*plain, *(replace(x, deterministic=True) for x in plain)]
 
 
 # ------------------------------------------------------------------------------------- the child

@@ -102,6 +102,7 @@ def cases() -> dict[str, Shape]:
         ("packed d64 causal", 64, "causal", False),
         ("packed d128 full", 128, "full", False),
         ("packed ordered d64 causal", 64, "causal", True),
+        ("packed d256 causal", 256, "causal", False),
     ):
         found[name] = Shape(headdim, mask, 2, 1, 0, *several, deterministic)
     assert {shape.mask for shape in found.values()} <= set(MASKS)

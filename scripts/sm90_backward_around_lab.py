@@ -66,18 +66,18 @@ def plans(headdim: int, is_causal: bool, seqlen: int) -> dict[str, Any]:
 
 def wide_plans(headdim: int, is_causal: bool, seqlen: int) -> dict[str, Any]:
     """What is compared above head dim 128."""
-    from flash_attn.backends.sm90.plans_backward import RowsPlan, plan_apart, plan_backward
+    from flash_attn.backends.sm90.plans_backward import plan_backward
 
-    apart = plan_apart(headdim, is_causal, seqlen)
+    used = plan_backward(headdim, is_causal, seqlen)
+    assert used.rows is not None
     found = {
-        IN_USE: plan_backward(headdim, is_causal, seqlen),
-        "apart": apart,
-        "apart, not ahead": apart._replace(ahead=0),
-        "apart, not early": apart._replace(early_lse=False),
+        IN_USE: used,
+        "no turns": used._replace(turns=False),
+        "plain": used._replace(held=0, turns=False, q_slots=2, do_slots=2),
     }
     if headdim <= 192:
-        found["apart, dq first"] = apart._replace(rows=RowsPlan(3, 2))
-        found["apart, 2 slots"] = apart._replace(q_slots=2, rows=RowsPlan(2, 2))
+        first = not used.rows.dq_first
+        found["dq first or last"] = used._replace(rows=used.rows._replace(dq_first=first))
     return found
 
 

@@ -86,28 +86,16 @@ def variants() -> list[Variant]:
 
 
 def wide_variants() -> list[Variant]:
-    """Head dims above 128. "late": S and dP of the next step after dv and dk; "one do": one slot of
-    do, and two of tiles of dq."""
-    both: dict[str, Any] = {"block_m": 64, "dq_group": True, "registers": 208}
-    d256 = {**both, "block_d": 256, "piece": 128, "p_slots": 1, "ds_slots": 1, "dq_slots": 1,
-            "dq_registers": 64}  # fmt: skip
-    d192 = {**both, "block_d": 192, "piece": 64, "p_slots": 2, "ds_slots": 2, "dq_slots": 2,
-            "dq_registers": 72}  # fmt: skip
-    one_do = {"do_slots": 1, "dq_slots": 2}
-    ordered = {"deterministic": True}
-    last_first = {"deterministic": True, "is_reversed": True}
-    return [
-        Variant("d256 late ordered", 256, {**d256, **ordered}),
-        Variant("d256 late reversed", 256, {**d256, **last_first}),
-        Variant("d256 late", 256, d256),
-        Variant("d256", 256, {**d256, "ahead": 1}),
-        Variant("d256 reversed", 256, {**d256, "ahead": 1, **last_first}),
-        Variant("d256 late one do reversed", 256, {**d256, **one_do, **last_first}),
-        Variant("d192 ordered", 192, {**d192, "ahead": 1, **ordered}),
-        Variant("d192 reversed", 192, {**d192, "ahead": 1, **last_first}),
-        Variant("d192", 192, {**d192, "ahead": 1}),
-        Variant("d192 late reversed", 192, {**d192, **last_first}),
-    ]
+    """Head dims above 128: in use, and with nothing held and without turns."""
+    from flash_attn.backends.sm90.plans_backward import plan_backward
+
+    plain = {"held": 0, "turns": False, "q_slots": 2, "do_slots": 2}
+    found = []
+    for headdim in (256, 192):
+        used = plan_backward(headdim, False, 1024)._asdict()
+        found.append(Variant(f"d{headdim}", headdim, used))
+        found.append(Variant(f"d{headdim} plain", headdim, {**used, **plain}))
+    return found
 
 
 class Shape(NamedTuple):

@@ -9,7 +9,8 @@ possible interleaving, and a run finds
 * deadlocks: nobody can go on and TMA has nothing to do, also where programs wait for each other;
 * shared memory written while TMA or a warpgroup MMA still reads or writes it;
 * results of a product used before they were waited for;
-* shared memory handed to the asynchronous proxy (TMA, MMA) without a fence after it was written;
+* shared memory handed to the asynchronous proxy (TMA, MMA) without a fence after threads wrote it,
+  or, if TMA writes there, read it;
 * barriers completed too often, and waits that miss a phase;
 * TMA asked to write before a fence puts it behind the counters that were looked at;
 * in kernels with DETERMINISTIC, additions to global memory in another order than that of the
@@ -137,25 +138,30 @@ class Pending:
 
 # ------------------------------------------------------------------------------------------ memory
 class Memory:
-    """A view of shared memory, with who uses each element at the moment."""
+    """A view of shared memory, with who uses each element at the moment, who wrote it, and whose
+    threads read it (a bit for each partition) without a fence since."""
 
-    def __init__(self, data: Any, busy: Any, unfenced: Any, dtype: DType) -> None:
-        self.data, self.busy, self.unfenced, self.dtype = data, busy, unfenced, dtype
+    def __init__(self, data: Any, busy: Any, unfenced: Any, read: Any, dtype: DType) -> None:
+        self.data, self.busy, self.unfenced, self.read = data, busy, unfenced, read
+        self.dtype = dtype
         self.following: Memory = self  # of an array's buffer, that buffer and those after it
 
     @classmethod
     def allocate(cls, dtype: DType, shape: list[int]) -> Memory:
         data = np.full(shape, np.nan, np.float32)
-        return cls(data, np.zeros(shape, np.int32), np.zeros(shape, np.int32), dtype)
+        return cls(data, *(np.zeros(shape, np.int32) for _ in range(3)), dtype)
+
+    @property
+    def parts(self) -> tuple[np.ndarray, ...]:
+        return self.data, self.busy, self.unfenced, self.read
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self.data.shape
 
     def _view(self, change: Callable[[np.ndarray], np.ndarray]) -> Memory:
-        views = [change(x) for x in (self.data, self.busy, self.unfenced)]
-        if not all(np.shares_memory(a, b) for a, b in zip(views, (self.data, self.busy,
-                   self.unfenced), strict=True)):  # fmt: skip
+        views = [change(x) for x in self.parts]
+        if not all(np.shares_memory(a, b) for a, b in zip(views, self.parts, strict=True)):
             raise ModelError("a view that needs a copy")
         return Memory(*views, self.dtype)
 
@@ -185,11 +191,12 @@ class Memory:
         if parts.data.size != rows * columns:
             raise ModelError(f"{parts.data.shape} is not {shape}")
         view = parts.reshape([count, rows, -1]).permute([1, 0, 2])
-        return Beside(view.data, view.busy, view.unfenced, dtype)
+        return Beside(*view.parts, dtype)
 
     def load(self, layout: Any = None) -> Tensor:
         if (self.busy < 0).any():
             raise ModelError("read while TMA writes it")
+        self.read |= here().bit
         return tensor(self.data.copy())
 
     def store(self, value: Tensor) -> None:
@@ -219,6 +226,8 @@ class Memory:
         """By TMA."""
         if self.busy.any():
             raise ModelError("TMA writes what is in use")
+        if self.read.any():
+            raise ModelError("TMA writes what threads read without a fence behind it")
         self.busy -= 1
 
     def write_ends(self, value: np.ndarray) -> None:
@@ -236,7 +245,7 @@ class Beside(Memory):
 
     def slice(self, start: int, length: int, dim: int = 0) -> Beside:
         part = super().slice(start, length, dim)
-        return Beside(part.data, part.busy, part.unfenced, self.dtype)
+        return Beside(*part.parts, self.dtype)
 
 
 class Barrier:
@@ -358,6 +367,7 @@ class Agent:
     def __init__(self, machine: Machine, program: int, name: str, work: Callable[[], None]) -> None:
         self.machine, self.program, self.name = machine, program, name
         self.identity = machine.next_identity()
+        self.bit = 1  # of a program's partitions each has another one
         # Some are much slower than others, or lags of more than a few instructions never happen.
         self.speed = machine.random.choice((0.01, 1.0))
         self.may_run: SimpleQueue[None] = SimpleQueue()
@@ -581,6 +591,7 @@ def _fence() -> None:
     identity = here().identity
     for memory in here().memories:
         memory.unfenced[memory.unfenced == identity] = 0
+        memory.read &= ~here().bit
 
 
 def _tma_load(desc: Descriptor, at: list[int], barrier: Barrier, target: Memory) -> None:
@@ -701,7 +712,7 @@ def _warp_specialize(partitions: list[Any], warps: list[int], registers: list[in
     for (work, arguments), count in zip(partitions, [agent.warps, *warps], strict=True):
         worker = Agent(agent.machine, agent.program, f"{work.__name__}{_lane(arguments)}",
                        lambda work=work, arguments=arguments: work(*arguments))  # fmt: skip
-        worker.memories, worker.warps = agent.memories, count
+        worker.memories, worker.warps, worker.bit = agent.memories, count, 2 << len(workers)
         workers.append(worker)
     agent.machine.agents.extend(workers)
     agent.pause(lambda: all(worker.is_done for worker in workers))

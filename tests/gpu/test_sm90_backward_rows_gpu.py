@@ -1,5 +1,5 @@
-"""The Hopper backward with dq in a kernel of its own: lengths on the device, divided groups of
-query heads, launches behind each other. The rest is in the tests for head dims above 128."""
+"""The Hopper backward for head dims above 128: lengths on the device, divided groups of query
+heads, launches behind each other. The rest is in ``test_sm90_backward_wide_gpu``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from test_sm90_backward_gpu import (
 )
 
 from flash_attn.backends.sm90 import launch_backward
-from flash_attn.backends.sm90.plans_backward import MAX_HEADDIM_SOFTCAP, plan_apart
+from flash_attn.backends.sm90.plans_backward import MAX_HEADDIM_SOFTCAP, plan_backward
 from flash_attn.core.sequences import sequences
 
 __all__ = ["hopper"]  # a fixture of these tests too
@@ -43,7 +43,7 @@ def solve(
     problem, arguments = arguments_of(inputs, results)
     if known is not None:
         arguments = arguments._replace(out=known[0], softmax_lse=known[1])
-    plan = plan_apart(inputs.q.shape[-1], True, 512)._replace(splits=splits)
+    plan = plan_backward(inputs.q.shape[-1], True, 512)._replace(splits=splits)
     launch_backward.backward(problem, arguments, plan)
     return Solution(arguments.out, arguments.softmax_lse, *arguments[3:6])
 
@@ -154,7 +154,7 @@ def test_divided_groups(headdim: int) -> None:
 def test_launches_behind_each_other(headdim: int, splits: int) -> None:
     """Two problems in turns in the same memory, without a pause: a kernel that begins before the
     numbers are there that it reads would take the other problem's."""
-    plan = plan_apart(headdim, True, 512)._replace(splits=splits)
+    plan = plan_backward(headdim, True, 512)._replace(splits=splits)
     one = dense("cuda", BF16, 2, (700, 700), (8, 4), headdim, causal=True)
     other = one.but(**{name: torch.randn_like(getattr(one, name)) for name in NAMES})
     problem, shared = arguments_of(one)

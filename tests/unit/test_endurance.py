@@ -18,6 +18,11 @@ from typing import Any
 import pytest
 import torch
 
+pytest.importorskip("triton", reason="Triton exists on Linux only")
+
+from flash_attn.backends.sm90 import launch_backward
+from flash_attn.core.problem import AttentionProblem, make_transform
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 for folder in ("benchmarks", "scripts"):
     sys.path.append(str(REPOSITORY / folder))
@@ -56,13 +61,12 @@ def test_random_shapes_are_the_same_each_time_and_of_all_kinds() -> None:
     first, second = random.Random(3), random.Random(3)
     shapes = [endurance.draw(first) for _ in range(300)]
     assert shapes == [endurance.draw(second) for _ in range(300)]
-    assert {shape.headdim for shape in shapes} == {64, 128, 256}
+    assert {shape.headdim for shape in shapes} == {64, 128, 192, 256}
     assert {bool(shape.batch) for shape in shapes} == {False, True}
     assert {shape.mask for shape in shapes} == set(endurance.MASKS)
-    # What the Hopper backward leaves to other kernels.
-    wide = [shape for shape in shapes if shape.headdim > 128]
-    assert wide
-    assert all(shape.batch and not shape.deterministic for shape in wide)
+    assert {(shape.headdim, shape.deterministic) for shape in shapes if not shape.batch} == {
+        (headdim, order) for headdim in (64, 128, 192, 256) for order in (False, True)
+    }
     assert all(sum(x) > 0 for shape in shapes for x in (shape.lengths_q, shape.lengths_k))
     assert not any(1 in shape.lengths_k for shape in shapes)
     assert len({shape.name for shape in shapes}) > 290
@@ -196,7 +200,12 @@ def test_cases_are_served_shapes() -> None:
     assert any(not shape.batch for shape in found.values())
     assert any(shape.deterministic for shape in found.values())
     for shape in found.values():
-        assert shape.headdim <= 128 or (shape.batch and not shape.deterministic)
+        x = torch.empty(shape.batch or 1, 10, shape.nheads, shape.headdim, dtype=torch.bfloat16)
+        k = x[:, :, : shape.nheads_k]
+        problem = AttentionProblem(x, k, k, make_transform(shape.headdim))
+        assert not launch_backward.unsupported_backward(
+            problem._replace(deterministic=shape.deterministic)
+        )
 
 
 def given(tmp_path: Path, *more: str) -> list[str]:
@@ -262,7 +271,10 @@ def test_explained_races_are_clean_and_others_are_not() -> None:
 
 def test_places_are_functions_of_the_kernels() -> None:
     path = sanitizer.SOURCES / "gluon_async.py"
-    line = path.read_text().splitlines().index("    _instruction(_barrier(NUMBER, THREADS))") + 1
+    line = (
+        path.read_text().splitlines().index('    _instruction(_barrier("sync", NUMBER, THREADS))')
+        + 1
+    )
     assert sanitizer.function_at(f"gluon_async.py:{line}") == "gluon_async.py meet"
     assert sanitizer.function_at("gluon_async.py:1") == "gluon_async.py:1"
 

@@ -46,6 +46,8 @@ SERVED = {
     "float16": {"dtype": torch.float16},
     "seqused_q": {"seqused_q": INTEGERS},
     "deterministic=True": {"deterministic": True, "headdim": 128},
+    "deterministic=True of 256 columns": {"deterministic": True, "headdim": 256},
+    "seqused_k of 256 columns": {"headdim": 256, "seqused_k": INTEGERS},
     "attention_chunk": {"attention_chunk": 5, "headdim": 64},
     "attention_chunk with softcap": {"attention_chunk": 5, "softcap": 3.0},
     "ALiBi": {"alibi_slopes": torch.zeros(4)},
@@ -83,14 +85,9 @@ REFUSED = {
     "attn_mask": {"attn_mask": torch.zeros(1, 1, 10, 10)},
     "qv": {"qv": torch.zeros(2, 10, 4, 64)},
     "out_dtype": {"out_dtype": torch.float32},
-    "deterministic=True for head dims up to 128, found 136": {
-        "deterministic": True,
-        "headdim": 136,
-    },
     "softmax_scale > 0": {"softmax_scale": 0.0},
     "found 264": {"headdim": 264, "v": torch.zeros(2, 10, 4, 128)},
     "found 260": {"v": torch.zeros(2, 10, 4, 260)},
-    "rows in use for head dims up to 128, found 136": {"headdim": 136, "seqused_k": INTEGERS},
     "ALiBi for head dims up to 128, found 130": {
         "alibi_slopes": torch.zeros(4),
         "v": torch.zeros(2, 10, 4, 130),

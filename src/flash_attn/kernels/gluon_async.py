@@ -47,8 +47,8 @@ def _instruction(TEXT: gl.constexpr):
 
 
 @gluon.constexpr_function
-def _barrier(number, threads):
-    return f"bar.sync {number}, {threads};"
+def _barrier(kind, number, threads):
+    return f"bar.{kind} {number}, {threads};"
 
 
 @gluon.jit
@@ -57,7 +57,13 @@ def meet(NUMBER: gl.constexpr, THREADS: gl.constexpr):
 
     The compiler itself uses the hardware's barriers up to 2 plus the number of partitions.
     """
-    _instruction(_barrier(NUMBER, THREADS))
+    _instruction(_barrier("sync", NUMBER, THREADS))
+
+
+@gluon.jit
+def come_by(NUMBER: gl.constexpr, THREADS: gl.constexpr):
+    """Count as one that came to where others ``meet``, without waiting for them."""
+    _instruction(_barrier("arrive", NUMBER, THREADS))
 
 
 @gluon.jit

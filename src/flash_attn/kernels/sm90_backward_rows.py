@@ -21,6 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
     tma,
+    warpgroup_mma,
     warpgroup_mma_wait,
 )
 
@@ -35,7 +36,6 @@ from .sm90_backward_wide import (
     add_by_rows,
     again,
     ask_for_pieces,
-    start_product,
     wait_for_sums,
 )
 from .sm90_backward_work import (
@@ -201,6 +201,17 @@ def producer(work, shared, group, q_desc, k_desc, v_desc, do_desc):
 
 
 # --------------------------------------------------------------------------------------- consumers
+@gluon.jit
+def start_product(shared, left, left_use, right, right_use, zeros):
+    """Start left right^T, (ROWS, ROWS), of all columns: as many products as there are pieces."""
+    product = zeros
+    for j in gl.static_range(shared.PIECES):
+        a = shared.piece(left, left_use, j)
+        b = shared.piece(right, right_use, j).permute([1, 0])
+        product = warpgroup_mma(a, b, product, use_acc=j > 0, is_async=True)
+    return product
+
+
 @gluon.jit
 def pass_over(shared, first, end):
     """Release blocks that none of the consumer's rows sees."""

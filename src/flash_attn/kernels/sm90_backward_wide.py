@@ -1,23 +1,25 @@
-"""Attention backward for Hopper and head dims above 128; the formulas are ``sm90_backward``'s.
+"""dk and dv of the Hopper backward for head dims above 128; the formulas are ``sm90_backward``'s,
+and dq is ``sm90_backward_rows``'s.
 
 A program owns 64 keys of one key head and walks over the blocks of 64 queries that see them. Sums
 of 64 keys and 256 columns are all that a warpgroup's registers hold, so each gradient has one:
 
 * the value consumer: S = k q^T, P = exp2(S - lse), dV += P do;
-* the key consumer:   dP = v do^T, dS = P (dP - delta), dK += dS q;
-* the dq group:       dQ = dS^T k, a tile of 64 x 64 at a time, added to the sums by TMA; without
-  DQ_GROUP there is none, and dq is ``sm90_backward_rows``'s.
+* the key consumer:   dP = v do^T, dS = P (dP - delta), dK += dS q.
 
-P goes from the first to the second and dS from the second to the third through shared memory, in
-the inputs' type; nobody waits for anybody else. The products of the next step, S and dP, are
-started before those of this one are waited for. A producer warp asks for all tiles.
+P goes from the first to the second through shared memory, in the inputs' type. Products of the next
+step, S and dP, are started before those of this one are waited for. A producer warp asks for all
+tiles.
 
 Rows of BLOCK_D columns lie in shared memory as BLOCK_D / PIECE buffers, because 192 columns are no
 tensor's: dv and dk are tuples of as many tensors.
 
+HELD: so many pieces of k and v are held in registers. They come in the first block of q's and do's
+place, and what k and v would take is room for more blocks.
+TURNS: the consumers start products in turns, so that each computes while the other one's products
+run. That takes more than two blocks of q.
 With SOFTCAP the slope of tanh is multiplied into what the key consumer gets in P's place.
 SPLIT: several programs share the query heads of a key head, see ``sm90_backward``.
-DETERMINISTIC: programs add to each block of dq in the order of their keys, see ``sm90_backward``.
 """
 
 from triton.experimental import gluon
@@ -33,21 +35,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from .gluon_async import (
     aggregate,
     allow_dependents,
-    count_up,
-    fence_async,
-    fence_peeked,
+    come_by,
     meet,
     opaque_zero,
-    peek,
-    tma_add,
-    tma_complete,
     tma_load,
     tma_store,
     wait_for_dependencies,
-    wait_until,
 )
 from .sm90_backward import CONSUMERS_MEET, leave_sums, mask_if_needed
-from .sm90_backward_dq import register_order, sums_of_tile, turn_of
 from .sm90_backward_work import (
     ROWS,
     Config,
@@ -68,66 +63,81 @@ from .sm90_backward_work import (
     whole_sequence,
 )
 
+# Hardware barriers where a consumer waits for its turn.
+VALUE_TURN, KEY_TURN = gl.constexpr(10), gl.constexpr(11)
+
 
 @aggregate
 class Shared:
-    """All shared memory. A slot of q, do, k and v is PIECES buffers of 64 rows and PIECE columns;
-    ``lse`` comes with ``q`` and ``delta`` with ``do``, slot by slot."""
+    """All shared memory. A slot of q and do is PIECES buffers of 64 rows and PIECE columns; ``lse``
+    comes with ``q`` and ``delta`` with ``do``, slot by slot. ``k`` and ``v`` have the pieces that
+    are not held in registers; what is held is the first use of ``q`` and ``do``."""
 
     q: Ring
     do: Ring
     k: Ring
     v: Ring
     p: Ring
-    ds: Ring
     lse: gl.shared_memory_descriptor
     delta: gl.shared_memory_descriptor
-    dq: gl.shared_memory_descriptor
     PIECE: gl.constexpr
     PIECES: gl.constexpr
-    DQ_SLOTS: gl.constexpr
+    HELD: gl.constexpr
 
     @gluon.constexpr_function
-    def __init__(self, q, do, k, v, p, ds, lse, delta, dq, PIECE, PIECES, DQ_SLOTS):
+    def __init__(self, q, do, k, v, p, lse, delta, PIECE, PIECES, HELD):
         self.q = q
         self.do = do
         self.k = k
         self.v = v
         self.p = p
-        self.ds = ds
         self.lse = lse
         self.delta = delta
-        self.dq = dq
         self.PIECE = gl.constexpr(PIECE)
         self.PIECES = gl.constexpr(PIECES)
-        self.DQ_SLOTS = gl.constexpr(DQ_SLOTS)
+        self.HELD = gl.constexpr(HELD)
 
     @gluon.jit
     def piece(self, ring, use, NUMBER: gl.constexpr):
-        """(ROWS, PIECE) of q, do, k or v: some of the columns of the block in use."""
+        """(ROWS, PIECE) of q or do: some of the columns of the block in use."""
         buffer = ring.data.index(use % ring.SLOTS * self.PIECES + NUMBER)
         return buffer.reshape([ROWS, self.PIECE])
 
 
 # ---------------------------------------------------------------------------------------- producer
 @gluon.jit
+def ask_for_some(desc, span, head, row, shared, full, buffers, at, BEGIN: gl.constexpr,
+                 END: gl.constexpr):  # fmt: skip
+    """Start loading some pieces of a block of rows; their bytes are expected already."""
+    for j in gl.static_range(BEGIN, END):
+        at_piece = coordinates(span, head, row, j * shared.PIECE)
+        tma_load(desc, at_piece, full, buffers.index(at + (j - BEGIN)))
+
+
+@gluon.jit
 def ask_for_pieces(desc, span, head, row, shared, ring, use):
     """Start loading a block of rows; its bytes are expected already."""
     full = ring.full.index(use % ring.SLOTS)
-    for j in gl.static_range(shared.PIECES):
-        buffer = ring.data.index(use % ring.SLOTS * shared.PIECES + j)
-        tma_load(desc, coordinates(span, head, row, j * shared.PIECE), full, buffer)
+    at = use % ring.SLOTS * shared.PIECES
+    ask_for_some(desc, span, head, row, shared, full, ring.data, at, 0, shared.PIECES)
 
 
 @gluon.jit
-def ask_for_keys(desc, span, head, row, shared, ring):
-    """Start loading k or v."""
-    mbarrier.expect(ring.full.index(0), shared.PIECES * bytes_of(desc.block_type))
-    ask_for_pieces(desc, span, head, row, shared, ring, 0)
+def ask_for_keys(desc, span, head, row, shared, place, rest):
+    """Start loading k or v: what is held in the first slot of ``place``."""
+    HELD: gl.constexpr = shared.HELD
+    if HELD > 0:
+        full = place.full.index(0)
+        mbarrier.expect(full, HELD * bytes_of(desc.block_type))
+        ask_for_some(desc, span, head, row, shared, full, place.data, 0, 0, HELD)
+    if HELD < shared.PIECES:
+        full = rest.full.index(0)
+        mbarrier.expect(full, (shared.PIECES - HELD) * bytes_of(desc.block_type))
+        ask_for_some(desc, span, head, row, shared, full, rest.data, 0, HELD, shared.PIECES)
 
 
 @gluon.jit
-def ask_for_rows(desc, values_desc, span, head, row, sum_row, shared, ring, values, use):
+def ask_for_rows(desc, values_desc, span, head, row, sum_row, shared, ring, values, use, is_first):
     """Start loading a block of q or do and one number for each row.
 
     Only these numbers come from the launch before, so only they wait for it.
@@ -136,9 +146,15 @@ def ask_for_rows(desc, values_desc, span, head, row, sum_row, shared, ring, valu
     size: gl.constexpr = shared.PIECES * bytes_of(desc.block_type)
     mbarrier.expect(full, size + bytes_of(values_desc.block_type))
     ask_for_pieces(desc, span, head, row, shared, ring, use)
-    if use == 0:
+    if is_first:
         wait_for_dependencies()
     tma_load(values_desc, [sum_row], full, values.index(use % ring.SLOTS))
+
+
+@gluon.constexpr_function
+def first_use(shared):
+    """Of q and do: before that come the pieces of k and v that are held."""
+    return 1 if shared.HELD > 0 else 0
 
 
 @gluon.jit
@@ -147,26 +163,28 @@ def producer(work, shared, group, q_desc, k_desc, v_desc, do_desc, lse_desc, del
     _, key_head, _ = work.grid.place(gl.program_id(0))
     if work.config.SPLIT:
         key_head = work.key_head
-    ask_for_keys(k_desc, work.keys, key_head, work.first_key, shared, shared.k)
-    ask_for_keys(v_desc, work.keys, key_head, work.first_key, shared, shared.v)
+    ask_for_keys(k_desc, work.keys, key_head, work.first_key, shared, shared.q, shared.k)
+    ask_for_keys(v_desc, work.keys, key_head, work.first_key, shared, shared.do, shared.v)
     head = key_head * group
     if work.config.SPLIT:
         head = work.first_head
     row = work.first_row
     sum_row = work.first_sum
     for i in range(work.steps):
-        shared.q.wait_empty(i)
+        use = first_use(shared) + i
+        shared.q.wait_empty(use)
         ask_for_rows(
-            q_desc, lse_desc, work.queries, head, row, sum_row, shared, shared.q, shared.lse, i
-        )
-        shared.do.wait_empty(i)
+            q_desc, lse_desc, work.queries, head, row, sum_row, shared, shared.q, shared.lse, use,
+            i == 0,
+        )  # fmt: skip
+        shared.do.wait_empty(use)
         ask_for_rows(
             do_desc, delta_desc, work.queries, head, row, sum_row, shared, shared.do, shared.delta,
-            i,
+            use, i == 0,
         )  # fmt: skip
         row, sum_row = step_after(work, row, sum_row)
         head = gl.where(row == work.first_row, head + 1, head)
-    if not work.config.DQ_GROUP and work.steps == 0:
+    if work.steps == 0:
         # What runs next reads the statistics without waiting for them.
         wait_for_dependencies()
     allow_dependents()
@@ -174,13 +192,43 @@ def producer(work, shared, group, q_desc, k_desc, v_desc, do_desc, lse_desc, del
 
 # --------------------------------------------------------------------------------------- consumers
 @gluon.jit
-def start_product(shared, left, left_use, right, right_use, zeros):
-    """Start left right^T, (ROWS, ROWS), of all columns: as many products as there are pieces."""
-    product = zeros
-    for j in gl.static_range(shared.PIECES):
-        a = shared.piece(left, left_use, j)
+def release_read(ring, use):
+    """This warpgroup has read what it wants to registers. TMA, which writes there next, is ordered
+    behind reads by threads as little as behind their stores: seen to be ahead of them."""
+    fence_async_shared()
+    ring.release(use)
+
+
+@gluon.jit
+def hold(shared, place, other, rest, SCORES: gl.constexpr):
+    """The pieces of k or v that are held, as soon as all of them are there."""
+    held = ()
+    if shared.HELD > 0:
+        place.wait_full(0)
+        other.wait_full(0)  # so that nobody waits for a slot's second use during the first one
+        for j in gl.static_range(shared.HELD):
+            piece = shared.piece(place, 0, j)
+            held += (piece.load(gl.DotOperandLayout(0, SCORES, 2)),)
+        release_read(place, 0)
+        other.release(0)
+    if shared.HELD < shared.PIECES:
+        rest.wait_full(0)
+    return held
+
+
+@gluon.jit
+def start_products(shared, held, rest, right, right_use, product, BEGIN: gl.constexpr,
+                   END: gl.constexpr):  # fmt: skip
+    """Start some of the products, one for each piece, whose sum is (ROWS, ROWS), k or v times a
+    block of q or do, turned."""
+    HELD: gl.constexpr = shared.HELD
+    for j in gl.static_range(BEGIN, END):
         b = shared.piece(right, right_use, j).permute([1, 0])
-        product = warpgroup_mma(a, b, product, use_acc=j > 0, is_async=True)
+        if j < HELD:
+            product = warpgroup_mma(held[j], b, product, use_acc=j > 0, is_async=True)
+        else:
+            a = rest.data.index(opaque_zero() + (j - HELD)).reshape([ROWS, shared.PIECE])
+            product = warpgroup_mma(a, b, product, use_acc=j > 0, is_async=True)
     return product
 
 
@@ -242,7 +290,7 @@ def again(grid):
 
 @gluon.jit
 def store_sums(desc, work, shared, ring, sums, factor):
-    """Write ``factor`` times dv or dk by TMA, through the buffers of v or k."""
+    """Write ``factor`` times dv or dk by TMA, through the buffers of the ring's first slot."""
     grid = again(work.grid)
     if work.config.RAGGED:
         _, key_head, first_key, start, count, _, _ = work.lengths.keys(grid, gl.program_id(0), 64)
@@ -281,32 +329,31 @@ def value_consumer(work, shared, dv_target):
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, shared.PIECE, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
     COLUMN: gl.constexpr = gl.SliceLayout(0, SCORES)
+    PIECES: gl.constexpr = shared.PIECES
     dtype: gl.constexpr = shared.p.data.dtype
 
-    dv = (gl.zeros([ROWS, shared.PIECE], gl.float32, SUMS),) * shared.PIECES
+    dv = (gl.zeros([ROWS, shared.PIECE], gl.float32, SUMS),) * PIECES
     zeros = gl.zeros([ROWS, ROWS], gl.float32, SCORES)
     row = work.first_row
     sum_row = work.first_sum
-    shared.k.wait_full(0)
+    k = hold(shared, shared.q, shared.do, shared.k, SCORES)
+    use = first_use(shared) + opaque_zero()
     if work.steps > 0:  # otherwise it multiplies what lies in shared memory, for nobody
-        shared.q.wait_full(0)
-    s = start_product(shared, shared.k, opaque_zero(), shared.q, 0, zeros)
-    if work.config.EARLY_LSE:
-        lse = row_numbers(shared.q, shared.lse, 0, COLUMN)
+        shared.q.wait_full(use)
+    s = start_products(shared, k, shared.k, shared.q, use, zeros, 0, PIECES)
     s = warpgroup_mma_wait(0, deps=[s])
     for i in range(work.steps):
+        use = first_use(shared) + i
         if work.config.SOFTCAP:
             u = capped(work, s, row)
-            if not work.config.EARLY_LSE:
-                lse = row_numbers(shared.q, shared.lse, i, COLUMN)
-            shared.q.release(i)
+            lse = row_numbers(shared.q, shared.lse, use, COLUMN)
+            release_read(shared.q, use)
             p = weights_of_capped(work, u, lse)
             weights = p.to(dtype)
             handed = (p * (4.0 * (u - 1.0) * (2.0 - u))).to(dtype)  # times the slope of tanh
         else:
-            if not work.config.EARLY_LSE:
-                lse = row_numbers(shared.q, shared.lse, i, COLUMN)
-            shared.q.release(i)
+            lse = row_numbers(shared.q, shared.lse, use, COLUMN)
+            release_read(shared.q, use)
             p = gl.exp2(s * work.scale_log2 - lse)
             weights = mask_if_needed(work, p, work.first_key + opaque_zero(), row).to(dtype)
             handed = weights
@@ -314,143 +361,83 @@ def value_consumer(work, shared, dv_target):
         shared.p.slot(i).store(handing_order(handed))
         shared.p.announce(i)
 
-        shared.do.wait_full(i)
-        weights = gl.convert_layout(weights, OPERAND)
-        dv = add_by_rows(shared, weights, shared.do, i, dv)
         # The last step has no next one and starts its own S again, for nobody.
-        following = gl.minimum(i + 1, work.steps - 1)
-        if work.config.AHEAD == 0:
-            dv = wait_for_sums(shared, dv, 0)
-            shared.do.release(i)
-        shared.q.wait_full(following)
-        s = start_product(shared, shared.k, opaque_zero(), shared.q, following, zeros)
-        if work.config.EARLY_LSE:
-            lse = row_numbers(shared.q, shared.lse, following, COLUMN)
-        if work.config.AHEAD == 1:
-            dv = wait_for_sums(shared, dv, shared.PIECES)
-            shared.do.release(i)
+        following = first_use(shared) + gl.minimum(i + 1, work.steps - 1)
+        shared.do.wait_full(use)
+        if work.config.TURNS:
+            shared.q.wait_full(following)
+            if i > 0:
+                meet(VALUE_TURN, 256)
+        dv = add_by_rows(shared, gl.convert_layout(weights, OPERAND), shared.do, use, dv)
+        if not work.config.TURNS:
+            shared.q.wait_full(following)
+        # One product is started before dv is waited for: nothing runs dry, do is released early.
+        s = start_products(shared, k, shared.k, shared.q, following, zeros, 0, 1)
+        dv = wait_for_sums(shared, dv, 1)
+        shared.do.release(use)
+        s = start_products(shared, k, shared.k, shared.q, following, s, 1, PIECES)
+        if work.config.TURNS:
+            come_by(KEY_TURN, 256)
         s = warpgroup_mma_wait(0, deps=[s])
         row, sum_row = step_after(work, row, sum_row)
 
     if work.config.SPLIT:
         leave_pieces(dv_target, work, shared, dv)
     else:
-        meet(CONSUMERS_MEET, 256)  # v is read no more, and k only by the dq group
-        store_sums(dv_target, work, shared, shared.v, dv, 1.0)
+        meet(CONSUMERS_MEET, 256)  # nobody reads q or do any more
+        store_sums(dv_target, work, shared, shared.do, dv, 1.0)
 
 
 @gluon.jit
 def key_consumer(work, shared, dk_target):
-    """dS of every step, handed to the dq group, and dk."""
+    """dS of every step, and dk."""
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, shared.PIECE, 16])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
     COLUMN: gl.constexpr = gl.SliceLayout(0, SCORES)
-    dtype: gl.constexpr = shared.ds.data.dtype
+    PIECES: gl.constexpr = shared.PIECES
+    dtype: gl.constexpr = shared.p.data.dtype
 
-    dk = (gl.zeros([ROWS, shared.PIECE], gl.float32, SUMS),) * shared.PIECES
+    dk = (gl.zeros([ROWS, shared.PIECE], gl.float32, SUMS),) * PIECES
     zeros = gl.zeros([ROWS, ROWS], gl.float32, SCORES)
-    shared.v.wait_full(0)
+    v = hold(shared, shared.do, shared.q, shared.v, SCORES)
+    use = first_use(shared) + opaque_zero()
     if work.steps > 0:
-        shared.do.wait_full(0)
-    dp = start_product(shared, shared.v, opaque_zero(), shared.do, 0, zeros)
-    if work.config.EARLY_LSE:
-        delta = row_numbers(shared.do, shared.delta, 0, COLUMN)
+        shared.do.wait_full(use)
+    dp = start_products(shared, v, shared.v, shared.do, use, zeros, 0, PIECES)
     dp = warpgroup_mma_wait(0, deps=[dp])
     for i in range(work.steps):
-        if not work.config.EARLY_LSE:
-            delta = row_numbers(shared.do, shared.delta, i, COLUMN)
-        dp -= delta
-        shared.do.release(i)
+        use = first_use(shared) + i
+        dp -= row_numbers(shared.do, shared.delta, use, COLUMN)
+        release_read(shared.do, use)
         shared.p.wait_full(i)
         p = undo_handing_order(shared.p.slot(i).load(handing_order(zeros).type.layout))
         p = gl.convert_layout(p, SCORES, assert_trivial=True)
         shared.p.release(i)
         ds = (p.to(gl.float32) * dp).to(dtype)
-        if work.config.DQ_GROUP:
-            shared.ds.wait_empty(i)
-            shared.ds.slot(i).store(ds)
-            fence_async_shared()
-            shared.ds.announce(i)
 
-        shared.q.wait_full(i)
-        dk = add_by_rows(shared, gl.convert_layout(ds, OPERAND), shared.q, i, dk)
-        following = gl.minimum(i + 1, work.steps - 1)
-        if work.config.AHEAD == 0:
-            dk = wait_for_sums(shared, dk, 0)
-            shared.q.release(i)
-        shared.do.wait_full(following)
-        dp = start_product(shared, shared.v, opaque_zero(), shared.do, following, zeros)
-        if work.config.EARLY_LSE:
-            delta = row_numbers(shared.do, shared.delta, following, COLUMN)
-        if work.config.AHEAD == 1:
-            dk = wait_for_sums(shared, dk, shared.PIECES)
-            shared.q.release(i)
+        following = first_use(shared) + gl.minimum(i + 1, work.steps - 1)
+        shared.q.wait_full(use)
+        if work.config.TURNS:
+            shared.do.wait_full(following)
+            meet(KEY_TURN, 256)
+        dk = add_by_rows(shared, gl.convert_layout(ds, OPERAND), shared.q, use, dk)
+        if not work.config.TURNS:
+            shared.do.wait_full(following)
+        dp = start_products(shared, v, shared.v, shared.do, following, zeros, 0, 1)
+        dk = wait_for_sums(shared, dk, 1)
+        shared.q.release(use)
+        dp = start_products(shared, v, shared.v, shared.do, following, dp, 1, PIECES)
+        if work.config.TURNS:  # noqa: SIM102 -- one condition is a constant, the other is not
+            if i + 1 < work.steps:
+                come_by(VALUE_TURN, 256)
         dp = warpgroup_mma_wait(0, deps=[dp])
 
     if work.config.SPLIT:
         leave_pieces(dk_target, work, shared, dk)
     else:
         meet(CONSUMERS_MEET, 256)
-        if work.config.DQ_GROUP:  # noqa: SIM102 -- one condition is a constant, the other is not
-            if work.steps > 0:  # the dq group is done with k
-                shared.ds.wait_empty(work.steps - 1 + shared.ds.SLOTS)
-        store_sums(dk_target, work, shared, shared.k, dk, work.scale)
-
-
-@gluon.jit
-def dq_group(work, shared, turns, dq_desc):
-    """dq of every step.
-
-    ``turns`` counts, for each block of 64 rows of the sums, the warps that have added to it.
-    """
-    TILES: gl.constexpr = work.config.BLOCK_D // 64
-    IN_PIECE: gl.constexpr = shared.PIECE // 64
-    DQ: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
-    zeros = gl.zeros([ROWS, 64], gl.float32, DQ)
-    row = work.first_row
-    sum_row = work.first_sum
-    # Not the same value under two names: Triton would take the assignment in the loop for none.
-    before = sum_row + opaque_zero()
-    shared.k.wait_full(0)
-    for i in range(work.steps):
-        shared.ds.wait_full(i)
-        seen = gl.to_tensor(0)
-        if work.config.DETERMINISTIC:
-            seen = peek(turns + sum_row // ROWS)
-        for tile in gl.static_range(TILES):
-            k = shared.piece(shared.k, opaque_zero(), tile // IN_PIECE)
-            if IN_PIECE > 1:
-                k = k.slice(tile % IN_PIECE * 64, 64, 1)
-            ds_turned = shared.ds.slot(i).permute([1, 0])
-            dq = warpgroup_mma(ds_turned, k, zeros, use_acc=False, is_async=True)
-            tma.store_wait(shared.DQ_SLOTS - 1)  # of the buffers in turn, the oldest one is free
-            dq = warpgroup_mma_wait(0, deps=[dq])
-            if tile == TILES - 1:
-                shared.ds.release(i)
-            buffer = shared.dq.index((i * TILES + tile) % shared.DQ_SLOTS)
-            buffer.store(register_order(dq))
-            fence_async_shared()
-            if work.config.DETERMINISTIC and tile == 0:
-                turn = 4 * turn_of(work, row)
-                if seen < turn:
-                    wait_until(turns + sum_row // ROWS, turn)
-                fence_peeked()
-            tma_add(dq_desc, [sums_of_tile(work, sum_row, tile), 0], buffer)
-            if work.config.DETERMINISTIC and tile == 1:
-                # All but this step's tiles are in memory; by now that is no wait.
-                if i > 0:
-                    tma_complete(2)
-                    fence_async()
-                    count_up(turns + before // ROWS)
-        before = sum_row
-        row, sum_row = step_after(work, row, sum_row)
-    tma.store_wait(0)
-    if work.config.DETERMINISTIC:  # noqa: SIM102 -- one condition is a constant, the other is not
-        if work.steps > 0:
-            tma_complete(0)
-            fence_async()
-            count_up(turns + before // ROWS)
+        store_sums(dk_target, work, shared, shared.q, dk, work.scale)
 
 
 # ------------------------------------------------------------------------------------------ kernel
@@ -463,15 +450,13 @@ _POINTERS = ("splits", "bounds_q", "table", "used_q", "used_k")
 
 @gluon.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_POINTERS)
 def attention_backward_wide_sm90(
-    q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, dq_desc, dk_target, dv_target,
+    q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, dk_target, dv_target,
     scale, scale_log2, cap_log2, nheads_k, group, splits, seqlen_q, seqlen_k, padded_rows,
-    window_left, window_right, key_blocks, sequences, section, turns, bounds_q, table, used_q,
-    used_k, batch_size,
+    window_left, window_right, key_blocks, sequences, section, bounds_q, table, used_q, used_k,
+    batch_size,
     BLOCK_D: gl.constexpr, PIECE: gl.constexpr, Q_SLOTS: gl.constexpr, DO_SLOTS: gl.constexpr,
-    P_SLOTS: gl.constexpr, DS_SLOTS: gl.constexpr, DQ_SLOTS: gl.constexpr, AHEAD: gl.constexpr,
-    DQ_GROUP: gl.constexpr, EARLY_LSE: gl.constexpr,
-    REGISTERS: gl.constexpr, DQ_REGISTERS: gl.constexpr, OTHER_REGISTERS: gl.constexpr,
-    DETERMINISTIC: gl.constexpr, REVERSED: gl.constexpr, SOFTCAP: gl.constexpr,
+    P_SLOTS: gl.constexpr, HELD: gl.constexpr, TURNS: gl.constexpr,
+    REGISTERS: gl.constexpr, OTHER_REGISTERS: gl.constexpr, SOFTCAP: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, SPLIT: gl.constexpr,
     CU_Q: gl.constexpr, CU_K: gl.constexpr, USED_Q: gl.constexpr, USED_K: gl.constexpr,
 ):  # fmt: skip
@@ -485,47 +470,37 @@ def attention_backward_wide_sm90(
         dk_target, dv_target: descriptors like k's; with SPLIT pointers to sequences * key_blocks *
             64 * BLOCK_D float32, which finish_keys_sm90 reads.
         lse_desc, delta_desc: of (batch * nheads * padded_rows,) float32 with blocks (64,).
-        dq_desc: of the sums of dq, (batch * nheads * padded_rows * BLOCK_D / 64, 64) float32 with
-            blocks (64, 64); without DQ_GROUP it is not used.
         scale, scale_log2, cap_log2, nheads_k, group, splits, padded_rows, sequences, section: as
             in attention_backward_sm90.
         key_blocks: blocks of 64 keys in a sequence, with CU_K two for each tile of tiles_sm90.
         bounds_q, table, used_q, used_k, batch_size, CU_Q, CU_K, USED_Q, USED_K: as in
-            attention_backward_sm90; without DQ_GROUP alone.
-        turns: (batch * nheads * padded_rows / 64,) int32, zeros: see dq_group.
+            attention_backward_sm90.
         BLOCK_D: columns that are computed, a multiple of PIECE; PIECE: 64, 128 or 256.
-        DQ_SLOTS, DS_SLOTS, DETERMINISTIC: with DQ_GROUP.
-        EARLY_LSE: the next step's log-sum-exp and delta are read while its S and dP are computed.
-        REGISTERS, DQ_REGISTERS, OTHER_REGISTERS: of a thread of the key consumer (the value
-            consumer gets what is left), of the dq group and of the producer.
+        HELD, TURNS: see above.
+        REGISTERS, OTHER_REGISTERS: of a thread of the key consumer (the value consumer gets what is
+            left) and of the producer.
     """
     gl.static_assert(BLOCK_D % PIECE == 0)
-    gl.static_assert(BLOCK_D > 64)  # the turns pass with a step's second tile
     PIECES: gl.constexpr = BLOCK_D // PIECE
+    gl.static_assert(HELD <= PIECES)
     RAGGED: gl.constexpr = CU_Q or CU_K or USED_Q or USED_K
-    gl.static_assert(not (RAGGED and DQ_GROUP))
-    config = Config(64, BLOCK_D, False, DQ_GROUP, False, False, 0, DETERMINISTIC, SOFTCAP, HAS_LEFT,
-                    HAS_RIGHT, False, False, RAGGED, 64, SPLIT=SPLIT, EARLY_LSE=EARLY_LSE,
-                    AHEAD=AHEAD)  # fmt: skip
+    config = Config(64, BLOCK_D, False, False, False, False, 0, False, SOFTCAP, HAS_LEFT,
+                    HAS_RIGHT, False, False, RAGGED, 64, SPLIT=SPLIT, TURNS=TURNS)  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
     PLAIN: gl.constexpr = gl.NVMMASharedLayout(0, 16, 2)
-    WEIGHTS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 64], dtype)
     q = new_ring(buffers_for(q_desc, Q_SLOTS * PIECES), Q_SLOTS, 1, 2)
     do = new_ring(buffers_for(do_desc, DO_SLOTS * PIECES), DO_SLOTS, 1, 2)
-    k = new_ring(buffers_for(k_desc, PIECES), 1, 1, 0)
-    v = new_ring(buffers_for(v_desc, PIECES), 1, 1, 0)
+    if HELD < PIECES:
+        k = new_ring(buffers_for(k_desc, PIECES - HELD), 1, 1, 0)
+        v = new_ring(buffers_for(v_desc, PIECES - HELD), 1, 1, 0)
+    else:
+        k, v = q, do  # never asked
     p = new_ring(gl.allocate_shared_memory(dtype, [P_SLOTS, 64, 64], PLAIN), P_SLOTS, 1, 1)
     lse, delta = buffers_for(lse_desc, Q_SLOTS), buffers_for(delta_desc, DO_SLOTS)
-    if DQ_GROUP:
-        ds_buffers = gl.allocate_shared_memory(dtype, [DS_SLOTS, 64, 64], WEIGHTS)
-        ds = new_ring(ds_buffers, DS_SLOTS, 1, 1)
-        dq = buffers_for(dq_desc, DQ_SLOTS)
-    else:
-        ds, dq = p, lse  # never asked
-    shared = Shared(q, do, k, v, p, ds, lse, delta, dq, PIECE, PIECES, DQ_SLOTS)
+    shared = Shared(q, do, k, v, p, lse, delta, PIECE, PIECES, HELD)
     fence_async_shared()
 
-    grid = Grid(nheads_k, key_blocks, sequences, section, REVERSED)
+    grid = Grid(nheads_k, key_blocks, sequences, section, False)
     zero = gl.to_tensor(0)  # of what there is no such thing here: chunks and slopes
     lengths = Lengths(bounds_q, table, tiles_of_blocks(key_blocks, 64), used_q, used_k, batch_size,
                       seqlen_q, seqlen_k, window_left, zero, CU_Q, CU_K, USED_Q, USED_K, HAS_LEFT,
@@ -565,21 +540,11 @@ def attention_backward_wide_sm90(
         first_sum = (batch * nheads_k + key_head) * group * padded_rows + first_row
     work = Work(scale, scale_log2, cap_log2, count_k, reach_left, reach_right, first_key,
                 first_row, end_row, first_sum, padded_rows - rows + ROWS, group * (rows // ROWS),
-                key_head, first_head, shift, zero, zero, turns, queries, keys, grid, lengths,
+                key_head, first_head, shift, zero, zero, bounds_q, queries, keys, grid, lengths,
                 config)  # fmt: skip
-    # The lists have to be spelled out: in tuples bound to a name, constants become tensors.
-    if DQ_GROUP:
-        gl.warp_specialize([
-            (value_consumer, (work, shared, dv_target)),
-            (key_consumer, (work, shared, dk_target)),
-            (dq_group, (work, shared, turns, dq_desc)),
-            (producer, (work, shared, group, q_desc, k_desc, v_desc, do_desc, lse_desc,
-                        delta_desc)),
-        ], [4, 4, 1], [REGISTERS, DQ_REGISTERS, OTHER_REGISTERS])  # fmt: skip
-    else:
-        gl.warp_specialize([
-            (value_consumer, (work, shared, dv_target)),
-            (key_consumer, (work, shared, dk_target)),
-            (producer, (work, shared, group, q_desc, k_desc, v_desc, do_desc, lse_desc,
-                        delta_desc)),
-        ], [4, 1], [REGISTERS, OTHER_REGISTERS])  # fmt: skip
+    # The list has to be spelled out: in tuples bound to a name, constants become tensors.
+    gl.warp_specialize([
+        (value_consumer, (work, shared, dv_target)),
+        (key_consumer, (work, shared, dk_target)),
+        (producer, (work, shared, group, q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc)),
+    ], [4, 1], [REGISTERS, OTHER_REGISTERS])  # fmt: skip

@@ -118,7 +118,6 @@ def _width_reasons(problem: AttentionProblem, widest: int) -> list[str]:
     """What is served for some head dims alone."""
     transform = problem.transform
     limits = {
-        "packed sequences or numbers of rows in use": (is_ragged(problem), MAX_HEADDIM_NARROW),
         # With wider heads the compiler of Triton 3.9 runs out of registers.
         "attention_chunk": (bool(problem.visibility.attention_chunk), MAX_HEADDIM_CHUNK),
         "ALiBi and lengths on the device": (
@@ -131,7 +130,6 @@ def _width_reasons(problem: AttentionProblem, widest: int) -> list[str]:
         ),
         "ALiBi": (transform.alibi_slopes is not None, MAX_HEADDIM_NARROW),
         "softcap": (transform.softcap > 0.0, MAX_HEADDIM_SOFTCAP),
-        "deterministic=True": (problem.deterministic, MAX_HEADDIM_NARROW),
     }
     return [
         f"computes gradients with {name} for head dims up to {limit}, found {widest}"
@@ -370,7 +368,8 @@ def launch_statistics(
     """Row statistics, and zeros for the sums of dq if the plan needs them."""
     out, dout, lse, dlse = inputs.out, inputs.dout, inputs.softmax_lse, inputs.dlse
     rows, used = workspace.delta.shape[-1], problem.layout.seqused_q
-    parts = _tiles_of_head(packing, workspace) * (_TILE // plan.statistics_rows)
+    statistics_rows = plan.statistics_rows(is_ragged(problem))
+    parts = _tiles_of_head(packing, workspace) * (_TILE // statistics_rows)
     row_statistics_sm90[(parts * _query_heads(problem, packing),)](
         out, dout, lse, lse if dlse is None else dlse.float().contiguous(),
         workspace.lse_log2, workspace.delta, workspace.dq_sums,
@@ -379,7 +378,7 @@ def launch_statistics(
         problem.nheads, problem.q.shape[-3], rows, parts,
         *_table(packing.q, workspace), workspace.turns if used is None else used,
         problem.batch_size,
-        HEAD_DIM=problem.headdim_v, BLOCK_D=plan.width, BLOCK_M=plan.statistics_rows,
+        HEAD_DIM=problem.headdim_v, BLOCK_D=plan.width, BLOCK_M=statistics_rows,
         HAS_DLSE=dlse is not None, CU_Q=packing.q is not None, USED_Q=used is not None,
         ZEROES=not plan.first_stores and plan.rows is None,
         num_warps=4,
@@ -418,8 +417,7 @@ def launch_main(
         from .launch_backward_wide import launch_main_wide, launch_rows  # which import this module
 
         launch_main_wide(problem, inputs, packing, workspace, plan)
-        if plan.rows is not None:
-            launch_rows(problem, inputs, packing, workspace, plan, plan.rows)
+        launch_rows(problem, inputs, packing, workspace, plan)
         return
     q, k, v, layout = problem.q, problem.k, problem.v, problem.layout
     seqlen_q, seqlen_k, nheads_k = q.shape[-3], k.shape[-3], problem.nheads_k

@@ -15,7 +15,6 @@ from .launch_backward import (
     _numbers_descriptor,
     _query_heads,
     _section,
-    _sums_descriptor,
     _table,
     _tiles_of_head,
     _window,
@@ -23,7 +22,7 @@ from .launch_backward import (
     ragged_descriptor,
     rows_descriptor,
 )
-from .plans_backward import BackwardPlan, RowsPlan
+from .plans_backward import BackwardPlan
 
 attention_backward_rows_sm90 = Launcher(sm90_backward_rows.attention_backward_rows_sm90)
 attention_backward_wide_sm90 = Launcher(sm90_backward_wide.attention_backward_wide_sm90)
@@ -39,19 +38,18 @@ def launch_main_wide(
     workspace: Workspace,
     plan: BackwardPlan,
 ) -> None:
-    """dk, dv and, without ``rows`` in the plan, the sums of dq.
+    """dk and dv.
 
     Raises:
         ValueError: the plan asks for what this kernel does not have.
     """
-    is_narrow = any((plan.eager_dv, plan.delta_first, plan.adder, plan.keeps_keys,
-                     plan.first_stores, plan.rotates))  # fmt: skip
-    is_apart = plan.rows is not None
-    is_whole = plan.dq_group != is_apart and not (is_apart and plan.deterministic)
-    if is_narrow or plan.block_m != _BLOCK or not is_whole or plan.ahead not in (0, 1):
+    is_narrow = any((plan.eager_dv, plan.early_lse, plan.delta_first, plan.dq_group, plan.adder,
+                     plan.keeps_keys, plan.first_stores, plan.rotates, plan.deterministic,
+                     plan.is_reversed))  # fmt: skip
+    if is_narrow or plan.block_m != _BLOCK:
         raise ValueError(f"no plan for head dims above 128: {plan}")
-    if problem.visibility.attention_chunk or (is_ragged(problem) and not is_apart):
-        raise ValueError("plans with pieces serve no chunks, and lengths on the device with rows")
+    if problem.visibility.attention_chunk:
+        raise ValueError("plans with pieces serve no chunks")
     nheads_k, layout = problem.nheads_k, problem.layout
     left, right = _window(problem)
     key_blocks, parts = _key_blocks(problem, plan), _key_heads(problem) * plan.splits
@@ -63,30 +61,25 @@ def launch_main_wide(
     def rows(x: Tensor) -> object:
         return describe(x, _BLOCK, plan.piece)
 
-    lse = _numbers_descriptor(workspace.lse_log2, _BLOCK)
     targets: list[object] = [workspace.dk_sums, workspace.dv_sums]
     if plan.splits == 1:
         targets = [rows(inputs.dk), rows(inputs.dv)]
     attention_backward_wide_sm90[(key_blocks * parts,)](
         rows(problem.q), rows(problem.k), rows(problem.v), rows(inputs.dout),
-        lse,
+        _numbers_descriptor(workspace.lse_log2, _BLOCK),
         _numbers_descriptor(workspace.delta, _BLOCK),
-        lse if is_apart else _sums_descriptor(workspace.dq_sums, 64),
         *targets,
         scale, factor * _LOG2E, softcap * _LOG2E,
         nheads_k * plan.splits, problem.nheads // nheads_k, plan.splits,
         problem.q.shape[-3], problem.k.shape[-3],
         workspace.delta.shape[-1], left or 0, right or 0,
-        key_blocks, parts, _section(problem, plan), workspace.turns,
+        key_blocks, parts, _section(problem, plan),
         unread if packing.q is None else packing.q.bounds, _table(packing.k, workspace)[0],
         unread if layout.seqused_q is None else layout.seqused_q,
         unread if layout.seqused_k is None else layout.seqused_k, problem.batch_size,
         BLOCK_D=plan.block_d, PIECE=plan.piece, Q_SLOTS=plan.q_slots, DO_SLOTS=plan.do_slots,
-        P_SLOTS=plan.p_slots, DS_SLOTS=plan.ds_slots, DQ_SLOTS=plan.dq_slots,
-        AHEAD=plan.ahead, DQ_GROUP=plan.dq_group, EARLY_LSE=plan.early_lse,
-        REGISTERS=plan.registers, DQ_REGISTERS=plan.dq_registers,
-        OTHER_REGISTERS=plan.other_registers, DETERMINISTIC=plan.deterministic,
-        REVERSED=plan.is_reversed, SOFTCAP=softcap > 0.0,
+        P_SLOTS=plan.p_slots, HELD=plan.held, TURNS=plan.turns,
+        REGISTERS=plan.registers, OTHER_REGISTERS=plan.other_registers, SOFTCAP=softcap > 0.0,
         HAS_LEFT=left is not None, HAS_RIGHT=right is not None, SPLIT=plan.splits > 1,
         CU_Q=packing.q is not None, CU_K=packing.k is not None,
         USED_Q=layout.seqused_q is not None, USED_K=layout.seqused_k is not None,
@@ -100,9 +93,15 @@ def launch_rows(
     packing: Packing,
     workspace: Workspace,
     plan: BackwardPlan,
-    rows_plan: RowsPlan,
 ) -> None:
-    """dq; directly behind :func:`launch_main_wide`, which it need not wait for."""
+    """dq; directly behind :func:`launch_main_wide`, which it need not wait for.
+
+    Raises:
+        ValueError: there is no plan for it.
+    """
+    rows_plan = plan.rows
+    if rows_plan is None:
+        raise ValueError(f"no plan for head dims above 128: {plan}")
     nheads, layout = problem.nheads, problem.layout
     left, right = _window(problem)
     group = nheads // problem.nheads_k

@@ -149,6 +149,8 @@ _64_CAUSAL = replace(_64, scheduler=DYNAMIC, skip=True, section_bytes=16 << 20, 
 _128 = ForwardPlan(2, 128, 2, DYNAMIC, 1, 1, peel=True, section_bytes=8 << 20, last_bytes=_L2)
 _256 = ForwardPlan(2, 64, 2, ROUND_ROBIN, 1, 2, overlap=True)
 _96 = replace(_128, stages=3)
+_192_CAUSAL = ForwardPlan(2, 128, 3, DYNAMIC, 1, 1, joint=True, late=True, peel=True,
+                          section_bytes=16 << 20, last_bytes=_L2)  # fmt: skip
 _FORWARD: dict[tuple[int, bool], _Rows] = {
     (64, False): (
         (0, replace(_64, overlap=True)),  # 400 466
@@ -179,8 +181,8 @@ _FORWARD: dict[tuple[int, bool], _Rows] = {
                         joint=True)),  # 524 633 703 730 728 720
     ),
     (192, True): (
-        (0, ForwardPlan(2, 128, 3, DYNAMIC, 1, 1, joint=True, late=True, peel=True,
-                        section_bytes=16 << 20, last_bytes=_L2)),  # 301 458 593 685 733 745
+        (0, _192_CAUSAL),  # 290 455 595 697 744 777
+        (1024, replace(_192_CAUSAL, ping_pong=True)),  # 288 458 603 714 765 787
     ),
     (256, False): (
         (0, replace(_256, ping_pong=True, slim=True)),  # 528 670 763 804 788 770
@@ -246,7 +248,10 @@ def windowed(plan: ForwardPlan, block_d: int) -> ForwardPlan:
 
 def with_two_rings(plan: ForwardPlan) -> ForwardPlan:
     """``plan`` for values of another head dim than the keys', which cannot share slots."""
-    return replace(plan, joint=False, block_n=64, stages=3) if plan.joint else plan
+    if not plan.joint:
+        return plan
+    turns = plan.ping_pong and not plan.late
+    return replace(plan, joint=False, block_n=64, stages=3, ping_pong=turns)
 
 
 # By block_d: plans for lengths that only the device knows, where more numbers describe a tile.

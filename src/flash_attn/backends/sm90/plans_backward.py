@@ -25,9 +25,9 @@ class RowsPlan(NamedTuple):
 class BackwardPlan(NamedTuple):
     """How ``attention_backward_sm90`` is compiled; see its docstring.
 
-    With ``piece`` it is ``attention_backward_wide_sm90``, which has neither eager_dv, delta_first,
-    rotates, keeps_keys nor first_stores, always 64 queries in a block and a dq group unless there
-    are ``rows``, and alone has ``ahead`` and ``p_slots``.
+    With ``piece`` it is ``attention_backward_wide_sm90``, whose blocks have 64 queries. It alone
+    has ``p_slots``, ``held``, ``turns`` and ``rows``, and has nothing for dq, and neither eager_dv,
+    early_lse, delta_first nor keeps_keys.
 
     Attributes:
         registers: of the second consumer; the first one gets what is left.
@@ -37,7 +37,7 @@ class BackwardPlan(NamedTuple):
             many programs; else long programs of one head would begin while few short ones are left
             to run beside them.
         dq_slots, adder, in_flight: see DQ_SLOTS, ADDER and IN_FLIGHT; ``deterministic`` needs an
-            adder, as plans without a dq group do, but with ``piece`` there is none.
+            adder, as plans without a dq group do.
         first_stores: whoever comes first to a block of dq stores it, so that the sums need no
             zeros; needs an adder, whose ``in_flight`` it uses.
         rotates: see ROTATE; without a mask and in any order only.
@@ -46,8 +46,8 @@ class BackwardPlan(NamedTuple):
             the registers do not suffice.
         multiplied: columns that are multiplied, 96 of ``block_d``; 0 for all of them.
         splits: programs that the query heads of a key head are divided among, see SPLIT.
-        rows: of a kernel that computes dq by itself, so that there are no sums of it; with
-            ``piece`` and without ``dq_group``.
+        held, turns: see HELD and TURNS.
+        rows: of the kernel that computes dq by itself, so that there are no sums of it.
     """
 
     block_m: int
@@ -74,16 +74,19 @@ class BackwardPlan(NamedTuple):
     splits: int = 1
     multiplied: int = 0
     keeps_keys: bool = False
-    # Of head dims above 128: columns of a buffer, and slots for P.
+    # Of head dims above 128; ``piece`` is columns of a buffer.
     piece: int = 0
     p_slots: int = 0
-    ahead: int = 0
+    held: int = 0
+    turns: bool = False
     rows: RowsPlan | None = None
 
-    @property
-    def statistics_rows(self) -> int:
-        """Rows of a program of ``row_statistics_sm90``."""
-        return 16 if self.piece else 32
+    def statistics_rows(self, is_ragged: bool) -> int:
+        """Rows of a program of ``row_statistics_sm90``; with 16 packed float16 of 136 columns
+        spilled."""
+        if not self.piece:
+            return 32
+        return 8 if is_ragged else 16
 
     @property
     def block_n(self) -> int:
@@ -135,29 +138,23 @@ if TRITON <= (3, 6):
         q_slots=3, do_slots=3, early_lse=True, delta_first=True, dq_group=True, registers=208,
         dq_registers=64,
     )  # fmt: skip
+# Full and causal, 1024 4096 16384: without turns and with nothing held, which leaves room for two
+# slots less, 353 421 438 and 266 403 438; with both 384 469 498 and 282 451 501. Newer compilers
+# let products wait for each other for more than one piece held, and with dq last spill 8 bytes for
+# softcap in a window.
 _D192 = BackwardPlan(
-    64, 192, piece=64, p_slots=2, ds_slots=2, dq_slots=2, ahead=1, dq_group=True,
-    registers=208, dq_registers=72,
-)  # fmt: skip
-_D256 = BackwardPlan(
-    64, 256, piece=128, p_slots=1, ds_slots=1, dq_slots=1, dq_group=True,
-    registers=208, dq_registers=64,
-)  # fmt: skip
-# In any order, where the compiler does not spill for it (newer ones: 32 to 40 bytes): 249 323 389
-# 381 become 257 345 441 472 TFLOP/s (full, 512 1024 4096 16384).
-_D256_IN_USE = _D256 if TRITON > (3, 6) else _D256._replace(do_slots=1, dq_slots=2)
-
-
-# With dq in a kernel of its own. On trial: only ``plan_apart`` names them. With dq last newer
-# compilers spill 8 bytes for softcap in a window.
-_D192_APART = _D192._replace(
-    q_slots=3, early_lse=True, dq_group=False, registers=240, dq_registers=0,
+    64, 192, q_slots=4, do_slots=4, piece=64, p_slots=2, held=3, turns=True,
     rows=RowsPlan(3, 2, dq_first=TRITON > (3, 6)),
 )  # fmt: skip
-_D256_APART = _D256._replace(
-    p_slots=2, ahead=1, early_lse=True, dq_group=False, registers=240, dq_registers=0,
+# Likewise 371 439 457 and 303 412 458, and 404 493 528 and 319 449 514. Newer compilers have no
+# registers for it, and turns with two slots of q take 15 % longer than none.
+_D256 = BackwardPlan(
+    64, 256, q_slots=3, piece=128, p_slots=2, held=1, turns=True,
     rows=RowsPlan(2, 1),
 )  # fmt: skip
+if TRITON > (3, 6):
+    _D192 = _D192._replace(q_slots=3, do_slots=3, held=1)
+    _D256 = _D256._replace(q_slots=2, held=0, turns=False)
 
 
 def plan_backward(
@@ -170,8 +167,7 @@ def plan_backward(
     is_long = is_masked and seqlen_q >= 2048
     section = 32 << 20 if is_long else 4 << 20
     if headdim > MAX_HEADDIM_NARROW:
-        plan = _D192 if headdim <= 192 else _D256_IN_USE
-        return plan._replace(section_bytes=section)
+        return (_D192 if headdim <= 192 else _D256)._replace(section_bytes=section)
     base = _D64 if headdim <= 64 else _D96 if headdim <= 96 else _D128
     plan = base._replace(section_bytes=section, least_programs=MULTIPROCESSORS if is_masked else 0)
     if headdim <= 64:
@@ -208,13 +204,6 @@ def plan_backward(
     return plan._replace(first_stores=True, dq_slots=4 if is_masked else 2)
 
 
-def plan_apart(headdim: int, is_masked: bool, seqlen_q: int) -> BackwardPlan:
-    """The plan, for head dims above 128, with a kernel for dq alone."""
-    whole = plan_backward(headdim, is_masked, seqlen_q)
-    apart = _D192_APART if headdim <= 192 else _D256_APART
-    return apart._replace(section_bytes=whole.section_bytes)
-
-
 def plan_ordered(
     headdim: int, is_masked: bool, seqlen_q: int, seqlen_k: int | None = None
 ) -> BackwardPlan:
@@ -223,11 +212,12 @@ def plan_ordered(
     Programs of one head can only follow each other at some distance in time, which they have if
     many heads are worked on together.
     """
-    plan = plan_backward(headdim, is_masked, seqlen_q, seqlen_k)._replace(
+    plan = plan_backward(headdim, is_masked, seqlen_q, seqlen_k)
+    if plan.rows is not None:  # nobody adds to anything
+        return plan
+    plan = plan._replace(
         deterministic=True, is_reversed=is_masked, section_bytes=32 << 20, least_programs=0
     )
-    if headdim > MAX_HEADDIM_NARROW:
-        return plan if headdim <= 192 else plan._replace(do_slots=2, dq_slots=1)
     if plan.do_slots > 2 and headdim > 64:  # four buffers of dq need the room
         plan = plan._replace(q_slots=2, do_slots=2)
     if plan.early_lse:
