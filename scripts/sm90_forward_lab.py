@@ -114,21 +114,11 @@ def neighbours(plan: ForwardPlan, masked: bool) -> list[ForwardPlan]:
     return [x for x in found if not (x.joint and x.ping_pong and x.skip)]
 
 
-# Plans that no plan in use is near to.
-_JOINT = ForwardPlan(2, 128, 3, ROUND_ROBIN, 1, 1, overlap=True, joint=True)
-ON_TRIAL = [
-    Variant(192, False, replace(_JOINT, ping_pong=turns, slim=slim))
-    for turns in (False, True)
-    for slim in (False, True)
-]
-
-
 def all_variants() -> list[Variant]:
     """What this run is about, without repetitions."""
     found = [Variant(*row) for row in forward_plans()]
     if TRIAL:
         found += [x._replace(plan=plan) for x in found for plan in neighbours(x.plan, x.masked)]
-        found += ON_TRIAL
     return list(dict.fromkeys(found))
 
 

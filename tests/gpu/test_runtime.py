@@ -195,16 +195,20 @@ def test_two_streams_of_a_backward_pass_wait(monkeypatch: pytest.MonkeyPatch, st
 @pytest.mark.usefixtures("uninitialised_memory_is_nan", "portable")
 @pytest.mark.parametrize("step", ["_launch_row_statistics", "_launch_dq"])
 def test_a_stream_that_does_not_wait_is_noticed(monkeypatch: pytest.MonkeyPatch, step: str) -> None:
-    """That the test above can fail."""
+    """That the test above can fail. A host that loses half a second on its way to the copy, as
+    among many processes on one GPU, comes too late to notice: one of some tries is in time."""
     call = dense()
     want = call()
-    # Half a second, which the host does not lose on its way to the copy even if it is busy.
     delay(monkeypatch, step, 1_000_000_000)
     monkeypatch.setattr(torch.cuda.Stream, "wait_stream", lambda self, other: None)
-    got = call()
-    early = [x.cpu() for x in got]
-    torch.cuda.synchronize()
-    assert not torch.equal(early[1], want[1].cpu())
+
+    def is_noticed() -> bool:
+        got = call()
+        early = got[1].cpu()
+        torch.cuda.synchronize()
+        return not torch.equal(early, want[1].cpu())
+
+    assert any(is_noticed() for _ in range(5))
 
 
 def capture(call: Call) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]:

@@ -202,7 +202,7 @@ class Config:
         self.JOINT = gl.constexpr(JOINT)
         self.P_SHARED = gl.constexpr(P_SHARED)
         # Registers are so few that what tiles are found by is not kept: see afresh.
-        self.AFRESH = gl.constexpr(P_SHARED > 0 or (JOINT and SLIM and BLOCK_N == 128))
+        self.AFRESH = gl.constexpr(P_SHARED > 0)
         # Products that values are multiplied in: by columns, and by where keys' weights are.
         self.PRODUCTS_V = gl.constexpr(self.PARTS_V * (2 if P_SHARED else 1))
         # Buffers of a consumer that results leave through.
