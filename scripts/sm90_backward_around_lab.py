@@ -6,7 +6,8 @@
 
 The whole backward and its main kernel alone at 16k tokens and hidden size 2048, with sections of 4
 and 32 MB: the plans in use; an adder with 2 buffers; first stores in place of zeros with 2 or 4
-buffers; without a mask, programs that begin at different queries; sums in order. Above head dim
+buffers; without a mask, programs that begin at different queries; sums in order;
+where the buffers suffice, their release one block later. Above head dim
 128: the plan in use, and plans with dq in a kernel of its own. Before any of it is timed, every
 plan must give the gradients of the one in use but for rounding, and ordered ones the same bits
 again. Every turn has another order, drawn at random, and its first run does not count. A plan that
@@ -58,10 +59,13 @@ def plans(headdim: int, is_causal: bool, seqlen: int) -> dict[str, Any]:
         found |= {
             f"rotated {name}": x._replace(rotates=True) for name, x in list(found.items())[1:]
         }
-    return found | {
+    found |= {
         "ordered": ordered,
         "ordered, zeros": ordered._replace(first_stores=False),
     }
+    tiles = used.block_d // 64
+    late = {name: x for name, x in found.items() if x.adder and x.dq_slots >= 2 * tiles}
+    return found | {f"late {n}": x._replace(late_release=True) for n, x in late.items()}
 
 
 def wide_plans(headdim: int, is_causal: bool, seqlen: int) -> dict[str, Any]:

@@ -76,11 +76,11 @@ PLANS |= {
     "d64 ordered": D64._replace(**ORDERED),
     "d128 ordered": D128._replace(**ORDERED),
     "d128 ordered, two buffers": D128._replace(adder=True, deterministic=True, in_flight=3),
-    "d128 reversed": D128._replace(**ORDERED, is_reversed=True),
+    "d128 reversed": D128._replace(**ORDERED, is_reversed=True, late_release=True),
     "d64 group reversed": D64_GROUP._replace(
         section_bytes=1, adder=True, deterministic=True, in_flight=2, is_reversed=True
     ),
-    "d64 group adder": D64_GROUP._replace(**ADDER),
+    "d64 group adder": D64_GROUP._replace(**ADDER, late_release=True),
     "d128 adder": D128._replace(**ADDER),
 }
 STORED = {**ADDER, "first_stores": True, "in_flight": 1}
@@ -90,7 +90,7 @@ PLANS |= {
         **{**STORED, "in_flight": 3, "dq_slots": 3}
     ),
     "d64, first stores": D64._replace(**STORED),
-    "d128, first stores": D128._replace(**STORED),
+    "d128, first stores": D128._replace(**STORED, late_release=True),
     "d128, first stores, nothing in flight": D128._replace(
         adder=True, first_stores=True, is_reversed=True
     ),
@@ -758,8 +758,14 @@ FAULTS = [
     Fault(
         "the adder gives a buffer back while TMA reads it",
         PLANS["d128 adder"],
-        "        earlier = earlier[: config.IN_FLIGHT]\n        tma.store_wait(0)\n",
-        "        earlier = earlier[: config.IN_FLIGHT]\n",
+        "    else:\n        tma.store_wait(0)\n",
+        "    else:\n        pass\n",
+    ),
+    Fault(
+        "the adder gives the buffers of the block before back while TMA reads them",
+        PLANS["d128, first stores"],
+        "tma.store_wait(BOXES)",
+        "tma.store_wait(BOXES + 1)",
     ),
     Fault(
         "dq is left where there is no room",

@@ -463,7 +463,7 @@ def launch_main(
         CU_Q=packing.q is not None, CU_K=packing.k is not None,
         USED_Q=layout.seqused_q is not None, USED_K=layout.seqused_k is not None,
         HAS_CHUNK=chunk > 0, HAS_ALIBI=slopes is not None, SPLIT=plan.splits > 1,
-        KEEPS_KEYS=plan.keeps_keys, WIDTH=plan.width,
+        KEEPS_KEYS=plan.keeps_keys, WIDTH=plan.width, LATE_RELEASE=plan.late_release,
         num_warps=4, launch_pdl=True,
     )  # fmt: skip
 

@@ -40,6 +40,7 @@ class BackwardPlan(NamedTuple):
             adder, as plans without a dq group do.
         first_stores: whoever comes first to a block of dq stores it, so that the sums need no
             zeros; needs an adder, whose ``in_flight`` it uses.
+        late_release: see LATE_RELEASE.
         rotates: see ROTATE; without a mask and in any order only.
         eager_dv, early_lse, delta_first: see EAGER_DV, EARLY_LSE and DELTA_FIRST.
         keeps_keys: see KEEPS_KEYS; for head dims up to 64, and neither chunks nor ALiBi, for which
@@ -74,6 +75,7 @@ class BackwardPlan(NamedTuple):
     splits: int = 1
     multiplied: int = 0
     keeps_keys: bool = False
+    late_release: bool = False
     # Of head dims above 128; ``piece`` is columns of a buffer.
     piece: int = 0
     p_slots: int = 0
