@@ -33,18 +33,19 @@ def test_compiles_within_the_limits(headdims: tuple[int, ...], tmp_path: Path) -
     assert "C75" not in log, log
     kernels = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     # Head dim 256 is refused softcap, of which there are two cases, one of them divided.
-    cases, divided = (6, 2) if headdims == (256,) else (8, 3)
+    cases, divided, statistics = (6, 2, 5) if headdims == (256,) else (8, 3, 6)
     counts = Counter((kernel["kernel"], kernel["splits"]) for kernel in kernels)
     assert counts == {
         ("attention_backward_wide_sm90", 1): cases,
         ("attention_backward_wide_sm90", 2): divided,
         ("attention_backward_rows_sm90", 1): cases,
         ("attention_backward_rows_sm90", 2): divided,
-        ("row_statistics_sm90", 1): counts["row_statistics_sm90", 1],
-        ("finish_keys_sm90", 2): counts["finish_keys_sm90", 2],
-    } | {key: n for key, n in counts.items() if key[0] == "tiles_sm90"}
-    assert counts["row_statistics_sm90", 1] >= 4 * len(headdims)
-    assert counts["finish_keys_sm90", 2] >= 2 * len(headdims)
+        # Each head dim's own: dense ones by dtype, of one sequence of one row and of an odd shape,
+        # packed ones by dtype. Softcap changes none.
+        ("row_statistics_sm90", 1): statistics * len(headdims),
+        ("finish_keys_sm90", 2): divided * len(headdims),
+        ("tiles_sm90", 1): 1,
+    }
     for kernel in kernels:
         assert not kernel["failures"], kernel
     assert "0 bytes spill stores" in log  # the log is there

@@ -26,8 +26,8 @@ HEADS = [(2, 1, 2), (8, 2, 2), (8, 1, 8), (28, 4, 2), (7, 1, 7)]
 
 
 def plans(headdim: int, is_masked: bool, splits: int) -> list[BackwardPlan]:
-    """The plans in use that serve a head dim, in any order and in order."""
-    kinds = [plan_backward] if headdim > 128 else [plan_backward, plan_ordered]  # one plan
+    """The plans in use that serve a head dim, in any order and, unless it is the same, in order."""
+    kinds = [plan_backward] if headdim > 128 else [plan_backward, plan_ordered]
     return [choose(headdim, is_masked, 512)._replace(splits=splits) for choose in kinds]
 
 

@@ -12,8 +12,8 @@ from triton.experimental.gluon.language.nvidia.hopper import tma
 from triton.language.core import _aggregate as aggregate
 
 __all__ = [
-    "aggregate", "allow_dependents", "claim", "count_up", "fence_async", "fence_peeked", "meet",
-    "opaque_zero", "peek", "tma_add", "tma_complete", "tma_load", "tma_store",
+    "aggregate", "allow_dependents", "claim", "come_by", "count_up", "fence_async",
+    "meet", "opaque_zero", "peek", "tma_add", "tma_complete", "tma_load", "tma_store",
     "wait_for_dependencies", "wait_until",
 ]  # fmt: skip
 
@@ -142,12 +142,6 @@ def peek(counter):
         "ld.relaxed.gpu.global.b32 $0, [$1];", "=r,l", [counter], dtype=gl.int32, is_pure=False,
         pack=1,
     )  # fmt: skip
-
-
-@gluon.jit
-def fence_peeked():
-    """Order all that this thread has peeked at before what it does or asks of TMA from here on."""
-    _instruction("fence.acq_rel.gpu; fence.proxy.async.global;")
 
 
 @gluon.jit

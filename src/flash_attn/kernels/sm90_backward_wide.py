@@ -193,8 +193,8 @@ def producer(work, shared, group, q_desc, k_desc, v_desc, do_desc, lse_desc, del
 # --------------------------------------------------------------------------------------- consumers
 @gluon.jit
 def release_read(ring, use):
-    """This warpgroup has read what it wants to registers. TMA, which writes there next, is ordered
-    behind reads by threads as little as behind their stores: seen to be ahead of them."""
+    """Release a slot that this warpgroup's threads have read. TMA writes there next, and no barrier
+    orders that behind their reads: without the fence it was seen to come first."""
     fence_async_shared()
     ring.release(use)
 
@@ -249,6 +249,18 @@ def wait_for_sums(shared, sums, PENDING: gl.constexpr):
     if shared.PIECES == 1:
         done = (done,)
     return done
+
+
+@gluon.jit
+def go_on(shared, held, rest, right, following, zeros, sums, added, use):
+    """Start the next step's S or dP, and wait for this step's dv or dk, to which rows of ``added``
+    were added. One product is started before that, so that the tensor cores have work, and the
+    others after it, so that the rows are released early."""
+    product = start_products(shared, held, rest, right, following, zeros, 0, 1)
+    sums = wait_for_sums(shared, sums, 1)
+    added.release(use)
+    product = start_products(shared, held, rest, right, following, product, 1, shared.PIECES)
+    return product, sums
 
 
 @gluon.jit
@@ -371,11 +383,7 @@ def value_consumer(work, shared, dv_target):
         dv = add_by_rows(shared, gl.convert_layout(weights, OPERAND), shared.do, use, dv)
         if not work.config.TURNS:
             shared.q.wait_full(following)
-        # One product is started before dv is waited for: nothing runs dry, do is released early.
-        s = start_products(shared, k, shared.k, shared.q, following, zeros, 0, 1)
-        dv = wait_for_sums(shared, dv, 1)
-        shared.do.release(use)
-        s = start_products(shared, k, shared.k, shared.q, following, s, 1, PIECES)
+        s, dv = go_on(shared, k, shared.k, shared.q, following, zeros, dv, shared.do, use)
         if work.config.TURNS:
             come_by(KEY_TURN, 256)
         s = warpgroup_mma_wait(0, deps=[s])
@@ -424,10 +432,7 @@ def key_consumer(work, shared, dk_target):
         dk = add_by_rows(shared, gl.convert_layout(ds, OPERAND), shared.q, use, dk)
         if not work.config.TURNS:
             shared.do.wait_full(following)
-        dp = start_products(shared, v, shared.v, shared.do, following, zeros, 0, 1)
-        dk = wait_for_sums(shared, dk, 1)
-        shared.q.release(use)
-        dp = start_products(shared, v, shared.v, shared.do, following, dp, 1, PIECES)
+        dp, dk = go_on(shared, v, shared.v, shared.do, following, zeros, dk, shared.q, use)
         if work.config.TURNS:  # noqa: SIM102 -- one condition is a constant, the other is not
             if i + 1 < work.steps:
                 come_by(VALUE_TURN, 256)

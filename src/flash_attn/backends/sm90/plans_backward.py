@@ -84,8 +84,8 @@ class BackwardPlan(NamedTuple):
     rows: RowsPlan | None = None
 
     def statistics_rows(self, is_ragged: bool) -> int:
-        """Rows of a program of ``row_statistics_sm90``; with 16 packed float16 of 136 columns
-        spilled."""
+        """Rows of a program of ``row_statistics_sm90``. Of packed sequences 16 rows of 136 columns
+        of float16 spill 16 to 24 bytes."""
         if not self.piece:
             return 32
         return 8 if is_ragged else 16
