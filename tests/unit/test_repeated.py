@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import suppress
+from unittest import mock
 
 import pytest
 import torch
@@ -274,6 +276,7 @@ OTHERS = {
     "strides of v": lambda: [*qkv()[:2], half(1, 4, 32, 32).transpose(1, 2)],
     "rows of k": lambda: [qkv()[0], half(1, 64, 4, 32)[:, ::2], qkv()[2]],
     "fewer keys": lambda: [qkv()[0], *(half(1, 16, 4, 32) for _ in "kv")],
+    "negative": lambda: [qkv()[0], torch._neg_view(qkv()[1]), qkv()[2]],
     "alignment": lambda: [half(32 * 4 * 32 + 1)[1:].view(1, 32, 4, 32), *qkv()[1:]],
 }
 
@@ -282,6 +285,79 @@ OTHERS = {
 def test_other_tensors_are_another_call(gpu, name):
     warm()
     assert_is_ordinary(gpu, OTHERS[name]())
+
+
+OTHER_GUARDS = {
+    "none": None,
+    "other arguments": mock.Mock(side_effect=TypeError("changed")),
+    "another answer": mock.Mock(**{"return_value.check.return_value": None}),
+    "always": mock.Mock(**{"return_value.check.return_value": True}),
+}
+
+
+@pytest.mark.parametrize("guards", OTHER_GUARDS)
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_tensors_without_the_guards_of_pytorch(gpu, monkeypatch, name, guards):
+    monkeypatch.setattr(repeated, "_TensorGuards", OTHER_GUARDS[guards])
+    warm()
+    assert is_direct(gpu)
+    assert_is_ordinary(gpu, OTHERS[name]())
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_guards_are_tried_in_any_mode(mode):
+    """Once in a process."""
+    repeated._guards_tell.cache_clear()
+    torch.set_default_dtype(torch.float16)
+    try:
+        with mode(), torch.device("meta"), torch.autocast("cpu", torch.bfloat16):
+            assert repeated._guards_tell(repeated._TensorGuards)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_the_fourth_call_is_found_by_a_look(gpu, monkeypatch):
+    """And another one of its kind that requires gradients, and not when the settings differ."""
+    signatures = []
+    usual = repeated.signature_of
+    monkeypatch.setattr(repeated, "signature_of", lambda *x: signatures.append(x) or usual(*x))
+    warm()
+    signatures.clear()
+    flash_attn_func(*qkv())
+    assert is_direct(gpu)
+    with_gradient = [x.requires_grad_() for x in qkv()]
+    for _ in range(3):
+        assert flash_attn_func(*with_gradient).requires_grad
+        assert not flash_attn_func(*qkv()).requires_grad
+    assert len(signatures) == 1
+    with use_backend("triton"):
+        flash_attn_func(*qkv())
+    assert len(signatures) > 1
+
+
+def test_a_freed_tensor_is_not_taken_for_another(gpu):
+    warm()
+    q, k, v = qkv()
+    v.untyped_storage().resize_(0)
+    gpu.launches.clear()
+    with suppress(Exception):
+        flash_attn_func(q, k, v)
+    assert not gpu.launches or not is_direct(gpu)
+
+
+def test_layouts_that_alternate_are_not_looked_at_for_good(gpu, monkeypatch):
+    """Guards that are made anew for every call cost more than they save."""
+    made = []
+    usual = repeated._matcher
+    monkeypatch.setattr(repeated, "_matcher", lambda x: made.append(x) or usual(x))
+    turned = [half(1, 4, 32, 32).transpose(1, 2) for _ in "qkv"]
+    for _ in range(20):
+        for tensors in (qkv(), turned):
+            flash_attn_func(*tensors)
+            assert launched(gpu, tensors)["q"] == "q"
+            flash_attn_func(*tensors)
+    assert is_direct(gpu)
+    assert len(made) == repeated.Lookout.MOST
 
 
 @pytest.mark.parametrize(

@@ -254,15 +254,35 @@ def test_how_many(programs: int, group: int, is_masked: bool, splits: int) -> No
     assert splits_of_group(programs, group, is_masked, 132) == splits
 
 
-@pytest.mark.parametrize("is_masked", [False, True])
-def test_workspaces_are_bounded(is_masked: bool) -> None:
+@pytest.mark.parametrize(
+    ("programs", "group", "splits"),
+    [
+        (16, 8, 8),
+        (256, 8, 4),  # 2 sequences of 8192 keys, 16 to 2
+        (1024, 4, 2),  # 4 of 4096, 32 to 8
+        (2111, 4, 2),
+        (2112, 4, 1),  # enough programs for each multiprocessor
+        (400, 7, 2),
+        (256, 7, 4),
+        (300, 3, 3),  # not 2
+        (300, 1, 1),
+    ],
+)
+def test_how_many_where_the_longest_come_last(programs: int, group: int, splits: int) -> None:
+    assert splits_of_group(programs, group, True, 132, is_reversed=True) == splits
+
+
+@pytest.mark.parametrize(
+    ("is_masked", "is_reversed"), [(False, False), (True, False), (True, True)]
+)
+def test_workspaces_are_bounded(is_masked: bool, is_reversed: bool) -> None:
     """Some programs for each multiprocessor, and never more parts than query heads."""
     for multiprocessors in (78, 114, 132):
         for group in (1, 2, 3, 7, 8, 71):
-            for programs in range(1, 1000):
-                splits = splits_of_group(programs, group, is_masked, multiprocessors)
+            for programs in range(1, 3000):
+                splits = splits_of_group(programs, group, is_masked, multiprocessors, is_reversed)
                 assert 1 <= splits <= group
-                most = (6 if is_masked else 4) * multiprocessors
+                most = (51 if is_reversed else 6 if is_masked else 4) * multiprocessors
                 assert splits == 1 or programs * splits <= most
 
 

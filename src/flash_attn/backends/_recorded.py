@@ -48,16 +48,19 @@ def solve_again(
     first = layouts if None in sinks else layouts[:1]
     nowhere = [0] * len(unread)
 
-    def solve(tensors: Sequence[Tensor], asked: int = len(made)) -> tuple[Tensor, ...]:
+    def solve(
+        tensors: Sequence[Tensor], asked: int = len(made), addresses: list[int] | None = None
+    ) -> tuple[Tensor, ...]:
         if not known.is_current():
             with torch.cuda.device(known.device):
-                return solve(tensors, asked)
+                return solve(tensors, asked, addresses)
         own = first if asked == 1 else layouts
         results = [allocate(*layout) for layout in own]
         if zeroed:
             for x in results:
                 x.zero_()
-        addresses = [x.data_ptr() for x in tensors]
+        if addresses is None:
+            addresses = [x.data_ptr() for x in tensors]
         addresses += [x.data_ptr() for x in results]
         if len(results) < len(layouts):
             addresses += shared

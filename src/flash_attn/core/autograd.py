@@ -193,9 +193,9 @@ class RepeatedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, solve: repeated.Solve, call: _DenseCall
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, found: repeated.Found, call: _DenseCall
     ) -> Tensor:
-        out, lse = solve((q, k, v))
+        out, lse = found.solve((q, k, v), 2, found.addresses)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.call = call
         return out
@@ -215,14 +215,19 @@ class RepeatedAttention(torch.autograd.Function):
         return (*grads, None, None)
 
 
+# Function.apply without what it does for function transforms, of which there are none here: 2 us.
+_record = super(torch.autograd.Function, RepeatedAttention).apply
+
+
 class _DenseCall(NamedTuple):
     """What arguments of the dense public function amount to: ``values`` are those of its problem
     after q, k and v, and ``ordered`` those of a deterministic one, whose gradients are another
-    call."""
+    call; and how its calls are found again."""
 
     options: Options
     values: tuple[Any, ...]
     ordered: tuple[Any, ...]
+    lookout: repeated.Lookout
 
     def backward_values(self) -> tuple[Any, ...]:
         """Those of the problem whose gradients are asked for now, as in attend_backward."""
@@ -245,19 +250,19 @@ def repeat_dense(q: Tensor, k: Tensor, v: Tensor, arguments: tuple[Any, ...]) ->
     if not eager.nobody_watches() or type(q) is not Tensor:
         return None
     try:
-        known = _dense.get((q.shape[-1:], arguments))
+        known = _dense.get((q.shape, arguments))
     except TypeError:  # not hashable
         return None
     if known is None:
         return None
     if q.dtype is torch.float32 and is_autocast_enabled(q.device.type):
         return None
-    solve = repeated.find_plain(known.values, (q, k, v))
-    if solve is None:
+    found = known.lookout.find(known.values, q, k, v)
+    if found is None:
         return None
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return RepeatedAttention.apply(q, k, v, solve, known)
-    return solve((q, k, v), 1)[0]
+        return _record(q, k, v, found, known)
+    return found.solve((q, k, v), 1, found.addresses)[0]
 
 
 def remember_dense(
@@ -266,13 +271,17 @@ def remember_dense(
     """Note what the arguments of a call that went well amount to."""
     if torch.compiler.is_compiling() or not options.is_plain or options.dropout_p > 0.0:
         return
+    key = (q.shape, arguments)
+    # A tensor among the arguments may change its value.
+    if type(arguments[3]) is not tuple or any(isinstance(x, Tensor) for x in _flat(arguments)):
+        return
+    if key in _dense:
+        return
     if len(_dense) >= 1024:
         _dense.clear()
-    # A tensor among the arguments may change its value.
-    if type(arguments[3]) is tuple and not any(isinstance(x, Tensor) for x in _flat(arguments)):
-        problem = ops.dense_problem(q, k, v, *shared(options))
-        ordered = problem._replace(deterministic=True)
-        _dense[(q.shape[-1:], arguments)] = _DenseCall(options, problem[3:], ordered[3:])
+    problem = ops.dense_problem(q, k, v, *shared(options))
+    ordered = problem._replace(deterministic=True)
+    _dense[key] = _DenseCall(options, problem[3:], ordered[3:], repeated.Lookout())
 
 
 def _flat(arguments: tuple[Any, ...]) -> Iterator[Any]:

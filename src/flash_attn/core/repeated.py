@@ -15,7 +15,10 @@ under FLASH_ATTN_CHECK=1 or with plans overridden for tuning.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
+from functools import cache
+from itertools import permutations
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -25,13 +28,20 @@ from .. import settings
 from . import plan, registry
 from .problem import AttentionProblem, AttentionResult, BackwardInputs
 
+logger = logging.getLogger("flash_attn")
+
+# PyTorch has no public name for it.
+_TensorGuards: Any = getattr(torch._C._dynamo.guards, "TensorGuards", None)
+
 
 class Solve(Protocol):
     """From the call's tensors to its results: (out, softmax_lse), or (softmax_d,)."""
 
-    def __call__(self, tensors: Sequence[Tensor], asked: int = 2) -> tuple[Tensor, ...]:
+    def __call__(
+        self, tensors: Sequence[Tensor], asked: int = 2, addresses: list[int] | None = None
+    ) -> tuple[Tensor, ...]:
         """The first ``asked`` results; the others are computed too, but need no memory of their
-        own."""
+        own. Who has the tensors' addresses at hand passes them, to be changed."""
 
 
 class Recorder(Protocol):
@@ -74,10 +84,13 @@ _SEEN, _ORDINARY = "seen once", "not repeated"
 _calls: dict[tuple[Any, ...], _Known | str] = {}
 _tensor_free: set[tuple[Any, ...]] = set()  # values known to contain no tensor
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})
+_cleared = 0  # times
 
 
 def clear() -> None:
     """Forget all calls."""
+    global _cleared
+    _cleared += 1
     _calls.clear()
     _tensor_free.clear()
 
@@ -154,18 +167,115 @@ def signature_of(values: tuple[Any, ...], tensors: Sequence[Tensor]) -> tuple[An
 def find(signature: tuple[Any, ...]) -> Solve | None:
     """How calls of this signature are solved again, if that is known and allowed now."""
     known = _calls.get(signature)
-    if type(known) is not _Known:
-        return None
-    backend, solve = known
-    if registry.is_loaded(backend) and backend.repeats_now():
-        return solve
-    return None
+    return known.solve if type(known) is _Known and _is_usable(known.backend) else None
 
 
 def find_plain(values: tuple[Any, ...], tensors: Sequence[Tensor]) -> Solve | None:
     """:func:`find` for a problem of ``values`` after q, k and v, all ``tensors`` being at hand."""
     signature = signature_of(values, tensors)
     return None if signature is None else find(signature)
+
+
+def _is_usable(backend: Any) -> bool:
+    return registry.is_loaded(backend) and backend.repeats_now()
+
+
+class Found(NamedTuple):
+    """How a call is solved again, and the addresses of q, k and v if they were looked at."""
+
+    solve: Solve
+    addresses: list[int] | None = None
+
+
+class _Look(NamedTuple):
+    """What tells that a call is like one that was found, and what was found."""
+
+    matches: Callable[[Tensor, Tensor, Tensor], bool]
+    choice: tuple[str, bool]
+    cleared: int
+    known: _Known
+
+
+class Lookout:
+    """:func:`find_plain` for calls of always the same values, on q, k and v: where they are like
+    those before, PyTorch's compiled guards tell so in a third of the time.
+
+    They compare class, dispatch keys (device type, negative, inference, with the thread's modes),
+    dtype, device index, requires_grad, sizes and strides. Calls that differ in those, as layers of
+    several layouts do, would have the guards made anew every time; after some times they are not.
+    """
+
+    MOST = 8
+
+    def __init__(self) -> None:
+        self._looks: list[_Look | None] = [None, None]  # by whether q requires a gradient
+        self._made = 0
+
+    def find(self, values: tuple[Any, ...], q: Tensor, k: Tensor, v: Tensor) -> Found | None:
+        """What is found, or None."""
+        look = self._looks[q.requires_grad]
+        if look is not None and look.matches(q, k, v):
+            addresses = [q.data_ptr(), k.data_ptr(), v.data_ptr()]
+            a, b, c = addresses
+            if (
+                not (a and b and c)
+                or (a | b | c) % 16
+                or settings.CHECK_INDICES
+                or plan.is_overridden()
+            ):
+                return None
+            if look.choice == registry.choice() and look.cleared == _cleared:
+                backend, solve = look.known
+                return Found(solve, addresses) if _is_usable(backend) else None
+        return self._find_and_keep(values, (q, k, v))
+
+    def _find_and_keep(
+        self, values: tuple[Any, ...], tensors: tuple[Tensor, Tensor, Tensor]
+    ) -> Found | None:
+        signature = signature_of(values, tensors)
+        known = None if signature is None else _calls.get(signature)
+        if type(known) is not _Known or not _is_usable(known.backend):
+            return None
+        if self._made < self.MOST:
+            self._made += 1
+            matches = _matcher(tensors)
+            if matches is not None:
+                look = _Look(matches, registry.choice(), _cleared, known)
+                self._looks[tensors[0].requires_grad] = look
+        return Found(known.solve)
+
+
+def _matcher(tensors: Sequence[Tensor]) -> Callable[..., bool] | None:
+    """Whether others are like ``tensors``; None if PyTorch's guards cannot tell."""
+    return _guards(tensors) if _guards_tell(_TensorGuards) else None
+
+
+def _guards(tensors: Sequence[Tensor]) -> Callable[..., bool]:
+    sizes, strides = ([list(f(x)) for x in tensors] for f in (Tensor.size, Tensor.stride))
+    made = _TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+    return made.check
+
+
+@cache
+@torch.inference_mode(False)
+def _guards_tell(guards: Any) -> bool:
+    """Whether PyTorch's guards are what they were: a wrong answer would launch a kernel on memory
+    that is not there."""
+    # The same tensor twice is never told.
+    x, *rest = torch.zeros(3, 2, 2, 4, 2, dtype=torch.float32, device="cpu")
+    others = [x[:1], x.transpose(1, 2), x.new_zeros(2, 2, 2, 4).transpose(2, 3), x[..., :1],
+              x.half(), x.detach().requires_grad_(), torch._neg_view(x), torch.nn.Parameter(x),
+              x.to("meta")]  # fmt: skip
+    try:
+        matches = _guards((x, *rest))
+        found: list[Any] = [matches(*rest, x)]
+        found += [matches(*given) for y in others for given in permutations((y, *rest))]
+    except (AttributeError, RuntimeError, SystemError, TypeError) as error:
+        found = [error]
+    if found == [True] + [False] * (6 * len(others)):
+        return True
+    logger.info("torch %s has no guards, or other ones: %s", torch.__version__, found[0])
+    return False
 
 
 def forward(call: Call, problem: AttentionProblem, backend: registry.Backend) -> AttentionResult:

@@ -546,7 +546,6 @@ def attention_backward_sm90(
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, CU_Q: gl.constexpr, CU_K: gl.constexpr,
     USED_Q: gl.constexpr, USED_K: gl.constexpr, HAS_CHUNK: gl.constexpr, HAS_ALIBI: gl.constexpr,
     SPLIT: gl.constexpr, KEEPS_KEYS: gl.constexpr, WIDTH: gl.constexpr,
-    LATE_RELEASE: gl.constexpr,
 ):  # fmt: skip
     """See the module's docstring; launched with 4 warps, those of one consumer.
 
@@ -583,8 +582,6 @@ def attention_backward_sm90(
         ADDER: needed without DQ_GROUP, and by DETERMINISTIC and FIRST_STORES, for which IN_FLIGHT
             says of how many steps the additions may be on their way before the oldest one's are
             waited for.
-        LATE_RELEASE: with ADDER and buffers of dq for two blocks: a block's are released when the
-            next block's are sent.
         WIDTH: columns that are multiplied, BLOCK_D, or 96 of 128 with ADDER; head dims are no
             larger.
         ROTATE: not with DETERMINISTIC, nor windows, causality and chunks; with FIRST_STORES not
@@ -599,8 +596,6 @@ def attention_backward_sm90(
     gl.static_assert(DQ_GROUP or DQ_SLOTS % 2 == 0)
     gl.static_assert(ADDER or not (DETERMINISTIC or FIRST_STORES))
     gl.static_assert(ADDER or DQ_GROUP)
-    TILES: gl.constexpr = (BLOCK_M // 64) * (BLOCK_D // 64)
-    gl.static_assert(not LATE_RELEASE or (ADDER and DQ_SLOTS >= 2 * TILES))
     gl.static_assert(not (ROTATE and (DETERMINISTIC or HAS_LEFT or HAS_RIGHT or HAS_CHUNK)))
     gl.static_assert(not (ROTATE and FIRST_STORES and IN_FLIGHT > 1))
     RAGGED: gl.constexpr = CU_Q or CU_K or USED_Q or USED_K
@@ -611,7 +606,7 @@ def attention_backward_sm90(
     config = Config(BLOCK_M, BLOCK_D, EAGER_DV, DQ_GROUP, FIRST_STORES, ADDER,
                     IN_FLIGHT, DETERMINISTIC, SOFTCAP, HAS_LEFT, HAS_RIGHT, HAS_CHUNK, HAS_ALIBI,
                     RAGGED, 128, ROTATE, SPLIT, KEEPS_KEYS, WIDTH, EARLY_LSE,
-                    DELTA_FIRST, LATE_RELEASE=LATE_RELEASE)  # fmt: skip
+                    DELTA_FIRST)  # fmt: skip
     q = ring_for(q_desc, Q_SLOTS, 2)
     if DQ_GROUP:
         do = Ring(buffers_for(do_desc, DO_SLOTS), q.full, q.empty, DO_SLOTS)

@@ -190,9 +190,9 @@ def adder(work, shared, turns, dq_desc):
                 tma_complete(config.IN_FLIGHT * BOXES)
                 pass_turn(turns, earlier[config.IN_FLIGHT])
         earlier = earlier[: config.IN_FLIGHT]
-        release_sent(shared, i, config)
-    if config.LATE_RELEASE:
         tma.store_wait(0)
+        for tile in gl.static_range(TILES):
+            shared.dq.release(i * TILES + tile)
     if config.DETERMINISTIC:
         tma_complete(0)
         for j in gl.static_range(config.IN_FLIGHT):
@@ -236,28 +236,13 @@ def claiming_adder(work, shared, turns, dq_desc):
             tma_complete(config.IN_FLIGHT * BOXES)
             pass_turn(turns, owed[config.IN_FLIGHT])
         owed = owed[: config.IN_FLIGHT]
-        release_sent(shared, i, config)
+        tma.store_wait(0)
+        for tile in gl.static_range(TILES):
+            shared.dq.release(i * TILES + tile)
     tma_complete(0)
     for j in gl.static_range(config.IN_FLIGHT):
         if owed[j] >= 0:
             pass_turn(turns, owed[j])
-
-
-@gluon.jit
-def release_sent(shared, i, config):
-    """Release a step's buffers when TMA has read them: this step's, or with LATE_RELEASE those of
-    the step before, for which there is no wait by now."""
-    TILES: gl.constexpr = tiles_in_block(config)
-    BOXES: gl.constexpr = boxes_in_block(config.BLOCK_M, config.WIDTH)
-    if config.LATE_RELEASE:
-        if i > 0:
-            tma.store_wait(BOXES)
-            for tile in gl.static_range(TILES):
-                shared.dq.release((i - 1) * TILES + tile)
-    else:
-        tma.store_wait(0)
-        for tile in gl.static_range(TILES):
-            shared.dq.release(i * TILES + tile)
 
 
 @gluon.jit

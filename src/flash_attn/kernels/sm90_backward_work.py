@@ -145,7 +145,6 @@ class Config:
     BLOCK_D: gl.constexpr
     EAGER_DV: gl.constexpr
     TURNS: gl.constexpr
-    LATE_RELEASE: gl.constexpr
     DQ_GROUP: gl.constexpr
     FIRST_STORES: gl.constexpr
     ADDER: gl.constexpr
@@ -168,13 +167,12 @@ class Config:
     def __init__(self, BLOCK_M, BLOCK_D, EAGER_DV, DQ_GROUP, FIRST_STORES, ADDER, IN_FLIGHT,
                  DETERMINISTIC, SOFTCAP, HAS_LEFT, HAS_RIGHT, HAS_CHUNK, HAS_ALIBI, RAGGED,
                  BLOCK_N=128, ROTATE=False, SPLIT=False, KEEPS_KEYS=False, WIDTH=None,
-                 EARLY_LSE=False, DELTA_FIRST=False, TURNS=False, LATE_RELEASE=False):  # fmt: skip
+                 EARLY_LSE=False, DELTA_FIRST=False, TURNS=False):  # fmt: skip
         self.BLOCK_M = gl.constexpr(BLOCK_M)
         self.BLOCK_N = gl.constexpr(BLOCK_N)
         self.BLOCK_D = gl.constexpr(BLOCK_D)
         self.EAGER_DV = gl.constexpr(EAGER_DV)
         self.TURNS = gl.constexpr(TURNS)
-        self.LATE_RELEASE = gl.constexpr(LATE_RELEASE)
         self.DQ_GROUP = gl.constexpr(DQ_GROUP)
         self.FIRST_STORES = gl.constexpr(FIRST_STORES)
         self.ADDER = gl.constexpr(ADDER)

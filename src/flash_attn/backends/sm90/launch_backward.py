@@ -229,7 +229,8 @@ def _splits(problem: AttentionProblem, plan: BackwardPlan) -> int:
         return 1
     programs = _key_blocks(problem, plan) * _key_heads(problem)
     multiprocessors = multiprocessors_of(problem.q.device.index or 0)
-    return splits_of_group(programs, group, problem.visibility != FULL, multiprocessors)
+    is_masked = problem.visibility != FULL
+    return splits_of_group(programs, group, is_masked, multiprocessors, plan.is_reversed)
 
 
 def _key_blocks(problem: AttentionProblem, plan: BackwardPlan) -> int:
@@ -463,7 +464,7 @@ def launch_main(
         CU_Q=packing.q is not None, CU_K=packing.k is not None,
         USED_Q=layout.seqused_q is not None, USED_K=layout.seqused_k is not None,
         HAS_CHUNK=chunk > 0, HAS_ALIBI=slopes is not None, SPLIT=plan.splits > 1,
-        KEEPS_KEYS=plan.keeps_keys, WIDTH=plan.width, LATE_RELEASE=plan.late_release,
+        KEEPS_KEYS=plan.keeps_keys, WIDTH=plan.width,
         num_warps=4, launch_pdl=True,
     )  # fmt: skip
 

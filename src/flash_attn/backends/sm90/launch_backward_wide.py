@@ -45,7 +45,7 @@ def launch_main_wide(
     """
     is_narrow = any((plan.eager_dv, plan.early_lse, plan.delta_first, plan.dq_group, plan.adder,
                      plan.keeps_keys, plan.first_stores, plan.rotates, plan.deterministic,
-                     plan.is_reversed, plan.late_release))  # fmt: skip
+                     plan.is_reversed))  # fmt: skip
     if is_narrow or plan.block_m != _BLOCK:
         raise ValueError(f"no plan for head dims above 128: {plan}")
     if problem.visibility.attention_chunk:
