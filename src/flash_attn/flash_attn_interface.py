@@ -186,7 +186,7 @@ def flash_attn_func(
     )  # fmt: skip
     extended = s_aux is not None or attn_mask is not None
     if not return_attn_probs and not extended:
-        out = autograd.repeat_dense(q, k, v, arguments)
+        out = autograd.repeat(q, k, v, (), arguments)
         if out is not None:
             return out
     check_tensors(q=q, k=k, v=v)
@@ -194,7 +194,7 @@ def flash_attn_func(
     options = _options(q.shape[-1], *arguments)
     result = _attend(q, k, v, options, return_attn_probs, s_aux, attn_mask)
     if not extended:
-        autograd.remember_dense(q, k, v, arguments, options)
+        autograd.remember(q, k, v, (), arguments, options)
     return result
 
 
@@ -300,20 +300,33 @@ def flash_attn_varlen_func(
         ``out`` like q (rows that belong to no sequence are 0), or
         ``(out, softmax_lse (nheads, total_q), S_dmask)``.
     """
+    arguments = (
+        dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
+    )  # fmt: skip
+    bounds = (cu_seqlens_q, cu_seqlens_k)
+    is_plain = s_aux is None and attn_mask is None and block_table is None
+    known = (max_seqlen_q, max_seqlen_k, cu_seqlens_q is cu_seqlens_k, *arguments)
+    if is_plain and not return_attn_probs:
+        out = autograd.repeat(q, k, v, bounds, known)
+        if out is not None:
+            return out
     check_tensors(q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     check_optional(block_table=block_table)
     q, k, v = autocast(q, k, v)
     rows_k = k.shape[0] if block_table is None else k.shape[0] * k.shape[1]
     options = _options(
-        q.shape[-1], dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
-        deterministic,
+        q.shape[-1],
+        *arguments,
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
         max_seqlen_q=length_bound(max_seqlen_q, q.shape[0], "max_seqlen_q"),
         max_seqlen_k=length_bound(max_seqlen_k, rows_k, "max_seqlen_k"),
         block_table=block_table,
     )  # fmt: skip
-    return _attend(q, k, v, options, return_attn_probs, s_aux, attn_mask)
+    result = _attend(q, k, v, options, return_attn_probs, s_aux, attn_mask)
+    if is_plain:
+        autograd.remember(q, k, v, bounds, known, options)
+    return result
 
 
 def flash_attn_varlen_qkvpacked_func(

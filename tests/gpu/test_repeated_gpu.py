@@ -49,14 +49,21 @@ def dense(headdim: int = 64, **options: object) -> tuple[Call, Callable[[], Tens
     return call, make
 
 
-def varlen() -> tuple[Call, Callable[[], Tensors]]:
-    def call(q: Tensor, k: Tensor, v: Tensor, cu: Tensor) -> tuple[Tensor, ...]:
-        return (flash_attn_varlen_func(q, k, v, cu, cu, 77, 77, causal=True),)
+def varlen(backward: bool, same: bool) -> tuple[Call, Callable[[], Tensors]]:
+    def call(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor) -> tuple[Tensor, ...]:
+        if same:
+            cu_k = cu_q
+        out = flash_attn_varlen_func(q, k, v, cu_q, cu_k, 77, 77, causal=True)
+        if not backward:
+            return (out,)
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        recorded = flash_attn_varlen_func(*leaves, cu_q, cu_k, 77, 77, causal=True)
+        return out, recorded.detach(), *torch.autograd.grad(recorded, leaves, q)
 
     def make() -> Tensors:
-        cut = int(torch.randint(1, 76, ()))
+        cut, other = torch.randint(1, 76, (2,)).tolist()
         tensors = {name: randn(90, 4, 64) for name in "qkv"}
-        return tensors | {"cu": ints(0, cut, cut, 77)}
+        return tensors | {"cu_q": ints(0, cut, cut, 77), "cu_k": ints(0, other, other, 77)}
 
     return call, make
 
@@ -94,7 +101,9 @@ CALLS = {
     "odd head dim": lambda: dense(72),
     "causal, head dim 256": lambda: dense(256, causal=True),
     "sinks": sinks,
-    "varlen": varlen,
+    "varlen": lambda: varlen(backward=False, same=True),
+    "varlen backward": lambda: varlen(backward=True, same=False),
+    "varlen backward, the same lengths": lambda: varlen(backward=True, same=True),
     "decode": lambda: decode(1),
     "split": lambda: decode(3),
 }
@@ -103,7 +112,7 @@ CALLS = {
 @pytest.fixture(autouse=True)
 def fresh(each_choice: str) -> None:
     repeated.clear()
-    autograd._dense.clear()
+    autograd._known.clear()
 
 
 def is_served_by_hopper(name: str) -> bool:
@@ -116,7 +125,7 @@ def is_served_by_hopper(name: str) -> bool:
 
 def ordinary(call: Call, tensors: Tensors) -> tuple[Tensor, ...]:
     """The call as if it were the first; what is known of others is known afterwards."""
-    caches = (repeated._calls, autograd._dense)
+    caches = (repeated._calls, autograd._known)
     before = [dict(cache) for cache in caches]
     for cache in caches:
         cache.clear()

@@ -57,7 +57,7 @@ def gpu(monkeypatch) -> StubDriver:
 
 def _forget() -> None:
     repeated.clear()
-    autograd._dense.clear()
+    autograd._known.clear()
 
 
 def half(*shape: int) -> Tensor:
@@ -145,6 +145,35 @@ def varlen() -> Call:
     return call, tensors
 
 
+def varlen_of_one(backward: bool) -> Callable[[], Call]:
+    """The same lengths for queries and keys."""
+
+    def make() -> Call:
+        tensors = {name: half(48, 4, 32) for name in ("q", "k", "v", "dout")}
+        tensors["cu"] = ints(0, 20, 48)
+
+        def call(q, k, v, dout, cu):
+            leaves = [x.detach().requires_grad_(backward) for x in (q, k, v)]
+            out = flash_attn_varlen_func(*leaves, cu, cu, 28, 28, causal=True)
+            return torch.autograd.grad(out, leaves, dout) if backward else out
+
+        return call, tensors
+
+    return make
+
+
+def varlen_backward() -> Call:
+    _, tensors = varlen()
+    tensors["dout"] = half(48, 4, 32)
+
+    def call(q, k, v, cu_q, cu_k, dout):
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        out = flash_attn_varlen_func(*leaves, cu_q, cu_k, 28, 41, causal=True)
+        return torch.autograd.grad(out, leaves, dout)
+
+    return call, tensors
+
+
 def decode(num_splits: int) -> Callable[[], Call]:
     def make() -> Call:
         tensors = {"q": half(2, 1, 4, 32), "k": half(2, 256, 2, 32), "v": half(2, 256, 2, 32)}
@@ -207,6 +236,9 @@ CALLS: dict[str, Callable[[], Call]] = {
     "transposed": transposed,
     "alibi": alibi,
     "varlen": varlen,
+    "varlen, the same lengths": varlen_of_one(backward=False),
+    "varlen backward": varlen_backward,
+    "varlen backward, the same lengths": varlen_of_one(backward=True),
     "decode": decode(1),
     "split": decode(3),
     "paged": paged,
@@ -216,11 +248,12 @@ CALLS: dict[str, Callable[[], Call]] = {
 }
 
 
+@pytest.mark.parametrize("before", [2, 3], ids=["third", "fourth"])
 @pytest.mark.parametrize("name", CALLS)
-def test_the_third_call_launches_what_the_first_does(gpu, name):
+def test_a_later_call_launches_what_the_first_does(gpu, name, before):
     make = CALLS[name]
     call, tensors = make()
-    for _ in range(2):
+    for _ in range(before):
         call(**tensors)
     others = make()[1]
     assert not {x.data_ptr() for x in others.values()} & {x.data_ptr() for x in tensors.values()}
@@ -293,6 +326,56 @@ OTHER_GUARDS = {
     "another answer": mock.Mock(**{"return_value.check.return_value": None}),
     "always": mock.Mock(**{"return_value.check.return_value": True}),
 }
+
+
+def packed(total: int = 48, rows: int | None = None, **lengths: Tensor) -> list[Tensor]:
+    bounds = [lengths.get(name, ints(0, 20, 48)) for name in ("cu_q", "cu_k")]
+    return [half(total, 4, 32), *(half(rows or total, 4, 32) for _ in "kv"), *bounds]
+
+
+OTHER_PACKED = {
+    "rows": lambda: packed(64),
+    "rows of keys": lambda: packed(48, 64),
+    "rows that nobody has": lambda: packed(48, 0),
+    "sequences": lambda: packed(cu_q=ints(0, 9, 20, 48), cu_k=ints(0, 9, 20, 48)),
+    "strides of lengths": lambda: packed(cu_k=ints(0, 1, 20, 1, 48, 1)[::2]),
+    "alignment of lengths": lambda: packed(cu_q=ints(1, 0, 20, 48)[1:]),
+    "negative": lambda: [*packed()[:2], torch._neg_view(packed()[2]), *packed()[3:]],
+    "the same lengths": lambda: [*packed()[:4], None],
+}
+
+
+@pytest.mark.parametrize("name", OTHER_PACKED)
+def test_other_packed_tensors_are_another_call(gpu, name):
+    """And after those the first ones still are what they were."""
+
+    def launches(tensors: list[Tensor]) -> object:
+        gpu.launches.clear()
+        q, k, v, cu_q, cu_k = tensors
+        try:
+            flash_attn_varlen_func(q, k, v, cu_q, cu_q if cu_k is None else cu_k, 28, 28)
+        except ConstraintError as error:
+            return str(error)
+        names = ("q", "k", "v", "cu_q", "cu_k")
+        return named(gpu, {n: x for n, x in zip(names, tensors, strict=True) if x is not None})
+
+    for _ in range(4):
+        usual = launches(packed())
+    assert usual
+    made = OTHER_PACKED[name]()
+    after_others = launches(made)
+    assert launches(packed()) == usual
+    _forget()
+    assert launches(made) == after_others
+
+
+def test_lengths_of_another_dtype_are_refused(gpu):
+    tensors = packed()
+    for _ in range(4):
+        flash_attn_varlen_func(*tensors, 28, 28)
+    tensors[4] = tensors[4].long()
+    with pytest.raises(ConstraintError, match="cu_seqlens_k"):
+        flash_attn_varlen_func(*tensors, 28, 28)
 
 
 @pytest.mark.parametrize("guards", OTHER_GUARDS)
@@ -426,7 +509,7 @@ def test_dropout_is_never_repeated(gpu):
 def test_calls_with_another_tensor_in_a_list_of_arguments_are_ordinary(gpu):
     """A signature that would hold a tensor's value is never stored."""
     warm(window_size=(torch.tensor(3), torch.tensor(3)))
-    assert autograd._dense == {}
+    assert autograd._known == {}
 
 
 def test_memory_is_bounded(gpu, monkeypatch):

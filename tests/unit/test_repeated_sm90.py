@@ -56,7 +56,7 @@ def gpu(monkeypatch) -> StubDriver:
 
 def _forget() -> None:
     repeated.clear()
-    autograd._dense.clear()
+    autograd._known.clear()
 
 
 def half(*shape: int) -> Tensor:
@@ -155,11 +155,12 @@ def is_direct(driver: StubDriver) -> bool:
     return driver.launches[-1].hooks == (None, None, None)
 
 
+@pytest.mark.parametrize("before", [2, 3], ids=["third", "fourth"])
 @pytest.mark.parametrize("name", CALLS)
-def test_the_third_call_launches_what_the_first_does(gpu, name):
+def test_a_later_call_launches_what_the_first_does(gpu, name, before):
     make = CALLS[name]
     call, tensors = make()
-    for _ in range(2):
+    for _ in range(before):
         call(**tensors)
     others = make()[1]
     assert not {x.data_ptr() for x in others.values()} & {x.data_ptr() for x in tensors.values()}
@@ -172,6 +173,20 @@ def test_the_third_call_launches_what_the_first_does(gpu, name):
     call(**others)
     assert not is_direct(gpu)
     assert third == noted(gpu, others)
+
+
+def test_packed_passes_with_gradients(gpu):
+    """The forward pass is repeated, the backward pass has numbers of its own each time."""
+    call, tensors = varlen()
+    leaves = {name: x.requires_grad_(x.is_floating_point()) for name, x in tensors.items()}
+    for _ in range(4):
+        gpu.launches.clear()
+        out = call(**leaves)
+        forward = gpu.launches.copy()
+        out.backward(torch.zeros_like(out))
+    assert all(x.hooks == (None, None, None) for x in forward)
+    assert len(gpu.launches) > len(forward)
+    assert all(leaves[name].grad.shape == out.shape for name in "qkv")
 
 
 def warm(make: Callable[[], Call] = CALLS["causal"], times: int = 3) -> Call:

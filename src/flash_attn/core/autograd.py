@@ -189,40 +189,50 @@ def _unpacked(q: Tensor | None, packed: Tensor) -> tuple[Tensor, Tensor, Tensor]
 
 
 class RepeatedAttention(torch.autograd.Function):
-    """(q, k, v) -> out for a call that was solved before; without dropout or other tensors."""
+    """(q, k, v) -> out for a call that was solved before, on them and the tensors of its lengths;
+    without dropout or other tensors."""
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, found: repeated.Found, call: _DenseCall
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        others: tuple[Tensor, ...],
+        found: repeated.Found,
+        call: _KnownCall,
     ) -> Tensor:
-        out, lse = found.solve((q, k, v), 2, found.addresses)
-        ctx.save_for_backward(q, k, v, out, lse)
+        out, lse = found.solve((q, k, v, *others), 2, found.addresses)
+        ctx.save_for_backward(q, k, v, out, lse, *others)
         ctx.call = call
         return out
 
     @staticmethod
     @first_order
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, softmax_lse = ctx.saved_tensors
+        q, k, v, out, softmax_lse, *others = ctx.saved_tensors
         grads = (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
-        tensors = (q, k, v, dout, out, softmax_lse, *grads)
+        tensors = (q, k, v, *others, dout, out, softmax_lse, *grads)
         values = ctx.call.backward_values()
         solve = repeated.find_plain(values, tensors) if eager.nobody_watches() else None
         if solve is not None:
             solve(tensors)
         else:
-            _run_backward(dout, (q, k, v, out, softmax_lse, None), grads, ctx.call.options)
-        return (*grads, None, None)
+            options = ctx.call.options
+            if others:
+                options = options._replace(cu_seqlens_q=others[0], cu_seqlens_k=others[1])
+            _run_backward(dout, (q, k, v, out, softmax_lse, None), grads, options)
+        return (*grads, None, None, None)
 
 
 # Function.apply without what it does for function transforms, of which there are none here: 2 us.
 _record = super(torch.autograd.Function, RepeatedAttention).apply
 
 
-class _DenseCall(NamedTuple):
-    """What arguments of the dense public function amount to: ``values`` are those of its problem
-    after q, k and v, and ``ordered`` those of a deterministic one, whose gradients are another
-    call; and how its calls are found again."""
+class _KnownCall(NamedTuple):
+    """What arguments of a public function amount to: ``values`` are those of its problem after q, k
+    and v, without tensors, and ``ordered`` those of a deterministic one, whose gradients are
+    another call; and how its calls are found again."""
 
     options: Options
     values: tuple[Any, ...]
@@ -236,52 +246,64 @@ class _DenseCall(NamedTuple):
         return self.values
 
 
-_dense: dict[tuple[Any, ...], _DenseCall] = {}
+_known: dict[tuple[Any, ...], _KnownCall] = {}
 
 
-def repeat_dense(q: Tensor, k: Tensor, v: Tensor, arguments: tuple[Any, ...]) -> Tensor | None:
+def repeat(
+    q: Tensor, k: Tensor, v: Tensor, lengths: tuple[Tensor, ...], arguments: tuple[Any, ...]
+) -> Tensor | None:
     """``out`` if the same call, on tensors like these, was solved before and nothing stands in
     the way of repeating it, else None.
 
     Args:
-        arguments: how the public function was called besides, to be passed to
-            :func:`remember_dense` where this is None.
+        lengths: cu_seqlens_q and cu_seqlens_k, or neither.
+        arguments: how the public function was called besides, and of lengths whether they are one
+            tensor, to be passed to :func:`remember` where this is None.
     """
     if not eager.nobody_watches() or type(q) is not Tensor:
         return None
     try:
-        known = _dense.get((q.shape, arguments))
+        known = _known.get((q.shape, arguments))
     except TypeError:  # not hashable
         return None
     if known is None:
         return None
     if q.dtype is torch.float32 and is_autocast_enabled(q.device.type):
         return None
-    found = known.lookout.find(known.values, q, k, v)
+    found = known.lookout.find(known.values, (q, k, v, *lengths))
     if found is None:
         return None
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return _record(q, k, v, found, known)
-    return found.solve((q, k, v), 1, found.addresses)[0]
+        return _record(q, k, v, lengths, found, known)
+    return found.solve((q, k, v, *lengths), 1, found.addresses)[0]
 
 
-def remember_dense(
-    q: Tensor, k: Tensor, v: Tensor, arguments: tuple[Any, ...], options: Options
+def remember(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tensors: tuple[Tensor, ...],
+    arguments: tuple[Any, ...],
+    options: Options,
 ) -> None:
-    """Note what the arguments of a call that went well amount to."""
+    """Note what the arguments of a call that went well amount to; ``tensors`` are the lengths."""
     if torch.compiler.is_compiling() or not options.is_plain or options.dropout_p > 0.0:
         return
     key = (q.shape, arguments)
     # A tensor among the arguments may change its value.
-    if type(arguments[3]) is not tuple or any(isinstance(x, Tensor) for x in _flat(arguments)):
+    if any(type(x) is list or isinstance(x, Tensor) for x in _flat(arguments)) or key in _known:
         return
-    if key in _dense:
-        return
-    if len(_dense) >= 1024:
-        _dense.clear()
-    problem = ops.dense_problem(q, k, v, *shared(options))
-    ordered = problem._replace(deterministic=True)
-    _dense[key] = _DenseCall(options, problem[3:], ordered[3:], repeated.Lookout())
+    if len(_known) >= 1024:
+        _known.clear()
+    if tensors:
+        problem = ops.varlen_problem(q, k, v, *lengths(options), *shared(options))
+    else:
+        problem = ops.dense_problem(q, k, v, *shared(options))
+    plain = repeated.without_tensors(problem[3:])
+    ordered = repeated.without_tensors(problem._replace(deterministic=True)[3:])
+    options = options._replace(cu_seqlens_q=None, cu_seqlens_k=None)
+    lookout = repeated.Lookout(len(tensors) == 2 and tensors[0] is tensors[1])
+    _known[key] = _KnownCall(options, plain, ordered, lookout)
 
 
 def _flat(arguments: tuple[Any, ...]) -> Iterator[Any]:

@@ -123,6 +123,11 @@ def _without_tensors(values: tuple[Any, ...], found: list[Tensor]) -> tuple[Any,
     return tuple(kept)
 
 
+def without_tensors(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A problem's values after q, k and v as they stand in a signature."""
+    return _values_of(values, [])
+
+
 def _restored(value: Any, tensors: list[Tensor]) -> Any:
     """``value`` with ``tensors``, which are used up from the front, in the place of its own."""
     if isinstance(value, Tensor):
@@ -190,55 +195,54 @@ class Found(NamedTuple):
 class _Look(NamedTuple):
     """What tells that a call is like one that was found, and what was found."""
 
-    matches: Callable[[Tensor, Tensor, Tensor], bool]
+    matches: Callable[..., bool]
     choice: tuple[str, bool]
     cleared: int
     known: _Known
 
 
 class Lookout:
-    """:func:`find_plain` for calls of always the same values, on q, k and v: where they are like
-    those before, PyTorch's compiled guards tell so in a third of the time.
+    """:func:`find_plain` for calls of always the same values: where tensors are like those before,
+    PyTorch's compiled guards tell so in a third of the time.
 
     They compare class, dispatch keys (device type, negative, inference, with the thread's modes),
     dtype, device index, requires_grad, sizes and strides. Calls that differ in those, as layers of
     several layouts do, would have the guards made anew every time; after some times they are not.
+
+    Args:
+        last_twice: whether the last two tensors are one and the same, which guards refuse.
     """
 
     MOST = 8
 
-    def __init__(self) -> None:
+    def __init__(self, last_twice: bool) -> None:
+        self._told = -1 if last_twice else None
         self._looks: list[_Look | None] = [None, None]  # by whether q requires a gradient
         self._made = 0
 
-    def find(self, values: tuple[Any, ...], q: Tensor, k: Tensor, v: Tensor) -> Found | None:
-        """What is found, or None."""
-        look = self._looks[q.requires_grad]
-        if look is not None and look.matches(q, k, v):
-            addresses = [q.data_ptr(), k.data_ptr(), v.data_ptr()]
-            a, b, c = addresses
-            if (
-                not (a and b and c)
-                or (a | b | c) % 16
-                or settings.CHECK_INDICES
-                or plan.is_overridden()
-            ):
+    def find(self, values: tuple[Any, ...], tensors: tuple[Tensor, ...]) -> Found | None:
+        """What is found for ``tensors``, q first."""
+        look = self._looks[tensors[0].requires_grad]
+        if look is not None and look.matches(*tensors[: self._told]):
+            addresses = [x.data_ptr() for x in tensors]
+            merged = 0
+            for address in addresses:
+                merged |= address
+            if merged % 16 or 0 in addresses or settings.CHECK_INDICES or plan.is_overridden():
                 return None
             if look.choice == registry.choice() and look.cleared == _cleared:
                 backend, solve = look.known
                 return Found(solve, addresses) if _is_usable(backend) else None
-        return self._find_and_keep(values, (q, k, v))
+        return self._find_and_keep(values, tensors)
 
-    def _find_and_keep(
-        self, values: tuple[Any, ...], tensors: tuple[Tensor, Tensor, Tensor]
-    ) -> Found | None:
+    def _find_and_keep(self, values: tuple[Any, ...], tensors: tuple[Tensor, ...]) -> Found | None:
         signature = signature_of(values, tensors)
         known = None if signature is None else _calls.get(signature)
         if type(known) is not _Known or not _is_usable(known.backend):
             return None
         if self._made < self.MOST:
             self._made += 1
-            matches = _matcher(tensors)
+            matches = _matcher(tensors[: self._told])
             if matches is not None:
                 look = _Look(matches, registry.choice(), _cleared, known)
                 self._looks[tensors[0].requires_grad] = look
