@@ -159,8 +159,10 @@ def test_repeated_calls_give_the_same_bits(name: str, caplog: pytest.LogCaptureF
     call, make = CALLS[name]()
     with caplog.at_level(logging.INFO, logger="flash_attn"):
         warm(call, make)
-    # The portable backward pass of larger head dims may run on two streams.
-    if "head dim" not in name:
+    # The portable backward pass of larger head dims may run on two streams, and Hopper's of packed
+    # sequences is not repeated.
+    is_exempt = "varlen backward" in name and is_served_by_hopper(name)
+    if "head dim" not in name and not is_exempt:
         assert "usual path" not in caplog.text
     known = [x for x in repeated._calls.values() if isinstance(x, repeated._Known)]
     assert known
