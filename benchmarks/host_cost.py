@@ -39,6 +39,7 @@ from flash_attn import (
     flash_attn_func,
     flash_attn_varlen_func,
     flash_attn_with_kvcache,
+    hopper_interface,
     use_backend,
 )
 from flash_attn.backends import _launcher
@@ -135,6 +136,7 @@ def public(args: argparse.Namespace) -> tuple[Calls, Calls]:
         "flash_attn_func": lambda: flash_attn_func(q, k, v),
         "flash_attn_func, causal": lambda: flash_attn_func(q, k, v, causal=True),
         "flash_attn_func, with LSE": lambda: flash_attn_func(q, k, v, return_attn_probs=True),
+        "FA3's flash_attn_func": lambda: hopper_interface.flash_attn_func(q, k, v),
         "flash_attn_varlen_func": lambda: flash_attn_varlen_func(*packed, *bounds),
         "flash_attn_with_kvcache": lambda: flash_attn_with_kvcache(
             one_row, k, v, cache_seqlens=lengths

@@ -140,6 +140,21 @@ def _attend(
     return _format(result, return_attn_probs)
 
 
+def _repeat(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: tuple[Tensor, ...],
+    arguments: tuple[Any, ...],
+    return_attn_probs: bool,
+) -> Any:
+    """What the same call gives that was solved before, or None: see :func:`autograd.repeat`."""
+    if not return_attn_probs:
+        return autograd.repeat(q, k, v, lengths, arguments)
+    known = autograd.repeat_unrecorded(q, k, v, lengths, arguments, 2)
+    return None if known is None else (*known, q.new_zeros(0))
+
+
 def flash_attn_func(
     q: Tensor,
     k: Tensor,
@@ -185,10 +200,10 @@ def flash_attn_func(
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic,
     )  # fmt: skip
     extended = s_aux is not None or attn_mask is not None
-    if not return_attn_probs and not extended:
-        out = autograd.repeat(q, k, v, (), arguments)
-        if out is not None:
-            return out
+    if not extended:
+        known = _repeat(q, k, v, (), arguments, return_attn_probs)
+        if known is not None:
+            return known
     check_tensors(q=q, k=k, v=v)
     q, k, v = autocast(q, k, v)
     options = _options(q.shape[-1], *arguments)
@@ -305,11 +320,11 @@ def flash_attn_varlen_func(
     )  # fmt: skip
     bounds = (cu_seqlens_q, cu_seqlens_k)
     is_plain = s_aux is None and attn_mask is None and block_table is None
-    known = (max_seqlen_q, max_seqlen_k, cu_seqlens_q is cu_seqlens_k, *arguments)
-    if is_plain and not return_attn_probs:
-        out = autograd.repeat(q, k, v, bounds, known)
-        if out is not None:
-            return out
+    how = (max_seqlen_q, max_seqlen_k, cu_seqlens_q is cu_seqlens_k, *arguments)
+    if is_plain:
+        known = _repeat(q, k, v, bounds, how, return_attn_probs)
+        if known is not None:
+            return known
     check_tensors(q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     check_optional(block_table=block_table)
     q, k, v = autocast(q, k, v)
@@ -325,7 +340,7 @@ def flash_attn_varlen_func(
     )  # fmt: skip
     result = _attend(q, k, v, options, return_attn_probs, s_aux, attn_mask)
     if is_plain:
-        autograd.remember(q, k, v, bounds, known, options)
+        autograd.remember(q, k, v, bounds, how, options)
     return result
 
 

@@ -39,7 +39,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .core import hopper_ops, problem_ops
+from .core import autograd, hopper_ops, problem_ops
 from .core.arguments import (
     autocast,
     autocast_like_cache,
@@ -149,6 +149,14 @@ def _solve(problem: AttentionProblem, return_attn_probs: bool) -> Any:
     return (out, lse) if return_attn_probs else out
 
 
+def _remember(
+    problem: AttentionProblem, lengths: tuple[Tensor, ...], arguments: tuple[Any, ...]
+) -> None:
+    """Note what a call that went well amounts to."""
+    if not torch.compiler.is_compiling():
+        autograd.remember_problem(with_empty_lse(problem), lengths, arguments)
+
+
 def flash_attn_func(
     q: Tensor,
     k: Tensor,
@@ -187,6 +195,16 @@ def flash_attn_func(
         ``out`` (batch_size, seqlen_q, nheads, headdim_v), and if asked for the log-sum-exp
         (batch_size, nheads, seqlen_q) float32.
     """
+    arguments = (
+        "dense", softmax_scale, causal, window_size, attention_chunk, softcap, num_splits, pack_gqa,
+        deterministic, sm_margin,
+    )  # fmt: skip
+    others = (qv, q_descale, k_descale, v_descale, s_aux, attn_mask)
+    is_plain = all(x is None for x in others)
+    if is_plain:
+        known = autograd.repeat_unrecorded(q, k, v, (), arguments, 1 + bool(return_attn_probs))
+        if known is not None:
+            return known if return_attn_probs else known[0]
     check_tensors(q=q, k=k, v=v)
     if qv is not None:
         check_tensors(qv=qv)
@@ -197,7 +215,10 @@ def flash_attn_func(
         window_size, attention_chunk, softcap, num_splits, pack_gqa, sm_margin, s_aux, attn_mask,
     )  # fmt: skip
     problem = problem._replace(deterministic=bool(deterministic))
-    return _solve(problem, return_attn_probs)
+    result = _solve(problem, return_attn_probs)
+    if is_plain:
+        _remember(problem, (), arguments)
+    return result
 
 
 def flash_attn_varlen_func(
@@ -252,6 +273,17 @@ def flash_attn_varlen_func(
         ``out`` like q with headdim_v, and if asked for the log-sum-exp (nheads, total_q), without
         ``cu_seqlens_q`` (batch_size, nheads, seqlen_q).
     """
+    arguments = (
+        "packed", max_seqlen_q, max_seqlen_k, cu_seqlens_q is cu_seqlens_k, softmax_scale, causal,
+        window_size, attention_chunk, softcap, num_splits, pack_gqa, deterministic, sm_margin,
+    )  # fmt: skip
+    others = (seqused_q, seqused_k, qv, q_descale, k_descale, v_descale, s_aux, attn_mask)
+    bounds = () if cu_seqlens_q is None or cu_seqlens_k is None else (cu_seqlens_q, cu_seqlens_k)
+    is_plain = bool(bounds) and all(x is None for x in others)
+    if is_plain:
+        known = autograd.repeat_unrecorded(q, k, v, bounds, arguments, 1 + bool(return_attn_probs))
+        if known is not None:
+            return known if return_attn_probs else known[0]
     check_tensors(q=q, k=k, v=v)
     if qv is not None:
         check_tensors(qv=qv)
@@ -275,7 +307,10 @@ def flash_attn_varlen_func(
         attention_chunk, softcap, num_splits, pack_gqa, sm_margin, s_aux, attn_mask,
     )  # fmt: skip
     problem = problem._replace(deterministic=bool(deterministic))
-    return _solve(problem, return_attn_probs)
+    result = _solve(problem, return_attn_probs)
+    if is_plain:
+        _remember(problem, bounds, arguments)
+    return result
 
 
 def _bound(

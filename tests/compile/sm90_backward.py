@@ -88,16 +88,13 @@ def launches(case: Case, headdim: int, splits: int = 1) -> Iterator[tuple[str, a
         yield "in use", one
     if case.shape != "usual" or case.headdim_v:
         return  # other plans differ from others as the plan in use does
-    plans = {"other lengths": of_other_lengths(widest, case.mask != "full", seqlen)}
+    plans = [("other lengths", x) for x in of_other_lengths(widest, case.mask != "full", seqlen)]
     if not ("alibi" in case.features and widest > MAX_HEADDIM_CHUNK):  # refused in order
-        plans["ordered"] = plan_ordered(widest, case.mask != "full", seqlen)
-    for name, plan in plans.items():
-        if plan is not None:
-            plan = plan._replace(splits=splits)
-            for one in aot.record(
-                lambda p=plan: launch_backward.backward(problem, inputs, p), "sm90"
-            ):
-                yield name, one
+        plans.append(("ordered", plan_ordered(widest, case.mask != "full", seqlen)))
+    for name, plan in plans:
+        plan = plan._replace(splits=splits)
+        for one in aot.record(lambda p=plan: launch_backward.backward(problem, inputs, p), "sm90"):
+            yield name, one
 
 
 class Case(NamedTuple):
@@ -109,11 +106,18 @@ class Case(NamedTuple):
     headdim_v: int | None = None
 
 
-def of_other_lengths(headdim: int, is_masked: bool, seqlen: int) -> BackwardPlan | None:
-    """The plan of lengths where dq is stored first, or is not, unlike at ``seqlen``."""
+def of_other_lengths(headdim: int, is_masked: bool, seqlen: int) -> list[BackwardPlan]:
+    """The plans of lengths where dq is stored first, or is not, unlike at ``seqlen``, or where
+    another number of additions is in flight."""
     used = plan_backward(headdim, is_masked, seqlen)
     others = (plan_backward(headdim, is_masked, 512), plan_backward(headdim, is_masked, 64, 4096))
-    return next((x for x in others if x.first_stores != used.first_stores), None)
+    known = {(used.first_stores, used.in_flight)}
+    found = []
+    for x in others:
+        if (x.first_stores, x.in_flight) not in known:
+            known.add((x.first_stores, x.in_flight))
+            found.append(x)
+    return found
 
 
 CASES = [

@@ -8,13 +8,19 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import support
 import torch
 from torch import Tensor
 
-from flash_attn import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
+from flash_attn import (
+    flash_attn_func,
+    flash_attn_varlen_func,
+    flash_attn_with_kvcache,
+    hopper_interface,
+)
 from flash_attn.backends import _launcher
 from flash_attn.core import autograd, registry, repeated
 
@@ -68,6 +74,24 @@ def varlen(backward: bool, same: bool) -> tuple[Call, Callable[[], Tensors]]:
     return call, make
 
 
+def hopper(packed: bool) -> tuple[Call, Callable[[], Tensors]]:
+    """FlashAttention-3's functions."""
+
+    def call(q: Tensor, k: Tensor, v: Tensor, cu: Tensor) -> tuple[Tensor, ...]:
+        options: dict[str, Any] = {"causal": True, "return_attn_probs": True}
+        if packed:
+            return hopper_interface.flash_attn_varlen_func(q, k, v, cu, cu, 77, 77, **options)
+        q, k, v = (x[None] for x in (q, k, v))
+        alone = hopper_interface.flash_attn_func(q, k, v, softmax_scale=0.3)
+        return alone, *hopper_interface.flash_attn_func(q, k, v, **options)
+
+    def make() -> Tensors:
+        tensors = {name: randn(90, 4, 64) for name in "qkv"}
+        return tensors | {"cu": ints(0, int(torch.randint(1, 76, ())), 77)}
+
+    return call, make
+
+
 def sinks() -> tuple[Call, Callable[[], Tensors]]:
     def call(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> tuple[Tensor, ...]:
         return (flash_attn_func(q, k, v, causal=True, s_aux=sinks),)
@@ -104,6 +128,8 @@ CALLS = {
     "varlen": lambda: varlen(backward=False, same=True),
     "varlen backward": lambda: varlen(backward=True, same=False),
     "varlen backward, the same lengths": lambda: varlen(backward=True, same=True),
+    "hopper": lambda: hopper(packed=False),
+    "hopper varlen": lambda: hopper(packed=True),
     "decode": lambda: decode(1),
     "split": lambda: decode(3),
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from unittest import mock
 
 import pytest
@@ -23,6 +24,7 @@ from flash_attn import (
     flash_attn_interface,
     flash_attn_varlen_func,
     flash_attn_with_kvcache,
+    hopper_interface,
     set_backend,
     settings,
     use_backend,
@@ -145,6 +147,15 @@ def varlen() -> Call:
     return call, tensors
 
 
+def varlen_with_lse() -> Call:
+    call, tensors = varlen()
+
+    def with_lse(q, k, v, cu_q, cu_k):
+        return flash_attn_varlen_func(q, k, v, cu_q, cu_k, 28, 41, return_attn_probs=True)
+
+    return with_lse, tensors
+
+
 def varlen_of_one(backward: bool) -> Callable[[], Call]:
     """The same lengths for queries and keys."""
 
@@ -172,6 +183,31 @@ def varlen_backward() -> Call:
         return torch.autograd.grad(out, leaves, dout)
 
     return call, tensors
+
+
+def hopper(**options: object) -> Callable[[], Call]:
+    """FlashAttention-3's function."""
+
+    def make() -> Call:
+        q, k, v = qkv(nheads_k=2)
+        call = partial(hopper_interface.flash_attn_func, **options)
+        return call, {"q": q, "k": k, "v": v}
+
+    return make
+
+
+def hopper_varlen(**options: object) -> Callable[[], Call]:
+    def make() -> Call:
+        _, tensors = varlen()
+
+        def call(q, k, v, cu_q, cu_k):
+            return hopper_interface.flash_attn_varlen_func(
+                q, k, v, cu_q, cu_k, 28, 41, causal=True, **options
+            )
+
+        return call, tensors
+
+    return make
 
 
 def decode(num_splits: int) -> Callable[[], Call]:
@@ -239,6 +275,11 @@ CALLS: dict[str, Callable[[], Call]] = {
     "varlen, the same lengths": varlen_of_one(backward=False),
     "varlen backward": varlen_backward,
     "varlen backward, the same lengths": varlen_of_one(backward=True),
+    "varlen with lse": varlen_with_lse,
+    "hopper": hopper(causal=True),
+    "hopper with lse": hopper(return_attn_probs=True, softcap=3.0),
+    "hopper varlen": hopper_varlen(),
+    "hopper varlen with lse": hopper_varlen(return_attn_probs=True),
     "decode": decode(1),
     "split": decode(3),
     "paged": paged,
@@ -267,7 +308,7 @@ def test_a_later_call_launches_what_the_first_does(gpu, name, before):
     assert third == named(gpu, others)
 
 
-@pytest.mark.parametrize("name", ["plain", "with lse", "private", "backward", "split"])
+@pytest.mark.parametrize("name", CALLS)
 def test_results_have_the_same_metadata_each_time(name):
     def described(x: object) -> object:
         if isinstance(x, Tensor):
@@ -275,8 +316,8 @@ def test_results_have_the_same_metadata_each_time(name):
         return tuple(described(y) for y in x)
 
     call, tensors = CALLS[name]()
-    first, second, third = (described(call(**tensors)) for _ in range(3))
-    assert first == second == third
+    first, *others = (described(call(**tensors)) for _ in range(4))
+    assert all(x == first for x in others)
 
 
 def warm(**options: object) -> None:
@@ -460,6 +501,61 @@ def test_layouts_that_alternate_are_not_looked_at_for_good(gpu, monkeypatch):
 def test_other_options_are_another_call(gpu, options):
     warm()
     assert_is_ordinary(gpu, qkv(), **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"causal": True, "softmax_scale": 0.5},
+        {"causal": True, "window_size": (4, 4)},
+        {"causal": True, "softcap": 3.0},
+        {"causal": True, "return_attn_probs": True},
+        {"causal": True, "qv": half(1, 32, 4, 32)},
+        {"causal": True, "s_aux": torch.zeros(4)},
+    ],
+)
+def test_other_options_of_flash_attention_3_are_another_call(gpu, options):
+    def launches() -> object:
+        q, k, v = qkv()
+        gpu.launches.clear()
+        try:
+            results = hopper_interface.flash_attn_func(q, k, v, **options)
+        except UnsupportedProblemError as error:
+            return str(error)
+        return isinstance(results, tuple), named(gpu, {"q": q, "k": k, "v": v})
+
+    for _ in range(4):
+        hopper_interface.flash_attn_func(*qkv(), causal=True)
+    flash_attn_func(*qkv(), causal=True)
+    assert is_direct(gpu) is False  # its rows without keys have another log-sum-exp
+    after_others = launches()
+    _forget()
+    assert after_others == launches()
+
+
+def test_flash_attention_3_has_gradients_after_calls_without(gpu):
+    for _ in range(4):
+        hopper_interface.flash_attn_func(*qkv())
+    assert is_direct(gpu)
+    q, k, v = (x.requires_grad_() for x in qkv())
+    for _ in range(3):
+        out, lse = hopper_interface.flash_attn_func(q, k, v, return_attn_probs=True)
+        assert out.requires_grad
+        assert lse.requires_grad
+        assert hopper_interface.flash_attn_func(q, k, v).requires_grad
+        with torch.no_grad():
+            assert not hopper_interface.flash_attn_func(q, k, v).requires_grad
+            assert is_direct(gpu)
+
+
+def test_the_log_sum_exp_has_no_gradient_in_flash_attention_2(gpu):
+    q, k, v = (x.requires_grad_() for x in qkv())
+    for _ in range(4):
+        out, lse, s_dmask = flash_attn_func(q, k, v, return_attn_probs=True)
+        assert out.requires_grad
+        assert not lse.requires_grad
+        assert s_dmask.shape == (0,)
 
 
 def test_a_tensor_as_a_number_is_read_on_each_call(gpu):

@@ -6,7 +6,6 @@ slices the kernel writes, so nothing is concatenated afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +16,7 @@ from . import eager, ops, problem_ops, repeated
 from .arguments import is_autocast_enabled
 from .derivatives import first_order
 from .outputs import last_dim_contiguous
+from .problem import AttentionProblem
 
 
 class Options(NamedTuple):
@@ -219,6 +219,7 @@ class RepeatedAttention(torch.autograd.Function):
             solve(tensors)
         else:
             options = ctx.call.options
+            assert options is not None
             if others:
                 options = options._replace(cu_seqlens_q=others[0], cu_seqlens_k=others[1])
             _run_backward(dout, (q, k, v, out, softmax_lse, None), grads, options)
@@ -232,16 +233,17 @@ _record = super(torch.autograd.Function, RepeatedAttention).apply
 class _KnownCall(NamedTuple):
     """What arguments of a public function amount to: ``values`` are those of its problem after q, k
     and v, without tensors, and ``ordered`` those of a deterministic one, whose gradients are
-    another call; and how its calls are found again."""
+    another call; and how its calls are found again. ``options`` are those of FlashAttention-2."""
 
-    options: Options
+    options: Options | None
     values: tuple[Any, ...]
     ordered: tuple[Any, ...]
     lookout: repeated.Lookout
 
     def backward_values(self) -> tuple[Any, ...]:
         """Those of the problem whose gradients are asked for now, as in attend_backward."""
-        if self.options.deterministic or torch.are_deterministic_algorithms_enabled():
+        options = self.options
+        if (options and options.deterministic) or torch.are_deterministic_algorithms_enabled():
             return self.ordered
         return self.values
 
@@ -253,29 +255,56 @@ def repeat(
     q: Tensor, k: Tensor, v: Tensor, lengths: tuple[Tensor, ...], arguments: tuple[Any, ...]
 ) -> Tensor | None:
     """``out`` if the same call, on tensors like these, was solved before and nothing stands in
-    the way of repeating it, else None.
+    the way of repeating it, else None. It is recorded for autograd if a gradient can be asked for.
 
     Args:
         lengths: cu_seqlens_q and cu_seqlens_k, or neither.
         arguments: how the public function was called besides, and of lengths whether they are one
             tensor, to be passed to :func:`remember` where this is None.
     """
-    if not eager.nobody_watches() or type(q) is not Tensor:
-        return None
-    try:
-        known = _known.get((q.shape, arguments))
-    except TypeError:  # not hashable
-        return None
-    if known is None:
-        return None
-    if q.dtype is torch.float32 and is_autocast_enabled(q.device.type):
-        return None
-    found = known.lookout.find(known.values, (q, k, v, *lengths))
-    if found is None:
+    known, found = _look_up(q, k, v, lengths, arguments)
+    if known is None or found is None:
         return None
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return _record(q, k, v, lengths, found, known)
     return found.solve((q, k, v, *lengths), 1, found.addresses)[0]
+
+
+def repeat_unrecorded(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: tuple[Tensor, ...],
+    arguments: tuple[Any, ...],
+    asked: int,
+) -> tuple[Tensor, ...] | None:
+    """The same where no gradient can be asked for: the first ``asked`` of (out, softmax_lse)."""
+    _, found = _look_up(q, k, v, lengths, arguments)
+    if found is None:
+        return None
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return None
+    return found.solve((q, k, v, *lengths), asked, found.addresses)
+
+
+_Lookup = tuple["_KnownCall | None", repeated.Found | None]
+_NOTHING: _Lookup = (None, None)
+
+
+def _look_up(
+    q: Tensor, k: Tensor, v: Tensor, lengths: tuple[Tensor, ...], arguments: tuple[Any, ...]
+) -> _Lookup:
+    if not eager.nobody_watches() or type(q) is not Tensor:
+        return _NOTHING
+    try:
+        known = _known.get((q.shape, arguments))
+    except TypeError:  # not hashable
+        return _NOTHING
+    if known is None:
+        return _NOTHING
+    if q.dtype is torch.float32 and is_autocast_enabled(q.device.type):
+        return _NOTHING
+    return known, known.lookout.find(known.values, (q, k, v, *lengths))
 
 
 def remember(
@@ -289,26 +318,46 @@ def remember(
     """Note what the arguments of a call that went well amount to; ``tensors`` are the lengths."""
     if torch.compiler.is_compiling() or not options.is_plain or options.dropout_p > 0.0:
         return
-    key = (q.shape, arguments)
-    # A tensor among the arguments may change its value.
-    if any(type(x) is list or isinstance(x, Tensor) for x in _flat(arguments)) or key in _known:
+    if not _may_know(arguments) or (q.shape, arguments) in _known:
         return
-    if len(_known) >= 1024:
-        _known.clear()
     if tensors:
         problem = ops.varlen_problem(q, k, v, *lengths(options), *shared(options))
     else:
         problem = ops.dense_problem(q, k, v, *shared(options))
-    plain = repeated.without_tensors(problem[3:])
-    ordered = repeated.without_tensors(problem._replace(deterministic=True)[3:])
-    options = options._replace(cu_seqlens_q=None, cu_seqlens_k=None)
+    remember_problem(problem, tensors, arguments, options)
+
+
+def remember_problem(
+    problem: AttentionProblem,
+    tensors: tuple[Tensor, ...],
+    arguments: tuple[Any, ...],
+    options: Options | None = None,
+) -> None:
+    """The same for a call of this problem; without options for :func:`repeat_unrecorded` alone."""
+    key = (problem.q.shape, arguments)
+    if not _may_know(arguments) or key in _known:
+        return
+    plain, others = repeated.without_tensors(problem[3:])
+    ordered, _ = repeated.without_tensors(problem._replace(deterministic=True)[3:])
+    if len(others) != len(tensors) or any(x is not y for x, y in zip(others, tensors, strict=True)):
+        return
+    if len(_known) >= 1024:
+        _known.clear()
+    if options is not None:
+        options = options._replace(cu_seqlens_q=None, cu_seqlens_k=None)
     lookout = repeated.Lookout(len(tensors) == 2 and tensors[0] is tensors[1])
     _known[key] = _KnownCall(options, plain, ordered, lookout)
 
 
-def _flat(arguments: tuple[Any, ...]) -> Iterator[Any]:
-    for x in arguments:
-        yield from x if isinstance(x, tuple) else (x,)
+def _may_know(arguments: tuple[Any, ...]) -> bool:
+    """Whether the arguments can be looked up and mean the same next time: a tensor's value may
+    change."""
+    try:
+        hash(arguments)
+    except TypeError:
+        return False
+    parts = (y for x in arguments for y in (x if isinstance(x, tuple) else (x,)))
+    return not any(isinstance(x, Tensor) for x in parts)
 
 
 def attention(

@@ -123,9 +123,10 @@ def _without_tensors(values: tuple[Any, ...], found: list[Tensor]) -> tuple[Any,
     return tuple(kept)
 
 
-def without_tensors(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A problem's values after q, k and v as they stand in a signature."""
-    return _values_of(values, [])
+def without_tensors(values: tuple[Any, ...]) -> tuple[tuple[Any, ...], list[Tensor]]:
+    """A problem's values after q, k and v as they stand in a signature, and their tensors."""
+    found: list[Tensor] = []
+    return _values_of(values, found), found
 
 
 def _restored(value: Any, tensors: list[Tensor]) -> Any:
