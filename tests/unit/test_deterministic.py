@@ -131,7 +131,9 @@ class Recorder(Listener):
     def record_forward(
         self, problem: AttentionProblem, tensors: Sequence[Tensor]
     ) -> tuple[AttentionResult, repeated.Solve]:
-        def solve(tensors: Sequence[Tensor], asked: int = 2) -> tuple[Tensor, ...]:
+        def solve(
+            tensors: Sequence[Tensor], asked: int = 2, addresses: list[int] | None = None
+        ) -> tuple[Tensor, ...]:
             result = self.forward(problem._replace(**dict(zip("qkv", tensors, strict=False))))
             return (result.out, result.softmax_lse)[:asked]
 
