@@ -410,6 +410,19 @@ def test_other_packed_tensors_are_another_call(gpu, name):
     assert launches(made) == after_others
 
 
+@pytest.mark.parametrize("function", [flash_attn_func, hopper_interface.flash_attn_func])
+def test_what_is_no_tensor_is_named_on_the_fifth_call_too(gpu, function):
+    for _ in range(4):
+        function(*qkv())
+    q, k, v = qkv()
+    with pytest.raises((ConstraintError, TypeError), match="`k`"):
+        function(q, None, v)
+    with pytest.raises((ConstraintError, TypeError), match="`v`"):
+        function(q, k, 3)
+    with pytest.raises((ConstraintError, TypeError), match="`q`"):
+        function([1.0], k, v)
+
+
 def test_lengths_of_another_dtype_are_refused(gpu):
     tensors = packed()
     for _ in range(4):
