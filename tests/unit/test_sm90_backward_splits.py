@@ -260,8 +260,8 @@ def test_how_many(programs: int, group: int, is_masked: bool, splits: int) -> No
         (16, 8, 8),
         (256, 8, 4),  # 2 sequences of 8192 keys, 16 to 2
         (1024, 4, 2),  # 4 of 4096, 32 to 8
-        (2111, 4, 2),
-        (2112, 4, 1),  # enough programs for each multiprocessor
+        (1055, 4, 2),
+        (1056, 4, 1),  # enough programs for each multiprocessor
         (400, 7, 2),
         (256, 7, 4),
         (300, 3, 3),  # not 2
@@ -282,7 +282,7 @@ def test_workspaces_are_bounded(is_masked: bool, is_reversed: bool) -> None:
             for programs in range(1, 3000):
                 splits = splits_of_group(programs, group, is_masked, multiprocessors, is_reversed)
                 assert 1 <= splits <= group
-                most = (51 if is_reversed else 6 if is_masked else 4) * multiprocessors
+                most = (26 if is_reversed else 6 if is_masked else 4) * multiprocessors
                 assert splits == 1 or programs * splits <= most
 
 

@@ -237,8 +237,9 @@ def plan_ordered(
 
 # How far the number of parts that is taken may be from the one that is wanted.
 _NEAR = 1.6
-# Programs for each multiprocessor that even out whichever comes last.
-_MANY = 16
+# Programs for each multiprocessor that even out whichever comes last. Nothing was measured with
+# more than these, and sums of dk and dv grow with them.
+_MANY = 8
 
 
 def splits_of_group(
@@ -251,7 +252,7 @@ def splits_of_group(
     first, and two for each multiprocessor even out if all parts have as many heads; if they are
     ``is_reversed``, the longest last, they have to be shorter. Without, all take as long, and one
     more than fits is one more turn for all. Where heads are divided there are at most six programs
-    for each multiprocessor, 51 if reversed, and each leaves 64 KB of sums (head dims up to 64) to
+    for each multiprocessor, 26 if reversed, and each leaves 64 KB of sums (head dims up to 64) to
     128 KB.
     """
     if is_masked:
