@@ -187,7 +187,7 @@ def _is_usable(backend: Any) -> bool:
 
 
 class Found(NamedTuple):
-    """How a call is solved again, and the addresses of q, k and v if they were looked at."""
+    """How a call is solved again, and the addresses of its tensors if they were looked at."""
 
     solve: Solve
     addresses: list[int] | None = None
