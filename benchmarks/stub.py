@@ -21,7 +21,7 @@ def install_stub(stack: ExitStack, portable: bool = True) -> None:
     from flash_attn.backends import sm90
     from flash_attn.core import registry
 
-    stack.enter_context(stub_driver(silent=True))
+    stack.enter_context(stub_driver(silent=True, library=True))
     families = ("sm90", "triton") if portable else ("sm90",)
     answers: list[tuple[object, str, Any]] = [
         (registry, "own_families", lambda device: families),

@@ -6,6 +6,7 @@ it, with the C functions below it replaced, so that what is noted is what C code
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import itertools
 from collections.abc import Iterator
@@ -15,8 +16,11 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import triton
+from cubin import parameter_sizes
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
+
+from flash_attn.backends import _driver
 
 STREAM = 7
 # Kernels remember what they compiled for a device number: none is used twice, nor a real one.
@@ -44,6 +48,21 @@ class TensorMap(NamedTuple):
     block: tuple[int, ...]
 
 
+class Handed(NamedTuple):
+    """What the driver's library got: the words of CUlaunchConfig's dimensions and shared memory,
+    those of attributes, and each parameter's bytes, a map for those of one."""
+
+    config: tuple[int, ...]
+    attributes: tuple[int, ...]
+    stream: int
+    function: int
+    parameters: tuple[bytes | TensorMap, ...]
+
+
+_CONFIG = ctypes.c_uint32 * 14
+_LAUNCH = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 4)
+
+
 class StubDriver:
     """The parts of a driver that Triton and the package ask for.
 
@@ -54,9 +73,15 @@ class StubDriver:
         device: the current one; tests may change it.
         stream: the current one of device 0; that of others comes as many later. Likewise.
         silent: note nothing (benchmarks).
+        handed: every launch by the driver's library so far.
+        refusals: what its next launches return.
     """
 
-    def __init__(self, silent: bool = False) -> None:
+    def __init__(self, silent: bool = False, library: bool = False) -> None:
+        self.sizes: dict[int, list[int]] = {}
+        self.handed: list[Handed] = []
+        self.refusals: list[int] = []
+        self.has_library, self.placed = library, {}
         self.launches: list[Launched] = []
         self.encoded: list[TensorMap] = []
         self.names: dict[int, str] = {}
@@ -82,15 +107,18 @@ class StubDriver:
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", 90, 32)
 
-    def _load(self, name: str, *_: Any) -> tuple[int, int, int, int, int]:
+    def _load(self, name: str, binary: bytes, *_: Any) -> tuple[int, int, int, int, int]:
         function = 1000 + len(self.names)
         self.names[function] = name
+        if self.has_library:
+            self.sizes[function] = parameter_sizes(binary, name)
         return (1, function, 32, 0, 1024)
 
     def _encode(self, address: int, *rest: Any) -> TensorMap:
         _, _, _, block, shape, strides, _ = rest
         made = TensorMap(address, tuple(shape), tuple(strides), tuple(block))
         self.encoded.append(made)
+        self.placed[id(made) + _driver.MAP_BYTES] = made
         return made
 
     def _launch_from_37(self, x, y, z, stream, function, cooperative, pdl, *rest: Any) -> None:
@@ -120,6 +148,41 @@ class StubDriver:
         if leave is not None:
             leave(launch_metadata)
 
+    def _library(self) -> _driver.Library:
+        if not self.has_library:
+            raise OSError("there is no driver")
+        if self.silent:  # a function that does nothing and returns 0
+            return _driver.Library(ctypes.CDLL(None).pthread_equal, self._parameter)
+        return _driver.Library(_LAUNCH(self._take), self._parameter)
+
+    def _parameter(self, function: Any, index: Any, offset: Any, size: Any) -> int:
+        sizes = self.sizes[function.value]
+        if index.value >= len(sizes):
+            return 1
+        size._obj.value = sizes[index.value]
+        return 0
+
+    def _map_offset(self, encoded: Any, described: int) -> int:
+        assert encoded.address == described
+        return _driver.MAP_BYTES
+
+    def _take(self, config: int, function: int, pointers: int, extra: int | None) -> int:
+        if self.refusals:
+            return self.refusals.pop(0)
+        words = tuple(_CONFIG.from_address(config))
+        sizes = self.sizes[function]
+        places = (ctypes.c_uint64 * len(sizes)).from_address(pointers)
+        found = [
+            self.placed[place] if size == _driver.MAP_BYTES else ctypes.string_at(place, size)
+            for place, size in zip(places, sizes, strict=True)
+        ]
+        stream = words[8] | words[9] << 32
+        assert extra is None
+        attributes = (ctypes.c_uint32 * (18 * words[12])).from_address(words[10] | words[11] << 32)
+        handed = Handed(words[:7], tuple(attributes), stream, function, tuple(found))
+        self.handed.append(handed)
+        return 0
+
     def install(self, stack: ExitStack) -> None:
         """Make this the active driver until ``stack`` is left."""
         if hasattr(self.module, "compile_module_from_src"):
@@ -131,6 +194,8 @@ class StubDriver:
             for name, kind in kinds.items():
                 stack.enter_context(mock.patch.object(self.module, name, kind))
             stack.enter_context(mock.patch.object(self.module, "PyKernelArg", SimpleNamespace))
+        stack.enter_context(mock.patch.object(_driver, "library", self._library))
+        stack.enter_context(mock.patch.object(_driver, "map_offset", self._map_offset))
         before = driver._active
         stack.callback(lambda: setattr(driver, "_active", before))
         driver.set_active(self)
@@ -144,9 +209,9 @@ def _answer(stack: ExitStack, owner: Any, name: str, value: Any) -> None:
 
 
 @contextmanager
-def stub_driver(silent: bool = False) -> Iterator[StubDriver]:
+def stub_driver(silent: bool = False, library: bool = False) -> Iterator[StubDriver]:
     """Run a block on a :class:`StubDriver`."""
-    made = StubDriver(silent)
+    made = StubDriver(silent, library)
     with ExitStack() as stack:
         made.install(stack)
         yield made

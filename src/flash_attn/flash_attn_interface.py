@@ -140,21 +140,6 @@ def _attend(
     return _format(result, return_attn_probs)
 
 
-def _repeat(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lengths: tuple[Tensor, ...],
-    arguments: tuple[Any, ...],
-    return_attn_probs: bool,
-) -> Any:
-    """What the same call gives that was solved before, or None: see :func:`autograd.repeat`."""
-    if not return_attn_probs:
-        return autograd.repeat(q, k, v, lengths, arguments)
-    known = autograd.repeat_unrecorded(q, k, v, lengths, arguments, 2)
-    return None if known is None else (*known, q.new_zeros(0))
-
-
 def flash_attn_func(
     q: Tensor,
     k: Tensor,
@@ -201,9 +186,9 @@ def flash_attn_func(
     )  # fmt: skip
     extended = s_aux is not None or attn_mask is not None
     if not extended:
-        known = _repeat(q, k, v, (), arguments, return_attn_probs)
+        known = autograd.repeat(q, k, v, (), arguments, 1 + bool(return_attn_probs))
         if known is not None:
-            return known
+            return (*known, q.new_zeros(0)) if return_attn_probs else known[0]
     check_tensors(q=q, k=k, v=v)
     q, k, v = autocast(q, k, v)
     options = _options(q.shape[-1], *arguments)
@@ -322,9 +307,9 @@ def flash_attn_varlen_func(
     is_plain = s_aux is None and attn_mask is None and block_table is None
     how = (max_seqlen_q, max_seqlen_k, cu_seqlens_q is cu_seqlens_k, *arguments)
     if is_plain:
-        known = _repeat(q, k, v, bounds, how, return_attn_probs)
+        known = autograd.repeat(q, k, v, bounds, how, 1 + bool(return_attn_probs))
         if known is not None:
-            return known
+            return (*known, q.new_zeros(0)) if return_attn_probs else known[0]
     check_tensors(q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     check_optional(block_table=block_table)
     q, k, v = autocast(q, k, v)

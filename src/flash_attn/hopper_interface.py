@@ -202,7 +202,7 @@ def flash_attn_func(
     others = (qv, q_descale, k_descale, v_descale, s_aux, attn_mask)
     is_plain = all(x is None for x in others)
     if is_plain:
-        known = autograd.repeat_unrecorded(q, k, v, (), arguments, 1 + bool(return_attn_probs))
+        known = autograd.repeat(q, k, v, (), arguments, 1 + bool(return_attn_probs))
         if known is not None:
             return known if return_attn_probs else known[0]
     check_tensors(q=q, k=k, v=v)
@@ -281,7 +281,7 @@ def flash_attn_varlen_func(
     bounds = () if cu_seqlens_q is None or cu_seqlens_k is None else (cu_seqlens_q, cu_seqlens_k)
     is_plain = bool(bounds) and all(x is None for x in others)
     if is_plain:
-        known = autograd.repeat_unrecorded(q, k, v, bounds, arguments, 1 + bool(return_attn_probs))
+        known = autograd.repeat(q, k, v, bounds, arguments, 1 + bool(return_attn_probs))
         if known is not None:
             return known if return_attn_probs else known[0]
     check_tensors(q=q, k=k, v=v)

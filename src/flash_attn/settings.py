@@ -40,20 +40,15 @@ _NAME = "FLASH_ATTENTION_USE_FLAGGEMS"
 _STORED_NAME: str | bytes = os.environ.encodekey(_NAME)
 
 
-def _text() -> str | bytes | None:
-    """The variable as it is stored: undecoded on POSIX systems, which costs a tenth of `get`."""
-    try:
-        stored = os.environ._data  # type: ignore[attr-defined]
-    except AttributeError:  # a plain dictionary in its place
-        return os.environ.get(_NAME)
-    return stored.get(_STORED_NAME)
-
-
 def use_flaggems() -> bool:
     """``FLASH_ATTENTION_USE_FLAGGEMS``: True (the default) is the Triton family of kernels, False
     asks for the original CUDA kernels."""
     global _last_text, _last_value
-    text = _text()
+    try:
+        # As it is stored: undecoded on POSIX systems, which costs a tenth of `get`.
+        text = os.environ._data.get(_STORED_NAME)  # type: ignore[attr-defined]
+    except AttributeError:  # a plain dictionary in its place
+        text = os.environ.get(_NAME)
     if text != _last_text:
         _last_value = not text or _parse_switch(_NAME, os.fsdecode(text))
         _last_text = text

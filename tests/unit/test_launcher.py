@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
 
 import pytest
@@ -156,17 +158,22 @@ def test_recordings_belong_to_a_thread(driver):
     assert tape.launches == []
 
 
-def test_a_repeat_keeps_no_tensor(driver):
-    x, y = pair()
-    repeat = Repeat(record(x, y), [x, y])
-    for step in repeat._steps:
-        assert not any(isinstance(value, torch.Tensor) for value in step.template)
+@pytest.mark.parametrize("library", [False, True])
+def test_a_repeat_keeps_no_tensor(library):
+    with stub_driver(library=library):
+        x, y = pair()
+        seen = [weakref.ref(x), weakref.ref(y)]
+        repeat = Repeat(record(x, y), [x, y])
+        del x, y
+        gc.collect()
+        assert [ref() for ref in seen] == [None, None]
+        assert repeat.device
 
 
 def test_the_current_stream_is_asked_for_on_each_launch(driver, monkeypatch):
     x, y = pair()
     repeat = Repeat(record(x, y), [x, y])
-    monkeypatch.setattr(repeat, "_get_stream", lambda device: 12345)
+    monkeypatch.setattr(repeat, "current_stream", lambda device: 12345)
     repeat(addresses(x, y))
     assert driver.launches[-1].stream == 12345
 
@@ -177,9 +184,9 @@ def test_which_gpu_is_current_is_asked_for(driver):
     driver.device = home + 1
     repeat = Repeat(tape, [x, y])
     assert repeat.device == home
-    assert not repeat.is_current()
+    assert repeat.current_device() != home
     driver.device = home
-    assert repeat.is_current()
+    assert repeat.current_device() == home
 
 
 # Tensor maps
@@ -241,9 +248,16 @@ def test_an_address_with_another_layout_has_another_map(driver):
 
 def test_maps_are_bounded_and_right_after_overflow(driver, monkeypatch):
     monkeypatch.setattr(launcher._Map, "CAPACITY", 4)
+    made, make = [], launcher._Map.__init__
+
+    def noted(self, *args):
+        made.append(self)
+        make(self, *args)
+
+    monkeypatch.setattr(launcher._Map, "__init__", noted)
     tensors, descriptors = tiles()
     repeat = record_tiles(tensors, descriptors)
-    tensor_map = repeat._steps[0].maps[0][2]
+    tensor_map = made[0]
     for address in range(4096, 4096 + 32 * 20, 32):
         repeat([address, address + 16])
         arguments = driver.launches[-1].arguments

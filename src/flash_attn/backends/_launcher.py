@@ -8,7 +8,8 @@ of a call follow from a key that the caller has, all of that can be done once:
   what it launched.
 * :class:`Repeat` launches what was noted again, for other tensors of the same dtypes, layouts and
   alignments: it copies the argument list, fills in addresses and calls the compiled kernel.
-* :class:`Handle` is one compiled kernel of one GPU.
+* :class:`Handle` is one compiled kernel of one GPU, launched by Triton's C function, or by the
+  driver's library where :mod:`flash_attn.backends._driver` can.
 
 Everything that is not an address is constant in a :class:`Repeat`, so the caller's key must hold
 every number that the launch code looks at. Tensor maps, which the driver encodes from an address
@@ -39,6 +40,7 @@ from triton import knobs
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from . import _driver
 from ._compiled import KNOWN_VERSION, look_up_first
 
 logger = logging.getLogger("flash_attn")
@@ -310,15 +312,43 @@ class Handle:
         descriptors = [i for i, x in enumerate(self.arguments) if hasattr(x, "block_shape")]
         maps = list(getattr(compiled.metadata, "tensordesc_meta", None) or [])
         self.flat: list[Any] = list(self.arguments)
+        self._for_driver: tuple[Any, ...] | None = None
         if _is_plain_cuda(launcher):
             if len(maps) != len(descriptors):
                 raise Unrepeatable("descriptors that are no tensor maps are not repeated")
             self._expand(launcher, dict(zip(descriptors, maps, strict=True)))
             self.run = _direct(launcher, function, metadata, bool(descriptors))
+            signature = tuple(compiled.src.signature.values())
+            flags = (launcher.launch_cooperative_grid, launcher.launch_pdl)
+            self._for_driver = (function, metadata, signature, maps, flags)
         elif descriptors:
             raise Unrepeatable(f"{type(launcher).__name__} takes no tensor maps")
         else:
             self.run = _through_launcher(launcher, function, metadata)
+
+    def prepare(
+        self,
+        grid: _Grid,
+        places: Sequence[tuple[int, int]],
+        maps: Sequence[tuple[int, int, _Map]],
+        otherwise: _driver.Launch,
+    ) -> _driver.Launch:
+        """The launch by the driver's library, see :func:`_driver.prepare`.
+
+        Raises:
+            _driver.Unprepared: it cannot be.
+        """
+        if self._for_driver is None:
+            raise _driver.Unprepared("not one of CUDA's, or one that takes scratch memory")
+        function, metadata, signature, described, (cooperative, early) = self._for_driver
+        if cooperative:
+            raise _driver.Unprepared("a cooperative grid")
+        kinds = _driver.kinds_of(signature, described)
+        found = [(position, index, of.for_driver()) for position, index, of in maps]
+        arguments = _driver.Arguments(kinds, self.flat, places, found)
+        return _driver.prepare(
+            function, grid, metadata, arguments, early=bool(early), otherwise=otherwise
+        )
 
     def _expand(self, launcher: Any, maps: dict[int, Any]) -> None:
         make = inspect.getmodule(type(launcher)).make_tensordesc_arg  # type: ignore[union-attr]
@@ -394,6 +424,8 @@ class _Map:
         self._fields = (type(descriptor), dict(vars(descriptor), base=None))
         self._make, self._metadata, self._extra = make, metadata, extra
         self._encoded = {descriptor.base.data_ptr(): encoded}
+        self._placed: dict[int, tuple[Any, int]] = {}
+        self._offset = 0
 
     def release(self) -> None:
         """Forget the recorded tensor."""
@@ -410,9 +442,25 @@ class _Map:
         vars(descriptor).update(fields, base=_Address(address))
         encoded = self._make(descriptor, self._metadata, *[()] * self._extra)[0]
         if len(self._encoded) >= self.CAPACITY:
-            self._encoded = {}
+            self._encoded.clear()
+            self._placed.clear()
         self._encoded[address] = encoded
         return encoded
+
+    def for_driver(self) -> _driver.TensorMaps:
+        """Where the maps lie, by that of the recorded address, before any other is asked for.
+
+        Raises:
+            _driver.Unprepared: not where it was expected.
+        """
+        ((address, encoded),) = self._encoded.items()
+        self._offset = _driver.map_offset(encoded, address)
+        return _driver.TensorMaps(self._placed.get, self._place)
+
+    def _place(self, address: int) -> tuple[Any, int]:
+        encoded = self.at(address)
+        self._placed[address] = made = (encoded, id(encoded) + self._offset)
+        return made
 
 
 class _Address(NamedTuple):
@@ -424,16 +472,6 @@ class _Address(NamedTuple):
         return self.address
 
 
-class _Step(NamedTuple):
-    """One launch of a :class:`Repeat`; places are (position, index of the address)."""
-
-    run: _Run
-    grid: _Grid
-    template: list[Any]
-    places: list[tuple[int, int]]
-    maps: list[tuple[int, int, _Map]]
-
-
 class Repeat:
     """The launches of a tape, on other tensors.
 
@@ -443,6 +481,10 @@ class Repeat:
         tensors: the tensors whose addresses the launches depend on, in the order in which
             :meth:`__call__` gets addresses. An argument must be one of them, of the scratch
             tensors or of the counters.
+
+    Attributes:
+        device: the GPU of the recording, which must be what ``current_device()`` says.
+        only: the launch, taking a stream and addresses, if it is one without memory of its own.
 
     Raises:
         Unrepeatable: a launch took another tensor, or cannot be launched directly.
@@ -464,17 +506,15 @@ class Repeat:
             (allocator(x.device.type), (tuple(x.shape), x.stride(), x.dtype)) for x in tape.scratch
         ]
         self._counters = [x.device for x in tape.counters]
-        active = driver.active
         self.device = tape.launches[0].device
-        self._get_device, self._get_stream = active.get_current_device, active.get_current_stream
-
-    def is_current(self) -> bool:
-        """Whether the GPU of the recording is the current one, as it must be for a launch."""
-        return self._get_device() == self.device
+        self.current_device = _current_device()
+        self.current_stream = driver.active.get_current_stream
+        is_only = len(self._steps) == 1 and not (tape.scratch or tape.counters)
+        self.only = self._steps[0] if is_only else None
 
     def __call__(self, addresses: list[int]) -> None:
         """Launch on the current stream of the current GPU; ``addresses`` is changed."""
-        stream = self._get_stream(self.device)
+        stream = self.current_stream(self.device)
         held = []  # until the launches are made: then the memory is given on in the stream's order
         for allocate, layout in self._scratch:
             held.append(made := allocate(*layout))
@@ -482,18 +522,22 @@ class Repeat:
         for device in self._counters:
             held.append(made := _counter(device, self.device, stream))
             addresses.append(made.data_ptr())
-        for run, grid, template, places, maps in self._steps:
-            arguments = template.copy()
-            for position, index in places:
-                arguments[position] = addresses[index]
-            for position, index, tensor_map in maps:
-                arguments[position] = tensor_map.at(addresses[index])
-            run(grid, stream, arguments)
+        for launch in self._steps:
+            launch(stream, addresses)
 
 
-def _step(launch: Launch, known: Sequence[Tensor]) -> _Step:
+def _current_device() -> Callable[[], int]:
+    """What tells the current GPU."""
+    asked = driver.active.get_current_device
+    if asked is torch.cuda.current_device:
+        # Initialises CUDA and then asks this: three times as long.
+        return getattr(torch._C, "_cuda_getDevice", asked)
+    return asked
+
+
+def _step(launch: Launch, known: Sequence[Tensor]) -> _driver.Launch:
     handle = Handle(launch)
-    template, places, maps = list(handle.flat), [], []
+    template, places, maps = handle.flat, [], []
     for position, value in enumerate(template):
         if isinstance(value, _Map):
             maps.append((position, _index(value.base, known, launch), value))
@@ -505,7 +549,31 @@ def _step(launch: Launch, known: Sequence[Tensor]) -> _Step:
         template[position] = None
     if callable(launch.grid):
         raise Unrepeatable("grids that are functions are not repeated")
-    return _Step(handle.run, _three(launch.grid), template, places, maps)
+    grid = _three(launch.grid)
+    by_triton = _by_triton(handle.run, grid, template, places, maps)
+    try:
+        return handle.prepare(grid, places, maps, otherwise=by_triton)
+    except _driver.Unprepared as reason:
+        logger.info("%s is launched by Triton's function: %s", launch.kernel.__name__, reason)
+        return by_triton
+
+
+def _by_triton(
+    run: _Run,
+    grid: _Grid,
+    template: list[Any],
+    places: list[tuple[int, int]],
+    maps: list[tuple[int, int, _Map]],
+) -> _driver.Launch:
+    def launch(stream: int, addresses: list[int]) -> None:
+        arguments = template.copy()
+        for position, index in places:
+            arguments[position] = addresses[index]
+        for position, index, tensor_map in maps:
+            arguments[position] = tensor_map.at(addresses[index])
+        run(grid, stream, arguments)
+
+    return launch
 
 
 def _three(grid: Sequence[int]) -> _Grid:

@@ -39,7 +39,8 @@ def solve_again(
     launches = repeat(tape, [*tensors, *made, *unread], ignored)
     if launches is None:
         return None
-    known = launches
+    known, device, current_device = launches, launches.device, launches.current_device
+    only, current_stream = launches.only, launches.current_stream
     allocate = allocator(tensors[0].device.type)
     layouts = [(tuple(x.shape), x.stride(), x.dtype) for x in made]
     # Where results but the first go that nobody asks for, if they fit.
@@ -51,21 +52,24 @@ def solve_again(
     def solve(
         tensors: Sequence[Tensor], asked: int = len(made), addresses: list[int] | None = None
     ) -> tuple[Tensor, ...]:
-        if not known.is_current():
-            with torch.cuda.device(known.device):
+        if current_device() != device:
+            with torch.cuda.device(device):
                 return solve(tensors, asked, addresses)
-        own = first if asked == 1 else layouts
-        results = [allocate(*layout) for layout in own]
-        if zeroed:
-            for x in results:
-                x.zero_()
         if addresses is None:
             addresses = [x.data_ptr() for x in tensors]
-        addresses += [x.data_ptr() for x in results]
+        results = []
+        for layout in first if asked == 1 else layouts:
+            results.append(x := allocate(*layout))
+            if zeroed:
+                x.zero_()
+            addresses.append(x.data_ptr())
         if len(results) < len(layouts):
             addresses += shared
         addresses += nowhere
-        known(addresses)
+        if only is None:
+            known(addresses)
+        else:
+            only(current_stream(device), addresses)
         return tuple(results)
 
     return solve

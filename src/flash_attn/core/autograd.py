@@ -202,7 +202,8 @@ class RepeatedAttention(torch.autograd.Function):
         found: repeated.Found,
         call: _KnownCall,
     ) -> Tensor:
-        out, lse = found.solve((q, k, v, *others), 2, found.addresses)
+        solve, addresses = found
+        out, lse = solve((q, k, v, *others), 2, addresses)
         ctx.save_for_backward(q, k, v, out, lse, *others)
         ctx.call = call
         return out
@@ -252,25 +253,6 @@ _known: dict[tuple[Any, ...], _KnownCall] = {}
 
 
 def repeat(
-    q: Tensor, k: Tensor, v: Tensor, lengths: tuple[Tensor, ...], arguments: tuple[Any, ...]
-) -> Tensor | None:
-    """``out`` if the same call, on tensors like these, was solved before and nothing stands in
-    the way of repeating it, else None. It is recorded for autograd if a gradient can be asked for.
-
-    Args:
-        lengths: cu_seqlens_q and cu_seqlens_k, or neither.
-        arguments: how the public function was called besides, and of lengths whether they are one
-            tensor, to be passed to :func:`remember` where this is None.
-    """
-    known, found = _look_up(q, k, v, lengths, arguments)
-    if known is None or found is None:
-        return None
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return _record(q, k, v, lengths, found, known)
-    return found.solve((q, k, v, *lengths), 1, found.addresses)[0]
-
-
-def repeat_unrecorded(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -278,33 +260,32 @@ def repeat_unrecorded(
     arguments: tuple[Any, ...],
     asked: int,
 ) -> tuple[Tensor, ...] | None:
-    """The same where no gradient can be asked for: the first ``asked`` of (out, softmax_lse)."""
-    _, found = _look_up(q, k, v, lengths, arguments)
-    if found is None:
-        return None
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return None
-    return found.solve((q, k, v, *lengths), asked, found.addresses)
+    """The first ``asked`` of (out, softmax_lse) if the same call, on tensors like these, was solved
+    before and nothing stands in the way of repeating it, else None. It is recorded for autograd if
+    a gradient can be asked for; that of FlashAttention-2's ``out`` alone, others are not repeated.
 
-
-_Lookup = tuple["_KnownCall | None", repeated.Found | None]
-_NOTHING: _Lookup = (None, None)
-
-
-def _look_up(
-    q: Tensor, k: Tensor, v: Tensor, lengths: tuple[Tensor, ...], arguments: tuple[Any, ...]
-) -> _Lookup:
+    Args:
+        lengths: cu_seqlens_q and cu_seqlens_k, or neither.
+        arguments: how the public function was called besides, and of lengths whether they are one
+            tensor, to be passed to :func:`remember` where this is None.
+    """
     if not eager.nobody_watches() or type(q) is not Tensor:
-        return _NOTHING
+        return None
     try:
         known = _known.get((q.shape, arguments))
     except TypeError:  # not hashable
-        return _NOTHING
-    if known is None:
-        return _NOTHING
-    if q.dtype is torch.float32 and is_autocast_enabled(q.device.type):
-        return _NOTHING
-    return known, known.lookout.find(known.values, (q, k, v, *lengths))
+        return None
+    if known is None or (q.dtype is torch.float32 and is_autocast_enabled(q.device.type)):
+        return None
+    tensors = (q, k, v, *lengths)
+    found = known.lookout.find(known.values, tensors)
+    if found is None:
+        return None
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        is_recorded = known.options is not None and asked == 1
+        return (_record(q, k, v, lengths, found, known),) if is_recorded else None
+    solve, addresses = found
+    return solve(tensors, asked, addresses)
 
 
 def remember(
@@ -333,7 +314,7 @@ def remember_problem(
     arguments: tuple[Any, ...],
     options: Options | None = None,
 ) -> None:
-    """The same for a call of this problem; without options for :func:`repeat_unrecorded` alone."""
+    """The same for a call of this problem; without options where no gradient is asked for."""
     key = (problem.q.shape, arguments)
     if not _may_know(arguments) or key in _known:
         return

@@ -15,6 +15,7 @@ from .derivatives import takes_tangents
 
 logger = logging.getLogger("flash_attn")
 
+_is_compiling = torch.compiler.is_compiling
 # PyTorch has no public names for these.
 try:
     _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -31,7 +32,7 @@ except AttributeError as error:
 def nobody_watches() -> bool:
     """Whether no compiler, mode, function transform, tangent, tracer or profiler is at work."""
     return CAN_TELL and not (
-        torch.compiler.is_compiling()
+        _is_compiling()
         or _dispatch_modes()
         or _function_modes()
         or _transforms() is not None

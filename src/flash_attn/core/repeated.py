@@ -186,20 +186,11 @@ def _is_usable(backend: Any) -> bool:
     return registry.is_loaded(backend) and backend.repeats_now()
 
 
-class Found(NamedTuple):
-    """How a call is solved again, and the addresses of its tensors if they were looked at."""
-
-    solve: Solve
-    addresses: list[int] | None = None
-
-
-class _Look(NamedTuple):
-    """What tells that a call is like one that was found, and what was found."""
-
-    matches: Callable[..., bool]
-    choice: tuple[str, bool]
-    cleared: int
-    known: _Known
+# How a call is solved again, and the addresses of its tensors if they were looked at.
+Found = tuple[Solve, "list[int] | None"]
+# What tells that a call is like one that was found: its guards, :func:`registry.choice`, how often
+# everything was forgotten; and what was found.
+_Look = tuple[Callable[..., bool], tuple[str, bool], int, Any, Solve]
 
 
 class Lookout:
@@ -224,17 +215,24 @@ class Lookout:
     def find(self, values: tuple[Any, ...], tensors: tuple[Tensor, ...]) -> Found | None:
         """What is found for ``tensors``, q first."""
         look = self._looks[tensors[0].requires_grad]
-        if look is not None and look.matches(*tensors[: self._told]):
-            addresses = [x.data_ptr() for x in tensors]
-            merged = 0
-            for address in addresses:
-                merged |= address
-            if merged % 16 or 0 in addresses or settings.CHECK_INDICES or plan.is_overridden():
+        if look is None:
+            return self._find_and_keep(values, tensors)
+        matches, choice, cleared, backend, solve = look
+        told = tensors if self._told is None else tensors[: self._told]
+        if not matches(*told) or cleared != _cleared or choice != registry.choice():
+            return self._find_and_keep(values, tensors)
+        addresses, merged = [], 0
+        for x in tensors:
+            address = x.data_ptr()
+            if not address:
                 return None
-            if look.choice == registry.choice() and look.cleared == _cleared:
-                backend, solve = look.known
-                return Found(solve, addresses) if _is_usable(backend) else None
-        return self._find_and_keep(values, tensors)
+            merged |= address
+            addresses.append(address)
+        if merged & 15 or settings.CHECK_INDICES or plan.is_overridden():
+            return None
+        if registry.is_loaded(backend) and backend.repeats_now():
+            return solve, addresses
+        return None
 
     def _find_and_keep(self, values: tuple[Any, ...], tensors: tuple[Tensor, ...]) -> Found | None:
         signature = signature_of(values, tensors)
@@ -245,9 +243,9 @@ class Lookout:
             self._made += 1
             matches = _matcher(tensors[: self._told])
             if matches is not None:
-                look = _Look(matches, registry.choice(), _cleared, known)
+                look = (matches, registry.choice(), _cleared, *known)
                 self._looks[tensors[0].requires_grad] = look
-        return Found(known.solve)
+        return (known.solve, None)
 
 
 def _matcher(tensors: Sequence[Tensor]) -> Callable[..., bool] | None:
