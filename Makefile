@@ -64,7 +64,8 @@ lint: $(VENV)/stamp
 
 test-newest-triton: $(NEWEST)/stamp
 	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest $(PARALLEL) tests/compile \
-		tests/unit/test_compiled.py tests/unit/test_launcher.py tests/unit/test_repeated.py \
+		tests/unit/test_compiled.py tests/unit/test_driver_launches.py \
+		tests/unit/test_launcher.py tests/unit/test_repeated.py \
 		tests/unit/test_repeated_sm90.py
 
 test-cpu: $(VENV)/stamp

@@ -208,7 +208,8 @@ def agree(calls: Calls) -> None:
         want = wanted.setdefault(len(found), found)
         for got, y in zip(found, want, strict=True):
             x = got if got.shape == y.shape else got.transpose(1, 2)
-            error = float((x.float() - y.float()).norm() / y.float().norm())
+            x, y = x.detach().float(), y.detach().float()
+            error = float((x - y).norm() / y.norm())
             if not error < WRONG_ABOVE:
                 raise SystemExit(f"{name} is wrong: it differs by {error:.1e}")
 
