@@ -2,13 +2,11 @@
 
     python scripts/sm90_forward_lab.py --out lab.json --deadline 460
     python scripts/sm90_forward_lab.py --trial --trace --deadline 330 --fa3 FOLDER
-    python scripts/sm90_forward_lab.py --exponentials --headdims 64 128 --fa3 FOLDER
     python scripts/sm90_forward_lab.py --trial --headdims 96 192 --jobs 16 --checks 16 --fa3 FOLDER
     python scripts/sm90_forward_lab.py --list
     python scripts/sm90_forward_lab.py --compile-only      # no GPU needed
 
-Compared are the plans in use, with --trial also those that differ from one of them in one part, and
-with --exponentials also those that compute one of 4, 8 or 16 by a polynomial.
+Compared are the plans in use, and with --trial also those that differ from one of them in one part.
 All kernels are compiled at once in many processes. Each plan is then checked in a process of its
 own with a time limit, because a wrong barrier protocol hangs: against a float64 computation, with
 odd and unequal lengths, windows, grouped heads, padded head dims, NaN around every tensor and few
@@ -55,7 +53,7 @@ L2 = 32 << 20
 FLUSH_BYTES = 256 << 20
 # Cycles that the GPU idles before each timed launch, so that the host is never what is timed.
 LEAD_CYCLES = 500_000
-TRIAL, TRACE, EXPONENTIALS = (x in sys.argv for x in ("--trial", "--trace", "--exponentials"))
+TRIAL, TRACE = (flag in sys.argv for flag in ("--trial", "--trace"))
 SEQLENS = (512, 1024, 2048, 4096, 8192, 16384)
 REPEATS = 40
 FA3_LIBRARIES = ("fa3_C.so", "_C.so", "flash_attn_3/_C.so", "xformers/flash_attn_3/_C.so")
@@ -95,7 +93,6 @@ class Variant(NamedTuple):
                 ("peel", plan.peel),
                 ("joint", plan.joint),
                 (f"p{plan.p_shared}", plan.p_shared),
-                (f"e{plan.emulated}", plan.emulated),
             )
             if used
         ]
@@ -122,10 +119,6 @@ def all_variants() -> list[Variant]:
     found = [Variant(*row) for row in forward_plans()]
     if TRIAL:
         found += [x._replace(plan=plan) for x in found for plan in neighbours(x.plan, x.masked)]
-    if EXPONENTIALS:
-        found += [
-            x._replace(plan=replace(x.plan, emulated=count)) for x in found for count in (16, 8, 4)
-        ]
     return list(dict.fromkeys(found))
 
 
@@ -626,7 +619,6 @@ def call(task: str, chosen: list[Variant], limit: float, budget: float = 0.0) ->
         [sys.executable, str(Path(__file__).resolve()), "--work", task, names, str(budget)]
         + ["--trial"] * TRIAL
         + ["--trace"] * TRACE
-        + ["--exponentials"] * EXPONENTIALS
         + (["--fa3", str(FA3)] if FA3 else []),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -805,7 +797,6 @@ def main() -> int:
     parser.add_argument("--checks", type=int, default=0, help="checks at a time; 0: up to 6")
     parser.add_argument("--trial", action="store_true", help="also plans that differ in one part")
     parser.add_argument("--trace", action="store_true", help="where the time goes at 128 causal")
-    parser.add_argument("--exponentials", action="store_true", help="also plans with polynomials")
     parser.add_argument("--fa3", type=Path, help="folder of FlashAttention-3's library, a peer")
     parser.add_argument("--work", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -103,7 +103,6 @@ class Case(NamedTuple):
         flags = ("ping_pong", "skip", "slim", "late", "overlap", "peel", "joint")
         options += [name for name in flags if getattr(plan, name)]
         options += [f"p{plan.p_shared}"] if plan.p_shared else []
-        options += [f"e{plan.emulated}"] if plan.emulated else []
         dtype = str(self.dtype).removeprefix("torch.")
         options += [f"v{self.headdim_v}"] if self.headdim_v else []
         options += [f"pack{self.pack}"] if self.pack else []

@@ -167,47 +167,6 @@ def warp_has_moved(LANE: gl.constexpr):
     return moved != 0
 
 
-# 2^f for f in [-1/2, 1/2], by falling powers: of all polynomials of this degree that whose largest
-# relative error is smallest, 2.6e-6. float32 makes 2.7e-6 of it.
-_POWERS = gl.constexpr((0x3C1CCBEB, 0x3D650A20, 0x3E76036D, 0x3F31706E, 0x3F7FFFF4))
-
-
-@gluon.constexpr_function
-def polynomial_text(to, of):
-    """2^x by additions and multiplications, 0 below -126.5, NaN of NaN.
-
-    Adding 1.5 * 2^23 + 127 rounds x to an integer, which shifted is the exponent of a power of two.
-    """
-    steps = " ".join(f"fma.rn.f32 p, p, y, 0f{c:08X};" for c in _POWERS.value[1:])
-    return f"""{{
-        .reg .f32 y, t, p;
-        .reg .b32 i;
-        max.NaN.f32 y, ${of}, 0fC2FE0000;
-        add.f32 t, y, 0f4B40007F;
-        mov.b32 i, t;
-        sub.f32 t, t, 0f4B40007F;
-        sub.f32 y, y, t;
-        mov.f32 p, 0f{_POWERS.value[0]:08X};
-        {steps}
-        shl.b32 i, i, 23;
-        mov.b32 t, i;
-        mul.ftz.f32 ${to}, p, t;
-    }}"""
-
-
-@gluon.constexpr_function
-def exp2_text(count):
-    """2^x of ``count`` numbers, of one of them by a polynomial."""
-    others = [f"ex2.approx.ftz.f32 ${i}, ${count + i};" for i in range(1, count)]
-    return " ".join([polynomial_text(0, count), *others])
-
-
-@gluon.constexpr_function
-def floats(count):
-    """The constraints of ``count`` numbers out and in."""
-    return ",".join(["=f"] * count + ["f"] * count)
-
-
 @gluon.jit
 def weights_of(work, s, maximum, MAYBE_EMPTY: gl.constexpr):
     """(exp2 of the scaled scores less the scaled row maximum, that maximum)."""
@@ -215,14 +174,7 @@ def weights_of(work, s, maximum, MAYBE_EMPTY: gl.constexpr):
     if MAYBE_EMPTY:  # a row that has seen no key yet: every weight is 0, not NaN
         shift = gl.where(maximum == float("-inf"), 0.0, maximum)
     shift = shift * work.scale_log2
-    s = s * work.scale_log2 - gl.expand_dims(shift, 1)
-    COUNT: gl.constexpr = work.config.EMULATED
-    if COUNT > 0:
-        return gl.inline_asm_elementwise(
-            exp2_text(COUNT), floats(COUNT), [s], dtype=gl.float32, is_pure=True, pack=COUNT
-        ), shift  # fmt: skip
-    else:
-        return gl.exp2(s), shift
+    return gl.exp2(s * work.scale_log2 - gl.expand_dims(shift, 1)), shift
 
 
 @gluon.jit

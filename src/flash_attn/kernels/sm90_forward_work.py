@@ -163,7 +163,6 @@ class Config:
     PEEL: gl.constexpr
     JOINT: gl.constexpr
     P_SHARED: gl.constexpr
-    EMULATED: gl.constexpr
     AFRESH: gl.constexpr
     PRODUCTS_V: gl.constexpr
     OUT_BUFFERS: gl.constexpr
@@ -172,7 +171,7 @@ class Config:
     @gluon.constexpr_function
     def __init__(self, PACK, BLOCK_N, BLOCK_D, BLOCK_DV, CONSUMERS, SCHEDULER, OUT_COLUMNS,
                  PING_PONG, SKIP, HAS_LEFT, HAS_RIGHT, HAS_CHUNK, HAS_SOFTCAP, HAS_SINKS,
-                 HAS_ALIBI, LENGTHS, SLIM, LATE, OVERLAP, PEEL, JOINT, P_SHARED, EMULATED,
+                 HAS_ALIBI, LENGTHS, SLIM, LATE, OVERLAP, PEEL, JOINT, P_SHARED,
                  TRACE):  # fmt: skip
         self.PACK = gl.constexpr(PACK)
         self.POSITIONS = gl.constexpr(64 // PACK)
@@ -202,7 +201,6 @@ class Config:
         self.PEEL = gl.constexpr(PEEL)
         self.JOINT = gl.constexpr(JOINT)
         self.P_SHARED = gl.constexpr(P_SHARED)
-        self.EMULATED = gl.constexpr(EMULATED)
         # Registers are so few that what tiles are found by is not kept: see afresh.
         self.AFRESH = gl.constexpr(P_SHARED > 0)
         # Products that values are multiplied in: by columns, and by where keys' weights are.

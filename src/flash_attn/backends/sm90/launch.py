@@ -336,6 +336,5 @@ def constants(plan: ForwardPlan, block_d: int, block_dv: int) -> dict[str, Any]:
         "OVERLAP": plan.overlap,
         "JOINT": plan.joint,
         "P_SHARED": plan.p_shared,
-        "EMULATED": plan.emulated,
         "num_warps": 4,
     }

@@ -43,8 +43,6 @@ class ForwardPlan:
             ``skip``, nor for values of another head dim.
         p_shared: of so many last keys of a block weights are multiplied from shared memory, not
             from registers: 0 or half of them.
-        emulated: of one in so many weights the exponential is computed without the unit for special
-            functions; 0, none.
     """
 
     consumers: int
@@ -63,7 +61,6 @@ class ForwardPlan:
     peel: bool = False
     joint: bool = False
     p_shared: int = 0
-    emulated: int = 0
 
     @property
     def block_m(self) -> int:
