@@ -148,19 +148,12 @@ class StubDriver:
         if leave is not None:
             leave(launch_metadata)
 
-    def _library(self) -> _driver.Library:
+    def _library(self) -> Any:
         if not self.has_library:
             raise OSError("there is no driver")
         if self.silent:  # a function that does nothing and returns 0
-            return _driver.Library(ctypes.CDLL(None).pthread_equal, self._parameter)
-        return _driver.Library(_LAUNCH(self._take), self._parameter)
-
-    def _parameter(self, function: Any, index: Any, offset: Any, size: Any) -> int:
-        sizes = self.sizes[function.value]
-        if index.value >= len(sizes):
-            return 1
-        size._obj.value = sizes[index.value]
-        return 0
+            return ctypes.CDLL(None).pthread_equal
+        return _LAUNCH(self._take)
 
     def _map_offset(self, encoded: Any, described: int) -> int:
         assert encoded.address == described

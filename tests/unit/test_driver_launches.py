@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import re
 import struct
 
 import pytest
@@ -11,8 +12,9 @@ import torch
 
 pytest.importorskip("triton", reason="Triton exists on Linux only")
 
+from cubin import parameter_sizes
 from stub_driver import STREAM, StubDriver, TensorMap, stub_driver
-from test_launcher import addresses, pair, record, record_tiles, tiles
+from test_launcher import addresses, copy_tile, pair, record, record_tiles, tiles
 from test_repeated_sm90 import CALLS, _forget, gpu  # noqa: F401  (a fixture)
 from triton import knobs
 from triton.experimental.gluon import language as gl
@@ -166,20 +168,51 @@ def reason_for(tape, tensors, caplog):
 
 
 @pytest.mark.parametrize(
-    ("change", "reason"),
+    ("old", "new", "reason"),
     [
-        (lambda sizes: sizes.__setitem__(2, 8), "parameter 2 has 8 bytes in place of 4"),
-        (lambda sizes: sizes.append(8), "more than 6 parameters"),
-        (lambda sizes: sizes.pop(), "parameter 5"),
+        (".u32 scale_param_2", ".u64 scale_param_2", r"\[8, 8, 8, 4, 8, 8\] bytes in place of"),
+        (".param .f32 scale_param_3,", "", r"\[8, 8, 4, 8, 8\] bytes in place of"),
+        (".f32 scale_param_3,", ".f32 scale_param_3, .param .u8 more,", r"4, 4, 1, 8, 8\] bytes"),
+        (".f32 scale_param_3", ".pred scale_param_3", "a parameter '.pred scale_param_3"),
+        (".entry scale", ".entry other", "not in its text"),
     ],
 )
-def test_kernels_with_other_parameters_stay_with_triton(driver, caplog, change, reason):
+def test_kernels_with_other_parameters_stay_with_triton(driver, caplog, old, new, reason):
     x, y = pair()
     tape = record(x, y)
-    change(driver.sizes[driver.launches[-1].function])
-    assert reason in reason_for(tape, [x, y], caplog)
+    compiled = tape.launches[0].compiled
+    before = compiled.asm["ptx"]
+    assert old in before
+    compiled.asm["ptx"] = before.replace(old, new)
+    try:
+        assert re.search(reason, reason_for(tape, [x, y], caplog))
+    finally:
+        compiled.asm["ptx"] = before
     assert driver.handed == []
     assert len(driver.launches) == 2
+
+
+def test_a_kernel_without_its_text_stays_with_triton(driver, caplog):
+    x, y = pair()
+    tape = record(x, y)
+    asm = tape.launches[0].compiled.asm
+    text = asm.pop("ptx")
+    try:
+        assert "not in its text" in reason_for(tape, [x, y], caplog)
+    finally:
+        asm["ptx"] = text
+
+
+def test_the_text_says_of_parameters_what_the_binary_says(driver):
+    tensors, descriptors = tiles()
+    x, y = pair()
+    with _launcher.recording() as tape:
+        _launcher.Launcher(copy_tile)[(1,)](*descriptors, 16, BLOCK=16)
+    for launch in (*tape.launches, *record(x, y).launches):
+        compiled = launch.compiled
+        found = _driver.parameter_sizes(compiled.asm["ptx"], compiled.name)
+        assert found == parameter_sizes(compiled.asm["cubin"], compiled.name)
+        assert found[-2:] == [8, 8]
 
 
 @pytest.mark.parametrize(

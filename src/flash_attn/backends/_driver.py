@@ -6,15 +6,17 @@ down once, as the driver reads them; a launch writes those that differ beside th
 driver through ctypes.
 
 What is handed over is what Triton hands over, whose kernels have one parameter for each argument
-that is no constexpr and two more for scratch memory. The driver knows how many parameters a kernel
-has and how large each one is: it is asked before the first launch, and where its answer is another
-one Triton's function stays in use.
+that is no constexpr and two more for scratch memory. A compiled kernel's text tells how many
+parameters it has and how large each one is: where that is not what was expected, Triton's function
+stays in use. (The driver could be asked, but for their number only by asking for one too many, an
+error that its tools report.)
 """
 
 from __future__ import annotations
 
 import ctypes
 import logging
+import re
 import struct
 from array import array
 from collections.abc import Callable, Sequence
@@ -41,29 +43,45 @@ _PROGRAMMATIC_STREAM_SERIALIZATION = 6
 _SCRATCH = 2
 # From here on newer Tritons set an attribute.
 _MOST_SHARED = 228 << 10
-_INVALID_VALUE = 1
+# In PTX, the parameters of a kernel and what follows .param: a type, or an array of bytes.
+_ENTRY = re.compile(r"\.entry\s+(\w+)\s*\(([^)]*)\)")
+_PARAMETER = re.compile(r"\.param\s+([^,]*)")
+_SCALAR = re.compile(r"\.[a-z]+(\d+)\b")
+_BYTES = re.compile(r"\.align\s+\d+\s+\.b8\s+\w+\[(\d+)\]")
 
 
 class Unprepared(Exception):
     """Why Triton's function stays in use."""
 
 
-class Library(NamedTuple):
-    """Functions of the driver's library, which return 0 if all went well."""
-
-    launch: Callable[..., int]
-    parameter: Callable[..., int]
-
-
 @cache
-def library() -> Library:
-    """The driver's.
+def library() -> Callable[..., int]:
+    """The driver's cuLaunchKernelEx, which returns 0 if all went well.
 
     Raises:
-        OSError, AttributeError: there is none, or one from before CUDA 12.4.
+        OSError, AttributeError: there is none.
     """
-    cuda = ctypes.CDLL("libcuda.so.1")
-    return Library(cuda.cuLaunchKernelEx, cuda.cuFuncGetParamInfo)
+    return ctypes.CDLL("libcuda.so.1").cuLaunchKernelEx
+
+
+def parameter_sizes(ptx: str, kernel: str) -> list[int]:
+    """Bytes of each parameter of a kernel, of its text.
+
+    Raises:
+        Unprepared: the text does not tell.
+    """
+    entries = {entry[1]: entry[2] for entry in _ENTRY.finditer(ptx)}
+    if kernel not in entries:
+        raise Unprepared(f"{kernel} is not in its text")
+    sizes = []
+    for parameter in _PARAMETER.findall(entries[kernel]):
+        if array_of := _BYTES.match(parameter):
+            sizes.append(int(array_of[1]))
+        elif scalar := _SCALAR.match(parameter):
+            sizes.append(int(scalar[1]) // 8)
+        else:
+            raise Unprepared(f"a parameter {parameter!r}")
+    return sizes
 
 
 def kinds_of(signature: Sequence[Any], maps: Sequence[Any]) -> list[str]:
@@ -147,23 +165,11 @@ def _bytes_of(kind: str) -> int:
     return 8 if kind.startswith("*") else struct.calcsize(f"<{_FORMATS[kind]}")
 
 
-def _check_parameters(asked: Library, function: Any, sizes: Sequence[int]) -> None:
-    offset, size = ctypes.c_size_t(), ctypes.c_size_t()
-    places = ctypes.byref(offset), ctypes.byref(size)
-    for index, expected in enumerate(sizes):
-        failed = asked.parameter(function, ctypes.c_size_t(index), *places)
-        if failed or size.value != expected:
-            raise Unprepared(
-                f"parameter {index} has {size.value} bytes in place of {expected} (error {failed})"
-            )
-    if asked.parameter(function, ctypes.c_size_t(len(sizes)), *places) != _INVALID_VALUE:
-        raise Unprepared(f"the kernel has more than {len(sizes)} parameters")
-
-
 def prepare(
     function: int,
     grid: tuple[int, int, int],
     metadata: Any,
+    sizes: Sequence[int],
     arguments: Arguments,
     early: bool,
     otherwise: Launch,
@@ -173,6 +179,7 @@ def prepare(
     Args:
         function: the driver's handle.
         metadata: Triton's: (warps, programs of a cluster, bytes of shared memory).
+        sizes: bytes of each parameter that the kernel has.
         early: whether it may start before the kernel before it has ended (programmatic dependent
             launch).
         otherwise: asked where the driver refuses: it says why, or does first what is missing.
@@ -181,7 +188,7 @@ def prepare(
         Unprepared: it takes more than that.
     """
     try:
-        driver = library()
+        call = library()
     except (OSError, AttributeError) as error:
         raise Unprepared(str(error)) from error
     warps, cluster, shared = metadata
@@ -192,8 +199,9 @@ def prepare(
         raise Unprepared(f"{len(values)} arguments for {len(kinds)}")
     kept = [i for i, kind in enumerate(kinds) if kind != _CONSTANT]
     words = [_word(kinds[i], values[i]) for i in kept] + [0] * _SCRATCH
-    handle = ctypes.c_void_p(function)
-    _check_parameters(driver, handle, [_bytes_of(kinds[i]) for i in kept] + [8] * _SCRATCH)
+    expected = [_bytes_of(kinds[i]) for i in kept] + [8] * _SCRATCH
+    if list(sizes) != expected:
+        raise Unprepared(f"parameters of {list(sizes)} bytes in place of {expected}")
     x, y, z = grid
     config = [x | y << 32, z | 32 * warps << 32, 1 | 1 << 32, shared, 0, 0, int(early)]
     attribute = [_PROGRAMMATIC_STREAM_SERIALIZATION, 1] + [0] * 7
@@ -213,7 +221,7 @@ def prepare(
         return made, ctypes.c_void_p(start), ctypes.c_void_p(start + 8 * first_pointer)
 
     frames = [make_frame()]  # threads that launch at the same time need one each
-    call = driver.launch
+    handle = ctypes.c_void_p(function)
 
     def launch(stream: int, addresses: list[int]) -> None:
         frame = frames.pop() if frames else make_frame()

@@ -320,7 +320,7 @@ class Handle:
             self.run = _direct(launcher, function, metadata, bool(descriptors))
             signature = tuple(compiled.src.signature.values())
             flags = (launcher.launch_cooperative_grid, launcher.launch_pdl)
-            self._for_driver = (function, metadata, signature, maps, flags)
+            self._for_driver = (function, metadata, compiled, signature, maps, flags)
         elif descriptors:
             raise Unrepeatable(f"{type(launcher).__name__} takes no tensor maps")
         else:
@@ -340,14 +340,16 @@ class Handle:
         """
         if self._for_driver is None:
             raise _driver.Unprepared("not one of CUDA's, or one that takes scratch memory")
-        function, metadata, signature, described, (cooperative, early) = self._for_driver
+        function, metadata, compiled, signature, described, flags = self._for_driver
+        cooperative, early = flags
         if cooperative:
             raise _driver.Unprepared("a cooperative grid")
         kinds = _driver.kinds_of(signature, described)
         found = [(position, index, of.for_driver()) for position, index, of in maps]
         arguments = _driver.Arguments(kinds, self.flat, places, found)
+        sizes = _driver.parameter_sizes(compiled.asm.get("ptx", ""), compiled.name)
         return _driver.prepare(
-            function, grid, metadata, arguments, early=bool(early), otherwise=otherwise
+            function, grid, metadata, sizes, arguments, early=bool(early), otherwise=otherwise
         )
 
     def _expand(self, launcher: Any, maps: dict[int, Any]) -> None:
