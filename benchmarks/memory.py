@@ -4,7 +4,7 @@ Attention that keeps its scores needs memory that grows with the square of the l
 kernels need only what grows with the length. The exponent of the growth is fitted and recorded.
 What backward takes beyond the gradients that it returns is its workspace, and has a bound: one
 accumulator of dq in float32, two numbers for each row, small counters, and, where several heads of
-queries share one of keys, accumulators of dk and dv.
+queries share one of keys, accumulators of dk and dv: of each head of keys, in order of queries.
 
     python benchmarks/memory.py --out benchmarks/results/NAME.json
 """
@@ -69,8 +69,10 @@ WAYS = (
 )
 
 
-def allowed_bytes(cell: Cell) -> int:
+def allowed_bytes(cell: Cell, deterministic: bool = False) -> int:
     """What the workspace of backward may be; rows are counted in blocks of 128 a sequence.
+
+    In order, query heads that share one of keys may be divided until each has sums of its own.
 
     Of packed sequences the operator's result softmax_d has a layout of its own, without those
     blocks, and is counted beside delta.
@@ -82,7 +84,7 @@ def allowed_bytes(cell: Cell) -> int:
     if cell.lengths:
         bound += 4 * cell.nheads * sum(sequences)
     if cell.kv_heads < cell.nheads:
-        bound += 2 * 4 * cell.kv_heads * rows * columns
+        bound += 2 * 4 * (cell.nheads if deterministic else cell.kv_heads) * rows * columns
     return bound + SMALL
 
 
@@ -122,7 +124,7 @@ def measure(way: Way, tokens: int, device: str = "cuda") -> dict[str, Any]:
         row["backward_bytes"] = peak_beyond(backward_of(runner))
         gradients = sum(x.numel() * x.element_size() for x in runner.leaves)
         row["workspace_bytes"] = row["backward_bytes"] - gradients
-        row["allowed_bytes"] = allowed_bytes(cell)
+        row["allowed_bytes"] = allowed_bytes(cell, way.deterministic)
     except Exception as error:  # out of memory, above all
         row["failure"] = describe(error)
     return row

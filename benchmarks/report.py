@@ -214,7 +214,7 @@ def memory_block(data: dict[str, Any]) -> list[str]:
         f"Peak memory in MiB that a pass takes beyond its inputs (causal, {shape['dtype']}), "
         "beside what one matrix of scores would take. The workspace is what backward takes beyond "
         "the gradients; allowed are an accumulator of dq in float32, two numbers a row and, with "
-        "fewer heads of keys, accumulators of dk and dv.",
+        "fewer heads of keys, accumulators of dk and dv (in order one for each head of queries).",
         "",
     ]
     names = ("forward_bytes", "backward_bytes", "workspace_bytes", "allowed_bytes", "scores_bytes")

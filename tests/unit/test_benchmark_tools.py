@@ -60,6 +60,8 @@ def test_the_bound_of_the_workspace() -> None:
     assert dense == 4 * 8 * (4096 + 256) * (64 + 2)
     grouped = memory.allowed_bytes(cells.Cell(80, True, 4096, 1, 8, 2)) - memory.SMALL
     assert grouped == 4 * 4352 * (8 * (128 + 2) + 2 * 2 * 128)
+    in_order = memory.allowed_bytes(cells.Cell(80, True, 4096, 1, 8, 2), True) - memory.SMALL
+    assert in_order == 4 * 4352 * (8 * (128 + 2) + 2 * 8 * 128)
 
 
 def measured_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *more: str) -> Any:
