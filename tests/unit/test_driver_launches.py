@@ -6,6 +6,10 @@ import ctypes
 import logging
 import re
 import struct
+import sys
+import threading
+import time
+from collections import Counter
 
 import pytest
 import torch
@@ -144,6 +148,50 @@ def test_launches_at_the_same_time_have_memory_of_their_own(driver):
         repeat(addresses(x, y))
     found = [[int.from_bytes(p, "little") for p in h.parameters[:2]] for h in driver.handed]
     assert found == [addresses(a, b), addresses(x, y)]
+
+
+def test_threads(monkeypatch):
+    """Each launch hands over its own addresses; the driver is slow, so that threads overlap."""
+    tensors, descriptors = tiles()
+    seen, failures = [], []
+    function = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 4)
+
+    @function
+    def launch(config, handle, pointers, extra):
+        stream, first_map = (
+            ctypes.c_uint64.from_address(at).value for at in (config + 32, pointers)
+        )
+        time.sleep(1e-5)
+        seen.append((stream, first_map == ctypes.c_uint64.from_address(pointers).value))
+        return 0
+
+    with stub_driver(library=True):
+        monkeypatch.setattr(_driver, "library", lambda: launch)
+        repeat = record_tiles(tensors, descriptors)
+        stream = threading.local()
+        monkeypatch.setattr(repeat, "current_stream", lambda device: stream.number)
+
+        def work(number):
+            stream.number = number
+            try:
+                for address in range(4096, 4096 + 3200, 32):
+                    repeat([address, address + 16])
+            except BaseException as error:
+                failures.append(error)
+
+        before = sys.getswitchinterval()
+        sys.setswitchinterval(1e-6)
+        try:
+            workers = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+            for worker in workers:
+                worker.start()
+            for worker in workers:
+                worker.join()
+        finally:
+            sys.setswitchinterval(before)
+    assert failures == []
+    assert Counter(number for number, _ in seen) == dict.fromkeys(range(8), 100)
+    assert all(is_same for _, is_same in seen)
 
 
 def test_what_the_driver_refuses_goes_to_tritons_function(driver):

@@ -224,7 +224,10 @@ def prepare(
     handle = ctypes.c_void_p(function)
 
     def launch(stream: int, addresses: list[int]) -> None:
-        frame = frames.pop() if frames else make_frame()
+        try:
+            frame = frames.pop()  # looking first would let another thread take it in between
+        except IndexError:
+            frame = make_frame()
         memory, config_at, pointers_at = frame
         memory[_STREAM] = stream
         for word, index in places:
