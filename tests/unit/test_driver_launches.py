@@ -268,6 +268,7 @@ def test_the_text_says_of_parameters_what_the_binary_says(driver):
     [
         ("packed_metadata", (4, 2, 0), "clusters of 2"),
         ("packed_metadata", (4, 1, 229 << 10), "of shared memory"),
+        ("packed_metadata", (4, 1, 0, 1), "a launch described by"),
         ("launch_cooperative_grid", True, "a cooperative grid"),
     ],
 )

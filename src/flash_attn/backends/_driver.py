@@ -15,15 +15,12 @@ error that its tools report.)
 from __future__ import annotations
 
 import ctypes
-import logging
 import re
 import struct
 from array import array
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, NamedTuple
-
-logger = logging.getLogger("flash_attn")
 
 Launch = Callable[[int, list[int]], object]
 """``launch(stream, addresses)``."""
@@ -191,6 +188,8 @@ def prepare(
         call = library()
     except (OSError, AttributeError) as error:
         raise Unprepared(str(error)) from error
+    if len(metadata) != 3:
+        raise Unprepared(f"a launch described by {metadata}")
     warps, cluster, shared = metadata
     if cluster != 1 or shared > _MOST_SHARED or 0 in grid:
         raise Unprepared(f"grid {grid}, clusters of {cluster}, {shared} bytes of shared memory")
