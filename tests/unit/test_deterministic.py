@@ -142,7 +142,9 @@ class Recorder(Listener):
     def record_backward(
         self, problem: AttentionProblem, inputs: BackwardInputs, tensors: Sequence[Tensor]
     ) -> tuple[Tensor, repeated.Solve]:
-        def solve(tensors: Sequence[Tensor], asked: int = 1) -> tuple[Tensor, ...]:
+        def solve(
+            tensors: Sequence[Tensor], asked: int = 1, addresses: list[int] | None = None
+        ) -> tuple[Tensor, ...]:
             own = BackwardInputs(*tensors[-6:], rng_state=inputs.rng_state)
             asked_of = problem._replace(**dict(zip("qkv", tensors, strict=False)))
             self.repeats += 1

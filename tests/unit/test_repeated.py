@@ -497,6 +497,71 @@ def test_layouts_that_alternate_are_not_looked_at_for_good(gpu, monkeypatch):
     assert len(made) == repeated.Lookout.MOST
 
 
+def incoming(name: str) -> Tensor:
+    """A gradient of ``out`` that is like the usual one in all but what its name says."""
+    shape = (2, 32, 4, 32)
+    if name == "transposed":
+        return half(2, 4, 32, 32).transpose(1, 2)
+    if name == "expanded":
+        return half(1, 1, 1, 1).expand(shape)
+    if name == "unaligned":
+        return half(2 * 32 * 4 * 32 + 1)[1:].view(shape)
+    if name == "negative":
+        return torch._neg_view(half(*shape))
+    return half(*shape)
+
+
+@pytest.mark.parametrize("name", ["usual", "transposed", "expanded", "unaligned", "negative"])
+def test_other_incoming_gradients_are_another_call(gpu, name):
+    leaves = [x.requires_grad_() for x in qkv(batch=2)]
+
+    def launches(dout: Tensor) -> list[dict[str, object]]:
+        gpu.launches.clear()
+        made = torch.autograd.grad(flash_attn_func(*leaves), leaves, dout)
+        names = ("q", "k", "v", "dout", "dq", "dk", "dv")
+        return named(gpu, dict(zip(names, (*leaves, dout, *made), strict=True)))
+
+    for _ in range(4):
+        usual = launches(incoming("usual"))
+    assert usual
+    others = [launches(incoming(name)) for _ in range(4)]
+    assert launches(incoming("usual")) == usual
+    _forget()
+    assert launches(incoming(name)) == others[0] == others[3]
+
+
+def test_known_gradients_are_found_by_a_look(gpu, monkeypatch):
+    """Of those in order and of the others; not when the settings differ."""
+    leaves = [x.requires_grad_() for x in qkv(batch=2)]
+
+    def both() -> bool:
+        gpu.launches.clear()
+        torch.autograd.grad(flash_attn_func(*leaves), leaves, half(2, 32, 4, 32))
+        return all(x.hooks == (None, None, None) for x in gpu.launches)
+
+    for _ in range(4):
+        both()
+    signatures = []
+    usual = repeated.signature_of
+    monkeypatch.setattr(repeated, "signature_of", lambda *x: signatures.append(x) or usual(*x))
+    assert both()
+    assert signatures == []
+    torch.use_deterministic_algorithms(True)
+    try:
+        for _ in range(3):
+            both()
+        signatures.clear()
+        assert both()
+        assert signatures == []
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert both()
+    assert signatures == []
+    with use_backend("triton"):
+        both()
+    assert signatures
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -214,10 +214,10 @@ class RepeatedAttention(torch.autograd.Function):
         q, k, v, out, softmax_lse, *others = ctx.saved_tensors
         grads = (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
         tensors = (q, k, v, *others, dout, out, softmax_lse, *grads)
-        values = ctx.call.backward_values()
-        solve = repeated.find_plain(values, tensors) if eager.nobody_watches() else None
-        if solve is not None:
-            solve(tensors)
+        found = ctx.call.find_backward(tensors) if eager.nobody_watches() else None
+        if found is not None:
+            solve, addresses = found
+            solve(tensors, 1, addresses)
         else:
             options = ctx.call.options
             assert options is not None
@@ -240,13 +240,15 @@ class _KnownCall(NamedTuple):
     values: tuple[Any, ...]
     ordered: tuple[Any, ...]
     lookout: repeated.Lookout
+    gradients: repeated.Lookout
+    ordered_gradients: repeated.Lookout
 
-    def backward_values(self) -> tuple[Any, ...]:
-        """Those of the problem whose gradients are asked for now, as in attend_backward."""
+    def find_backward(self, tensors: tuple[Tensor, ...]) -> repeated.Found | None:
+        """How the gradients that are asked for now are found again, as in attend_backward."""
         options = self.options
         if (options and options.deterministic) or torch.are_deterministic_algorithms_enabled():
-            return self.ordered
-        return self.values
+            return self.ordered_gradients.find(self.ordered, tensors)
+        return self.gradients.find(self.values, tensors)
 
 
 _known: dict[tuple[Any, ...], _KnownCall] = {}
@@ -326,8 +328,10 @@ def remember_problem(
         _known.clear()
     if options is not None:
         options = options._replace(cu_seqlens_q=None, cu_seqlens_k=None)
-    lookout = repeated.Lookout(len(tensors) == 2 and tensors[0] is tensors[1])
-    _known[key] = _KnownCall(options, plain, ordered, lookout)
+    # Of a backward pass they lie behind q, k and v, too.
+    twice = 4 if len(tensors) == 2 and tensors[0] is tensors[1] else None
+    lookouts = [repeated.Lookout(twice) for _ in range(3)]
+    _known[key] = _KnownCall(options, plain, ordered, *lookouts)
 
 
 def _may_know(arguments: tuple[Any, ...]) -> bool:

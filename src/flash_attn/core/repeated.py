@@ -176,12 +176,6 @@ def find(signature: tuple[Any, ...]) -> Solve | None:
     return known.solve if type(known) is _Known and _is_usable(known.backend) else None
 
 
-def find_plain(values: tuple[Any, ...], tensors: Sequence[Tensor]) -> Solve | None:
-    """:func:`find` for a problem of ``values`` after q, k and v, all ``tensors`` being at hand."""
-    signature = signature_of(values, tensors)
-    return None if signature is None else find(signature)
-
-
 def _is_usable(backend: Any) -> bool:
     return registry.is_loaded(backend) and backend.repeats_now()
 
@@ -194,21 +188,22 @@ _Look = tuple[Callable[..., bool], tuple[str, bool], int, Any, Solve]
 
 
 class Lookout:
-    """:func:`find_plain` for calls of always the same values: where tensors are like those before,
-    PyTorch's compiled guards tell so in a third of the time.
+    """:func:`find` for calls of always the same values: where tensors are like those before,
+    PyTorch's compiled guards tell so in a third of the time that a signature takes.
 
     They compare class, dispatch keys (device type, negative, inference, with the thread's modes),
     dtype, device index, requires_grad, sizes and strides. Calls that differ in those, as layers of
     several layouts do, would have the guards made anew every time; after some times they are not.
 
     Args:
-        last_twice: whether the last two tensors are one and the same, which guards refuse.
+        twice: which tensor is one and the same as the one before it, if any; guards, which refuse
+            that, are not told.
     """
 
     MOST = 8
 
-    def __init__(self, last_twice: bool) -> None:
-        self._told = -1 if last_twice else None
+    def __init__(self, twice: int | None = None) -> None:
+        self._twice = twice
         self._looks: list[_Look | None] = [None, None]  # by whether q requires a gradient
         self._made = 0
 
@@ -218,7 +213,7 @@ class Lookout:
         if look is None:
             return self._find_and_keep(values, tensors)
         matches, choice, cleared, backend, solve = look
-        told = tensors if self._told is None else tensors[: self._told]
+        told = tensors if self._twice is None else self._told(tensors)
         if not matches(*told) or cleared != _cleared or choice != registry.choice():
             return self._find_and_keep(values, tensors)
         addresses, merged = [], 0
@@ -234,6 +229,10 @@ class Lookout:
             return solve, addresses
         return None
 
+    def _told(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        twice = self._twice
+        return tensors if twice is None else (*tensors[:twice], *tensors[twice + 1 :])
+
     def _find_and_keep(self, values: tuple[Any, ...], tensors: tuple[Tensor, ...]) -> Found | None:
         signature = signature_of(values, tensors)
         known = None if signature is None else _calls.get(signature)
@@ -241,7 +240,7 @@ class Lookout:
             return None
         if self._made < self.MOST:
             self._made += 1
-            matches = _matcher(tensors[: self._told])
+            matches = _matcher(self._told(tensors))
             if matches is not None:
                 look = (matches, registry.choice(), _cleared, *known)
                 self._looks[tensors[0].requires_grad] = look
