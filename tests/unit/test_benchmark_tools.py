@@ -102,7 +102,7 @@ def test_memory_run_and_section(
 
 
 def test_memory_complaints(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(memory, "SMALL", -(1 << 20))
+    monkeypatch.setattr(memory, "SMALL", -(1 << 22))
     monkeypatch.setattr(memory, "LINEAR_BELOW", 0.5)
     code, data = measured_memory(monkeypatch, tmp_path)
     assert code == 1
