@@ -282,6 +282,14 @@ def test_launches_that_need_more_stay_with_triton(driver, caplog, monkeypatch, n
     assert driver.handed == []
 
 
+def test_a_kernel_of_another_make_stays_with_triton(driver, caplog, monkeypatch):
+    x, y = pair()
+    tape = record(x, y)
+    monkeypatch.setattr(tape.launches[0].compiled, "src", object())
+    assert "no attribute 'signature'" in reason_for(tape, [x, y], caplog)
+    assert driver.handed == []
+
+
 @pytest.mark.parametrize("early", [False, True])
 def test_kernels_that_may_start_early(driver, early):
     x, y = pair()

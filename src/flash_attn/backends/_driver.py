@@ -1,6 +1,6 @@
 """Launches by CUDA's driver library, with parameters that stay in memory.
 
-Triton's C function takes one Python object for every argument of every launch: 110 for the Hopper
+Triton's C function takes one Python object for every argument of every launch: 94 for the Hopper
 forward kernel, of which a dozen differ from the launch before. :func:`prepare` writes the others
 down once, as the driver reads them; a launch writes those that differ beside them and calls the
 driver through ctypes.

@@ -7,9 +7,9 @@ of a call follow from a key that the caller has, all of that can be done once:
 * :class:`Launcher` wraps a kernel and launches as usual; inside :func:`recording` it also notes
   what it launched.
 * :class:`Repeat` launches what was noted again, for other tensors of the same dtypes, layouts and
-  alignments: it copies the argument list, fills in addresses and calls the compiled kernel.
-* :class:`Handle` is one compiled kernel of one GPU, launched by Triton's C function, or by the
-  driver's library where :mod:`flash_attn.backends._driver` can.
+  alignments: nothing but addresses is filled in.
+* :class:`Handle` is one compiled kernel of one GPU. The driver's library launches it where
+  :mod:`flash_attn.backends._driver` can, else Triton's C function.
 
 Everything that is not an address is constant in a :class:`Repeat`, so the caller's key must hold
 every number that the launch code looks at. Tensor maps, which the driver encodes from an address
@@ -312,15 +312,13 @@ class Handle:
         descriptors = [i for i, x in enumerate(self.arguments) if hasattr(x, "block_shape")]
         maps = list(getattr(compiled.metadata, "tensordesc_meta", None) or [])
         self.flat: list[Any] = list(self.arguments)
-        self._for_driver: tuple[Any, ...] | None = None
+        self._tensor_maps: list[Any] | None = None
         if _is_plain_cuda(launcher):
             if len(maps) != len(descriptors):
                 raise Unrepeatable("descriptors that are no tensor maps are not repeated")
             self._expand(launcher, dict(zip(descriptors, maps, strict=True)))
             self.run = _direct(launcher, function, metadata, bool(descriptors))
-            signature = tuple(compiled.src.signature.values())
-            flags = (launcher.launch_cooperative_grid, launcher.launch_pdl)
-            self._for_driver = (function, metadata, compiled, signature, maps, flags)
+            self._tensor_maps = maps
         elif descriptors:
             raise Unrepeatable(f"{type(launcher).__name__} takes no tensor maps")
         else:
@@ -338,18 +336,21 @@ class Handle:
         Raises:
             _driver.Unprepared: it cannot be.
         """
-        if self._for_driver is None:
+        if self._tensor_maps is None:
             raise _driver.Unprepared("not one of CUDA's, or one that takes scratch memory")
-        function, metadata, compiled, signature, described, flags = self._for_driver
-        cooperative, early = flags
-        if cooperative:
+        compiled, launcher = self._compiled, self._compiled.run
+        if launcher.launch_cooperative_grid:
             raise _driver.Unprepared("a cooperative grid")
-        kinds = _driver.kinds_of(signature, described)
+        kinds = _driver.kinds_of([*compiled.src.signature.values()], self._tensor_maps)
         found = [(position, index, of.for_driver()) for position, index, of in maps]
-        arguments = _driver.Arguments(kinds, self.flat, places, found)
-        sizes = _driver.parameter_sizes(compiled.asm.get("ptx", ""), compiled.name)
         return _driver.prepare(
-            function, grid, metadata, sizes, arguments, early=bool(early), otherwise=otherwise
+            compiled.function,
+            grid,
+            compiled.packed_metadata,
+            _driver.parameter_sizes(compiled.asm.get("ptx", ""), compiled.name),
+            _driver.Arguments(kinds, self.flat, places, found),
+            early=bool(launcher.launch_pdl),
+            otherwise=otherwise,
         )
 
     def _expand(self, launcher: Any, maps: dict[int, Any]) -> None:
@@ -555,7 +556,7 @@ def _step(launch: Launch, known: Sequence[Tensor]) -> _driver.Launch:
     by_triton = _by_triton(handle.run, grid, template, places, maps)
     try:
         return handle.prepare(grid, places, maps, otherwise=by_triton)
-    except _driver.Unprepared as reason:
+    except (_driver.Unprepared, AttributeError) as reason:  # or a Triton of another make
         logger.info("%s is launched by Triton's function: %s", launch.kernel.__name__, reason)
         return by_triton
 
